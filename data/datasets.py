@@ -1,0 +1,194 @@
+"""Image and label files of every format as one dataset class.
+
+A format is a way to list files and an id map; all else is shared. Samples leave here as uint8 tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from data.taxonomy import ID_TO_NAME, ClassSet, resolve_id_map
+from utils.config import DatasetConfig, UserError
+
+HOW_TO_GET = {
+    "gta5": "https://download.visinf.tu-darmstadt.de/data/from_games/",
+    "synthia": "https://synthia-dataset.net/downloads/ (SYNTHIA-RAND-CITYSCAPES)",
+    "cityscapes": "https://www.cityscapes-dataset.com/downloads/ (leftImg8bit_trainvaltest, gtFine_trainvaltest)",
+    "folder": "point root, images and labels at your files",
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image on disk, its label if there is one, and its name: the path below root without ending."""
+
+    image: Path
+    label: Path | None
+    name: str
+
+
+def list_samples(cfg: DatasetConfig, with_labels: bool = True) -> list[Sample]:
+    """The files of a dataset, sorted by name.
+
+    Args:
+        cfg: format, root, split and, for folders, globs.
+        with_labels: False lists images alone, for domains whose labels must not be read.
+
+    Raises:
+        UserError: root is missing, no image is found, labels are wanted but not described or a file is missing.
+    """
+    root = Path(cfg.root)
+    if not root.is_dir():
+        raise UserError(f"no {cfg.format} dataset: {root} does not exist (get it: {HOW_TO_GET[cfg.format]})")
+    globs, label_of = _LAYOUTS[cfg.format](cfg)
+    images = sorted({path for pattern in globs for path in root.glob(pattern)})
+    if not images:
+        raise UserError(f"no {cfg.format} image matches {' or '.join(globs)} below {root}")
+    if with_labels and label_of is None:
+        raise UserError(f"labels are needed for {root}, but the dataset's `labels` key is empty")
+    samples = []
+    for image in images:
+        relative = image.relative_to(root)
+        label = root / label_of(relative) if with_labels else None
+        samples.append(Sample(image, label, relative.with_suffix("").as_posix()))
+    missing = [s.label for s in samples if with_labels and not s.label.is_file()]
+    if missing:
+        raise UserError(f"{len(missing)} of {len(samples)} labels below {root} are missing, the first is {missing[0]}")
+    return samples
+
+
+def _gta5(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:
+    return ["images/*.png"], lambda image: Path("labels") / image.name
+
+
+def _synthia(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:
+    return ["RGB/*.png"], lambda image: Path("GT/LABELS") / image.name
+
+
+def _cityscapes(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:
+    def label_of(image: Path) -> Path:
+        stem = image.stem.removesuffix("_leftImg8bit")
+        return Path("gtFine", cfg.split, image.parent.name, f"{stem}_gtFine_labelIds.png")
+
+    return [f"leftImg8bit/{cfg.split}/*/*_leftImg8bit.png"], label_of
+
+
+def _folder(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path] | None]:
+    def label_of(image: Path) -> Path:
+        stem = image.stem.removesuffix(cfg.strip)
+        try:
+            return Path(cfg.labels.format(dir=image.parent.as_posix(), parent=image.parent.name, stem=stem))
+        except (KeyError, IndexError, ValueError):
+            raise UserError(f"labels: {cfg.labels!r} may hold {{dir}}, {{parent}} and {{stem}} alone") from None
+
+    return cfg.images, label_of if cfg.labels else None
+
+
+_LAYOUTS = {"gta5": _gta5, "synthia": _synthia, "cityscapes": _cityscapes, "folder": _folder}
+
+
+def read_image(path: Path) -> Tensor:
+    """uint8 RGB image (3, H, W); raises UserError naming the file if it cannot be decoded."""
+    try:
+        return decode_image(str(path), mode=ImageReadMode.RGB, apply_exif_orientation=True)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"cannot read image {path}: {_first_line(error)}") from None
+
+
+def read_label_ids(path: Path) -> np.ndarray:
+    """Integer label ids (H, W) as stored: 8-bit grey or palette index, or the first channel of 16-bit SYNTHIA.
+
+    Raises UserError naming the file if it cannot be decoded or is a colour picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            if picture.mode in ("L", "P", "I;16", "I"):
+                return np.asarray(picture).astype(np.uint16)
+        # Pillow cuts 16-bit colour down to 8 bits, which turns every SYNTHIA class into 0.
+        ids = decode_image(str(path), mode=ImageReadMode.UNCHANGED)
+    except (RuntimeError, OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise UserError(f"cannot read label {path}: {_first_line(error)}") from None
+    if ids.dtype != torch.uint16:
+        raise UserError(
+            f"label {path} is an 8-bit colour picture; a grey, palette or 16-bit PNG of label ids is needed"
+        )
+    return ids[0].numpy()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+class SegmentationDataset(Dataset):
+    """Images with, where listed, labels.
+
+    Args:
+        samples: files, from `list_samples`; replace their labels to train on another label source.
+        lookup_table: uint8 (65536,), label id on disk -> train id.
+        size: [width, height] that image and label are brought to, or [] to keep them.
+        transform: called as `transform(image, label, rng)`, gives the same two back.
+        seed: with the draw's number, decides every random choice: which worker draws it plays no part.
+
+    An item is asked for as `index`, or as `(index, draw)` by the endless sampler, and is a dict:
+        image: uint8 (3, H, W); label: uint8 (H, W) of train ids, all `IGNORE` where there is none; index: int.
+    """
+
+    def __init__(
+        self,
+        samples: list[Sample],
+        lookup_table: np.ndarray,
+        size: list[int] = (),
+        transform: Callable | None = None,
+        seed: int = 0,
+    ):
+        self.samples, self.lookup_table, self.size = samples, lookup_table, list(size)
+        self.transform, self.seed = transform, seed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        index, draw = key if isinstance(key, tuple) else (key, 0)
+        sample = self.samples[index]
+        image = read_image(sample.image)
+        label = None if sample.label is None else torch.from_numpy(self.lookup_table[read_label_ids(sample.label)])
+        if self.size:
+            hw = self.size[::-1]
+            image = F.resize(image, hw, antialias=True)
+            # Some GTA5 labels differ in size from their image: each is brought to the common size by itself.
+            label = label if label is None else _resize_label(label, hw)
+        if label is not None and label.shape != image.shape[1:]:
+            raise UserError(
+                f"{sample.image} is {image.shape[2]}x{image.shape[1]}, but its label {sample.label} is "
+                f"{label.shape[1]}x{label.shape[0]}; set the dataset's size to bring both to one"
+            )
+        if self.transform:
+            image, label = self.transform(image, label, np.random.default_rng([self.seed, draw, 1]))
+        item = {"image": image, "index": index}
+        return item if label is None else item | {"label": label}
+
+
+def _resize_label(label: Tensor, hw: list[int]) -> Tensor:
+    if list(label.shape) == hw:
+        return label
+    return F.resize(label[None], hw, interpolation=InterpolationMode.NEAREST_EXACT)[0]
+
+
+def build_dataset(
+    cfg: DatasetConfig, classes: ClassSet, with_labels: bool = True, transform: Callable | None = None, seed: int = 0
+) -> SegmentationDataset:
+    """The dataset that a config section describes; see `SegmentationDataset`."""
+    id_to_name = ID_TO_NAME.get(cfg.format) or resolve_id_map(cfg.id_map, classes)
+    table = classes.lookup_table(id_to_name)
+    return SegmentationDataset(list_samples(cfg, with_labels), table, cfg.size, transform, seed)

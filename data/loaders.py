@@ -1,0 +1,60 @@
+"""Loaders whose stream of samples depends on the seed and the step alone: resuming is starting further on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from data.datasets import SegmentationDataset
+
+
+class EndlessSampler(Sampler):
+    """Endless (index, draw) pairs, a new permutation each epoch.
+
+    Every image comes once an epoch; a batch may join the end of one epoch and the start of the next, so none
+    is dropped. `draw` counts the samples from the start of training.
+    """
+
+    def __init__(self, length: int, seed: int, start: int = 0):
+        self.length, self.seed, self.start = length, seed, start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        draw = self.start
+        while True:
+            epoch, offset = divmod(draw, self.length)
+            for index in np.random.default_rng([self.seed, epoch]).permutation(self.length)[offset:]:
+                yield int(index), draw
+                draw += 1
+
+
+def training_batches(
+    dataset: SegmentationDataset, batch_size: int, workers: int, start_step: int = 0, pin: bool = False
+) -> Iterator[dict]:
+    """Endless batches from step `start_step` on: image uint8 (N, 3, H, W), label uint8 (N, H, W) if there are any."""
+    sampler = EndlessSampler(len(dataset), dataset.seed, start_step * batch_size)
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        pin_memory=pin,
+        persistent_workers=workers > 0,
+        worker_init_fn=_one_thread,
+    )
+    return iter(loader)
+
+
+def whole_images(
+    dataset: SegmentationDataset, batch_size: int, workers: int, indices: list[int] | None = None
+) -> DataLoader:
+    """Every image once, in order, as lists of samples: sizes may differ within a batch."""
+    return DataLoader(
+        dataset, batch_size, sampler=indices, num_workers=workers, collate_fn=list, worker_init_fn=_one_thread
+    )
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)  # workers are parallel already

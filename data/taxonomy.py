@@ -1,0 +1,156 @@
+"""Names, ids, colours and class sets: the one place where classes are written down.
+
+Three numberings meet in this field. A *label id* is what a dataset stores on disk (Cityscapes and GTA5
+share one numbering, SYNTHIA has its own). A *train id* is the index of a class in the network's output.
+A *class name* connects the two: every dataset says which name a label id stands for, a class set says
+which names are learnt and in which order. Whatever has no train id is `IGNORE`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+IGNORE = 255
+
+# (name, Cityscapes label id, official colour), in train-id order.
+_CITYSCAPES = (
+    ("road", 7, (128, 64, 128)),
+    ("sidewalk", 8, (244, 35, 232)),
+    ("building", 11, (70, 70, 70)),
+    ("wall", 12, (102, 102, 156)),
+    ("fence", 13, (190, 153, 153)),
+    ("pole", 17, (153, 153, 153)),
+    ("traffic light", 19, (250, 170, 30)),
+    ("traffic sign", 20, (220, 220, 0)),
+    ("vegetation", 21, (107, 142, 35)),
+    ("terrain", 22, (152, 251, 152)),
+    ("sky", 23, (70, 130, 180)),
+    ("person", 24, (220, 20, 60)),
+    ("rider", 25, (255, 0, 0)),
+    ("car", 26, (0, 0, 142)),
+    ("truck", 27, (0, 0, 70)),
+    ("bus", 28, (0, 60, 100)),
+    ("train", 31, (0, 80, 100)),
+    ("motorcycle", 32, (0, 0, 230)),
+    ("bicycle", 33, (119, 11, 32)),
+)
+CITYSCAPES_NAMES = tuple(name for name, _, _ in _CITYSCAPES)
+CITYSCAPES_LABEL_IDS = tuple(label_id for _, label_id, _ in _CITYSCAPES)
+CITYSCAPES_PALETTE = tuple(colour for _, _, colour in _CITYSCAPES)
+
+# SYNTHIA label id -> Cityscapes train id; 0, 13, 14 and 22 are void.
+SYNTHIA_TO_TRAIN = {
+    3: 0,
+    4: 1,
+    2: 2,
+    21: 3,
+    5: 4,
+    7: 5,
+    15: 6,
+    9: 7,
+    6: 8,
+    16: 9,
+    1: 10,
+    10: 11,
+    17: 12,
+    8: 13,
+    18: 14,
+    19: 15,
+    20: 16,
+    12: 17,
+    11: 18,
+}
+
+# What a label id on disk stands for, by dataset format.
+ID_TO_NAME = {
+    "cityscapes": dict(zip(CITYSCAPES_LABEL_IDS, CITYSCAPES_NAMES)),
+    "gta5": dict(zip(CITYSCAPES_LABEL_IDS, CITYSCAPES_NAMES)),
+    "synthia": {i: CITYSCAPES_NAMES[t] for i, t in SYNTHIA_TO_TRAIN.items()},
+}
+
+# SYNTHIA is scored on 16 classes, and older work on 13 of them ("mIoU*").
+_NOT_IN_16 = ("terrain", "truck", "train")
+_NOT_IN_13 = _NOT_IN_16 + ("wall", "fence", "pole")
+
+
+@dataclass(frozen=True)
+class ClassSet:
+    """The classes a network learns, in train-id order.
+
+    `subsets` names further averages over some of the classes, reported beside mIoU
+    (e.g. `miou13` over thirteen of SYNTHIA's sixteen).
+    """
+
+    names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    subsets: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def lookup_table(self, id_to_name: dict[int, str]) -> np.ndarray:
+        """uint8 array of 65,536 entries: label id -> train id, `IGNORE` where the set has no such class.
+
+        16 bits cover SYNTHIA's labels; 8-bit labels use the first 256 entries.
+        """
+        table = np.full(2**16, IGNORE, np.uint8)
+        for label_id, name in id_to_name.items():
+            if name in self.names:
+                table[label_id] = self.names.index(name)
+        return table
+
+
+def _cityscapes_subset(leave_out: tuple[str, ...], subsets: dict | None = None) -> ClassSet:
+    kept = [(name, colour) for name, _, colour in _CITYSCAPES if name not in leave_out]
+    names, palette = zip(*kept)
+    return ClassSet(names, palette, subsets or {})
+
+
+_SIXTEEN = _cityscapes_subset(_NOT_IN_16).names
+_THIRTEEN = _cityscapes_subset(_NOT_IN_13).names
+CLASS_SETS = {
+    "cityscapes19": _cityscapes_subset(()),
+    "cityscapes16": _cityscapes_subset(_NOT_IN_16, {"miou16": _SIXTEEN, "miou13": _THIRTEEN}),
+}
+
+
+def custom_class_set(names: list[str], palette: list[list[int]]) -> ClassSet:
+    """A class set of the user's own; without a palette, colours are spread over the hue circle.
+
+    Raises ValueError if a name occurs twice, the palette's length differs, or a colour is not three bytes.
+    """
+    import colorsys
+
+    doubles = sorted({name for name in names if names.count(name) > 1})
+    if doubles:
+        raise ValueError(f"data.class_names holds {doubles[0]!r} twice")
+    if not 2 <= len(names) <= IGNORE:
+        raise ValueError(f"data.class_names must hold 2 to {IGNORE} names for class_set 'custom', not {len(names)}")
+    if not palette:
+        hues = [(i * 0.618) % 1 for i in range(len(names))]  # golden ratio: neighbours in id differ in hue
+        palette = [[int(255 * c) for c in colorsys.hsv_to_rgb(h, 0.75, 0.9)] for h in hues]
+    if len(palette) != len(names):
+        raise ValueError(f"data.palette holds {len(palette)} colours for {len(names)} class names")
+    for name, colour in zip(names, palette):
+        if len(colour) != 3 or not all(0 <= c <= 255 for c in colour):
+            raise ValueError(f"data.palette: the colour of {name!r} is {colour}, not three numbers of 0..255")
+    return ClassSet(tuple(names), tuple(tuple(c) for c in palette))
+
+
+def resolve_id_map(id_map: dict, classes: ClassSet) -> dict[int, str]:
+    """The `id_map` of a folder dataset, checked: {label id: class name}; empty means label id = train id.
+
+    Raises ValueError for an id outside 0..65535 or a name that is not in the class set ("ignore" is allowed).
+    """
+    if not id_map:
+        return dict(enumerate(classes.names))
+    for label_id, name in id_map.items():
+        if isinstance(label_id, bool) or not isinstance(label_id, int) or not 0 <= label_id < 2**16:
+            raise ValueError(f"id_map: {label_id!r} is not a label id (0..65535)")
+        if name not in classes.names and name != "ignore":
+            near = difflib.get_close_matches(str(name), [*classes.names, "ignore"], 1, 0)
+            raise ValueError(f"id_map: label id {label_id} -> {name!r} is not a class; nearest is {near[0]!r}")
+    return dict(id_map)

@@ -1,0 +1,108 @@
+"""Pseudo labels of the target's training images, by the BPL model.
+
+    python gen_pseudo_labels.py                                            GTA5 -> Cityscapes
+    python gen_pseudo_labels.py benchmark=synthia_to_cityscapes
+    python gen_pseudo_labels.py checkpoint=my.pth pseudo.selection=class_balanced
+
+Softmax averaged with the mirrored image's, argmax, pixels below a confidence become ignore. Writes label and
+confidence PNGs and manifest.json into runs/<benchmark>/pseudo_labels/; a finished folder is left as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+from tqdm import tqdm
+
+from data import pseudo_labels as store
+from data.datasets import build_dataset
+from data.loaders import whole_images
+from data.taxonomy import IGNORE
+from utils import checkpoint
+from utils.config import Config, UserError, run_cli
+from utils.engine import build_network, check_inputs, choose_device, prepare_data
+from utils.inference import predict, recompute_batchnorm, same_size_batches
+from utils.logging import show_path
+
+
+def main(cfg: Config) -> dict:
+    """Write the pseudo labels that `cfg` asks for, unless they are there; returns their manifest."""
+    device = choose_device(cfg)
+    prepare_data(cfg)
+    target, weights = check_inputs(
+        lambda: build_dataset(cfg.data.target, cfg.classes, with_labels=False),
+        lambda: checkpoint.find_checkpoint(cfg, cfg.checkpoint, cfg.model.published),
+    )
+    folder = cfg.run_dir
+    asked = {
+        "checkpoint": checkpoint.file_hash(weights),
+        "images": len(target),
+        "statistics": cfg.batchnorm.statistics,
+        **vars(cfg.pseudo),
+    }
+    if (folder / "manifest.json").is_file():
+        manifest = store.read_manifest(folder)
+        differs = [k for k in asked if manifest.get(k) != asked[k]]
+        if not differs:
+            print(f"{show_path(folder)} is complete: {len(target)} pseudo labels")
+            return manifest
+        if not cfg.train.restart:
+            changes = ", ".join(f"{k}: {manifest.get(k)} -> {asked[k]}" for k in differs)
+            raise UserError(
+                f"{show_path(folder)} holds other pseudo labels ({changes}); choose a name=, or replace "
+                "them with train.restart=true"
+            )
+    if folder.exists():
+        shutil.rmtree(folder)  # unfinished, or to be replaced
+    model = build_network(cfg, device)
+    print(checkpoint.load(model, weights))
+    if cfg.batchnorm.statistics == "target":
+        recompute_batchnorm(model, target, cfg, device)
+    model.eval()
+
+    # First pass: predictions and confidences; the thresholds of classes are known at its end.
+    histogram = np.zeros((len(cfg.classes), 256), np.int64)
+    progress = tqdm(total=len(target), desc="predict", unit="img", dynamic_ncols=True)
+    for indices, images, _ in same_size_batches(whole_images(target, cfg.test.batch, cfg.data.workers), device):
+        confidence, prediction = predict(model, images, cfg.pseudo.flip, cfg.train.precision).max(1)
+        levels, labels = (confidence * 255).round().byte().cpu().numpy(), prediction.byte().cpu().numpy()
+        np.add.at(histogram, (labels, levels), 1)
+        for i, index in enumerate(indices):
+            name = target.samples[index].name
+            store.write_png(store.confidence_path(folder, name), levels[i])
+            store.write_png(store.label_path(folder, name), labels[i])
+        progress.update(len(indices))
+    progress.close()
+
+    # Second pass: what is below its class's threshold becomes ignore.
+    limits = store.thresholds(histogram, cfg.pseudo.threshold, cfg.pseudo.selection, cfg.pseudo.keep)
+    for sample in tqdm(target.samples, desc="select", unit="img", dynamic_ncols=True):
+        path = store.label_path(folder, sample.name)
+        labels = store.read_png(path)
+        unsure = store.read_png(store.confidence_path(folder, sample.name)) < limits[labels]
+        labels[unsure] = IGNORE
+        store.write_png(path, labels)
+
+    predicted = histogram.sum(1)
+    kept = np.array([counts[limit:].sum() for counts, limit in zip(histogram, limits)])
+    manifest = asked | {
+        "weights": str(weights),
+        "kept": kept.sum() / predicted.sum(),
+        "classes": {
+            name: {"threshold": limits[k] / 255, "predicted": int(predicted[k]), "kept": int(kept[k])}
+            for k, name in enumerate(cfg.classes.names)
+        },
+    }
+    checkpoint.write_json(folder / "manifest.json", manifest)
+    print(f"{'class':16} {'share':>7} {'threshold':>9} {'kept':>7}")
+    for k, name in enumerate(cfg.classes.names):
+        fraction = f"{kept[k] / predicted[k]:7.1%}" if predicted[k] else "      -"
+        print(f"{name:16} {predicted[k] / predicted.sum():7.2%} {limits[k] / 255:9.3f} {fraction}")
+    print(f"{len(target)} pseudo labels in {show_path(folder)}: {manifest['kept']:.1%} of all pixels kept")
+    return json.loads(json.dumps(manifest))
+
+
+if __name__ == "__main__":
+    run_cli(main, "pseudo_labels.yml", __doc__)

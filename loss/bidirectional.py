@@ -1,0 +1,33 @@
+"""Bidirectional prototype learning (PBAL stage I)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def bidirectional_prototype_loss(feat: Tensor, logits: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
+    """Transport cost between target pixels and prototypes, in both directions.
+
+    With c_ik = 1 - cos(f_i, p_k) and i over all pixels of the batch:
+
+        s2t = mean_i Σ_k softmax_k(z_i)_k c_ik      every pixel spreads itself over the classes
+        t2s = mean_k Σ_i softmax_i(z_·k)_i c_ik     every class spreads itself over the pixels, so that a rare
+                                                    class weighs as much as road
+
+    Args:
+        feat: float (N, C, h, w), target features.
+        logits: float (N, K, h, w), their logits, at the same resolution.
+        prototypes: float (K, C), of any length.
+
+    Returns:
+        (s2t, t2s), float scalars in [0, 2]. Gradient reaches feat and logits, and prototypes unless detached.
+    """
+    prototypes = F.normalize(prototypes.float().flatten(1), dim=1)
+    logits = logits.float().flatten(2)
+    cosine = prototypes @ F.normalize(feat.float().flatten(2), dim=1)  # (N, K, h*w)
+    cost = 1 - cosine
+    s2t = (logits.softmax(1) * cost).sum(1).mean()
+    over_pixels = logits.transpose(0, 1).flatten(1).softmax(1)  # (K, N*h*w)
+    t2s = (over_pixels * cost.transpose(0, 1).flatten(1)).sum(1).mean()
+    return s2t, t2s

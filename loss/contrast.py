@@ -1,0 +1,29 @@
+"""Prototypical contrast (PBAL stage II)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.taxonomy import IGNORE
+
+
+def prototype_contrast_loss(feat: Tensor, labels: Tensor, prototypes: Tensor, temperature: float = 0.07) -> Tensor:
+    """Cross-entropy of cosine similarities to the prototypes: L_pst.
+
+        (1/M) Σ_{i labelled} -log( exp(cos(f_i, p_yi)/τ) / Σ_k exp(cos(f_i, p_k)/τ) )
+
+    Args:
+        feat: float (N, C, h, w).
+        labels: integer (N, H, W), train ids or `IGNORE`; brought to feature resolution by nearest neighbour.
+        prototypes: float (K, C), of any length.
+        temperature: τ > 0.
+
+    Returns:
+        float scalar. M counts all pixels of the map, ignored ones included (as released): an image with few
+        pseudo labels pulls less.
+    """
+    prototypes = F.normalize(prototypes.float().flatten(1), dim=1)
+    labels = F.interpolate(labels[:, None].float(), size=feat.shape[2:], mode="nearest").long().flatten(1)
+    similarity = prototypes @ F.normalize(feat.float().flatten(2), dim=1) / temperature  # (N, K, h*w)
+    return F.cross_entropy(similarity, labels, ignore_index=IGNORE, reduction="sum") / labels.numel()

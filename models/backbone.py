@@ -1,0 +1,104 @@
+"""Feature extractors at output stride 8 or 16: torchvision's ResNets re-strided and dilated, or timm's networks.
+
+Every backbone maps (N, 3, H, W) to {"low": layer1's output at stride 4, "out": the last stage's output} and has
+`channels` (of "out"), `low_channels`, and `mean` and `std`, the input statistics of its ImageNet weights.
+"""
+
+from __future__ import annotations
+
+import torchvision
+from torch import Tensor, nn
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class ResNet(nn.Module):
+    """torchvision's ResNet without its pooling and classifier.
+
+    Args:
+        name: resnet18 … resnet152.
+        output_stride: 8 or 16; strides of the last stages become dilations.
+        caffe: as ProDA's DeepLabV2: the stride of a bottleneck sits on its first 1x1 convolution, and max-pooling
+            rounds up. Otherwise as torchvision: on the 3x3 convolution, rounding down.
+        last_dilations: dilations of the last stage's blocks, over those that the output stride calls for.
+    """
+
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+
+    def __init__(self, name: str, output_stride: int = 8, caffe: bool = False, last_dilations: tuple = ()):
+        super().__init__()
+        net = getattr(torchvision.models, name)(weights=None)
+        self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
+        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
+        self.channels, self.low_channels = net.fc.in_features, net.fc.in_features // 8
+        self.maxpool.ceil_mode = caffe
+        stride3, dilation3, dilation4 = {8: (1, 2, 4), 16: (2, 1, 2)}[output_stride]
+        _set_geometry(self.layer2, 2, [1], caffe)
+        _set_geometry(self.layer3, stride3, [dilation3], caffe)
+        _set_geometry(self.layer4, 1, list(last_dilations) or [dilation4], caffe)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """float (N, 3, H, W) -> {"low": (N, low_channels, ~H/4, ~W/4), "out": (N, channels, ~H/os, ~W/os)}."""
+        low = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+        return {"low": low, "out": self.layer4(self.layer3(self.layer2(low)))}
+
+
+def _set_geometry(stage: nn.Sequential, stride: int, dilations: list[int], caffe: bool) -> None:
+    """Give a ResNet stage its stride (first block) and the dilation of each block's 3x3 convolutions."""
+    for i, block in enumerate(stage):
+        block_stride = stride if i == 0 else 1
+        dilation = dilations[min(i, len(dilations) - 1)]
+        convs = [m for m in block.children() if isinstance(m, nn.Conv2d)]
+        bottleneck = len(convs) == 3
+        strided = convs[0] if caffe or not bottleneck else convs[1]
+        for conv in convs:
+            conv.stride = (block_stride, block_stride) if conv is strided else (1, 1)
+            if conv.kernel_size == (3, 3):
+                conv.dilation = conv.padding = (dilation, dilation)
+        if block.downsample is not None:
+            block.downsample[0].stride = (block_stride, block_stride)
+
+
+class TimmBackbone(nn.Module):
+    """Any timm network that gives feature maps and can be dilated; timm is needed for these alone.
+
+    Raises:
+        ValueError: timm is not installed, does not know the name, or cannot dilate the network.
+    """
+
+    def __init__(self, name: str, output_stride: int = 16):
+        super().__init__()
+        try:
+            import timm
+        except ImportError:
+            raise ValueError(f"model.backbone=timm/{name} needs timm: pip install timm") from None
+        if not timm.is_model(name):
+            raise ValueError(f"model.backbone: timm {timm.__version__} has no model {name!r}")
+        try:
+            self.net = timm.create_model(name, features_only=True, output_stride=output_stride, pretrained=False)
+        except Exception as error:  # timm's networks refuse in many ways
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(
+                f"model.backbone=timm/{name} cannot give features at stride {output_stride}: {reason}"
+            ) from None
+        reductions, channels = self.net.feature_info.reduction(), self.net.feature_info.channels()
+        if reductions[-1] != output_stride:
+            raise ValueError(f"model.backbone=timm/{name} has stride {reductions[-1]}, not {output_stride}")
+        if 4 not in reductions:
+            raise ValueError(f"model.backbone=timm/{name} has no feature map at stride 4")
+        self.low_index = reductions.index(4)
+        self.channels, self.low_channels = channels[-1], channels[self.low_index]
+        data = timm.get_pretrained_cfg(name)
+        self.mean, self.std = (tuple(data.mean), tuple(data.std)) if data else (IMAGENET_MEAN, IMAGENET_STD)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """As `ResNet.forward`."""
+        features = self.net(x)
+        return {"low": features[self.low_index], "out": features[-1]}
+
+
+def build_backbone(name: str, output_stride: int, **resnet_options) -> nn.Module:
+    """`resnet50` or `timm/NAME`; further options go to `ResNet`."""
+    if name.startswith("timm/"):
+        return TimmBackbone(name.removeprefix("timm/"), output_stride)
+    return ResNet(name, output_stride, **resnet_options)

@@ -1,0 +1,54 @@
+"""mIoU of a network on the labelled split of the target domain.
+
+    python test.py                                                         distilled model, GTA5 -> Cityscapes
+    python test.py checkpoint=bpl                                          another run of the benchmark
+    python test.py checkpoint=my.pth batchnorm.statistics=target
+    python test.py --config configs/test_from_synthia_to_city.yml          16 and 13 classes from one model
+
+Prints IoU per class and writes metrics.json and panels/ into runs/<benchmark>/test/.
+"""
+
+from __future__ import annotations
+
+from data.datasets import build_dataset
+from utils import checkpoint
+from utils.config import Config, run_cli
+from utils.engine import build_network, check_inputs, choose_device, prepare_data
+from utils.inference import evaluate, recompute_batchnorm
+from utils.logging import RunLog, plain, show_path
+from utils.metrics import table
+from utils.visual import Gallery, spread
+
+
+def main(cfg: Config) -> dict:
+    """Evaluate `checkpoint`; returns what is written to metrics.json."""
+    device = choose_device(cfg)
+    prepare_data(cfg)
+    recompute = cfg.batchnorm.statistics == "target"
+    val, weights, target = check_inputs(
+        lambda: build_dataset(cfg.data.val, cfg.classes),
+        lambda: checkpoint.find_checkpoint(cfg, cfg.checkpoint, cfg.model.published),
+        lambda: build_dataset(cfg.data.target, cfg.classes, with_labels=False) if recompute else None,
+    )
+    model = build_network(cfg, device)
+    message = checkpoint.load(model, weights)
+    if cfg.batchnorm.statistics == "running":
+        checkpoint.use_running_statistics(model, weights)
+    if recompute:
+        recompute_batchnorm(model, target, cfg, device)
+    log = RunLog(cfg)
+    log.say(message)
+    gallery = Gallery(spread(len(val), cfg.test.panels), cfg.classes)
+    scores = evaluate(model, val, cfg.classes, cfg, device, gallery)
+    if gallery.shown:
+        gallery.save(log.folder / "panels" / "test.png")
+    result = {"checkpoint": str(weights), "checkpoint_hash": checkpoint.file_hash(weights), "statistics": cfg.batchnorm.statistics, "images": len(val)} | plain(scores)
+    checkpoint.write_json(log.folder / "metrics.json", result)
+    log.say(table({"IoU": scores}, cfg.classes))
+    log.say(f"written to {show_path(log.folder)}")
+    log.close()
+    return result
+
+
+if __name__ == "__main__":
+    run_cli(main, "test_from_gta_to_city.yml", __doc__)

@@ -1,0 +1,71 @@
+"""Stage I, bidirectional prototype learning (BPL); with the warm-up's config, stage 0.
+
+    python train_bpl.py                                                    BPL, GTA5 -> Cityscapes
+    python train_bpl.py benchmark=synthia_to_cityscapes                    BPL, SYNTHIA -> Cityscapes
+    python train_bpl.py --config configs/stage0_warmup.yml                 warm-up: source + adversary
+    python train_bpl.py --config configs/stage0_warmup.yml name=source_only loss.adversarial=0
+
+The model learns from labelled source images, fools a discriminator of softmax maps on target images, and moves
+target features and the classifier's prototypes towards each other, pixel by pixel and class by class.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loss import bidirectional_prototype_loss, discriminator_loss, generator_loss, segmentation_loss
+from models import PatchDiscriminator, classifier_prototypes, upsample
+from utils.config import Config, run_cli
+from utils.engine import Backward, Stage, fit
+
+
+class BPL(Stage):
+    """L = CE_s + 0.01 L_adv + 0.1 (L_s→t + L_t→s); without the last two terms the warm-up, without all three source-only."""
+
+    def __init__(self, cfg: Config, device: torch.device):
+        super().__init__(cfg, device)
+        self.discriminator = None
+        if cfg.loss.adversarial:
+            self.discriminator = PatchDiscriminator(len(cfg.classes)).to(device)
+            self.networks["discriminator"] = self.discriminator
+            self.optimizers["discriminator"] = torch.optim.Adam(
+                self.discriminator.parameters(), lr=cfg.train.lr_discriminator, betas=(0.9, 0.99)
+            )
+
+    def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
+        weight = self.cfg.loss
+        out_s = self.model(self.views.strong(source["image"]))
+        ce = segmentation_loss(out_s["logits"], source["label"])
+        backward(ce, ce_source=ce)
+        if not (weight.adversarial or weight.bidirectional):
+            return
+
+        out_t = self.model(self.views.weak(target["image"]))
+        total, terms = 0, {}
+        if self.discriminator:
+            size = target["image"].shape[2:]
+            maps_s, maps_t = (upsample(out["logits"].float(), size).softmax(1) for out in (out_s, out_t))
+            self.discriminator.requires_grad_(False)  # it only judges here
+            terms["adversarial"] = generator_loss(self.discriminator(maps_t))
+            total = total + weight.adversarial * terms["adversarial"]
+        if weight.bidirectional:
+            prototypes = classifier_prototypes(self.model.classifier)
+            s2t, t2s = bidirectional_prototype_loss(out_t["feat"], out_t["logits"], prototypes)
+            terms |= {"s2t": s2t, "t2s": t2s}
+            total = total + weight.bidirectional * (s2t + t2s)
+        backward(total, **terms)
+
+        if self.discriminator:
+            self.discriminator.requires_grad_(True)
+            d_loss = discriminator_loss(self.discriminator(maps_s.detach()), self.discriminator(maps_t.detach()))
+            backward(d_loss, discriminator=d_loss)
+
+
+def main(cfg: Config) -> dict:
+    """Train the warm-up or BPL; returns the run's metrics."""
+    return fit(cfg, BPL)
+
+
+if __name__ == "__main__":
+    run_cli(main, "stage1_BPL.yml", __doc__)

@@ -1,0 +1,44 @@
+"""Stage II, prototypical self-training (PST).
+
+    python gen_pseudo_labels.py && python train_pst.py                     GTA5 -> Cityscapes
+    python train_pst.py benchmark=synthia_to_cityscapes
+
+The model learns from source labels and from pseudo labels of target images, and contrasts the features of both
+against the classifier's prototypes.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from loss import prototype_contrast_loss, segmentation_loss
+from models import classifier_prototypes
+from utils.config import Config, run_cli
+from utils.engine import Backward, Stage, fit
+
+
+class PST(Stage):
+    """L = CE(z_s, y_s) + CE(z_t, ŷ_t) + L_pst(f_s, y_s) + L_pst(f_t, ŷ_t), strong views of both domains."""
+
+    uses_pseudo_labels = True
+
+    def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
+        weight = self.cfg.loss
+        for domain, batch, ce_weight in (("source", source, 1.0), ("target", target, weight.pseudo_ce)):
+            out = self.model(self.views.strong(batch["image"]))
+            ce = segmentation_loss(out["logits"], batch["label"])
+            prototypes = classifier_prototypes(self.model.classifier)
+            contrast = prototype_contrast_loss(out["feat"], batch["label"], prototypes, weight.temperature)
+            backward(
+                ce_weight * ce + weight.contrast * contrast,
+                **{f"ce_{domain}": ce, f"contrast_{domain}": contrast},
+            )
+
+
+def main(cfg: Config) -> dict:
+    """Train PST; returns the run's metrics."""
+    return fit(cfg, PST)
+
+
+if __name__ == "__main__":
+    run_cli(main, "stage2_PST.yml", __doc__)

@@ -1,0 +1,151 @@
+"""Checkpoints: written whole or not at all, and found by the name of the run that made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from models import load_weights
+from models.weights import find_imagenet_weights, read_checkpoint
+from utils.config import ROOT, Config, UserError
+
+PRETRAINED = ROOT / "pretrain_model"
+
+
+def atomic_write(path: Path, write: Any) -> None:
+    """Call `write(temporary path)`, then put the result in place of `path`: readers see the old file or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Save as indented JSON."""
+    atomic_write(path, lambda p: p.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Save a dict of tensors and plain values."""
+    atomic_write(path, lambda p: torch.save(content, p))
+
+
+def recipe(cfg: Config, model: nn.Module) -> dict:
+    """What is needed to use the weights again: architecture, classes, input statistics."""
+    return {
+        "arch": cfg.model.arch,
+        "backbone": cfg.model.backbone,
+        "output_stride": cfg.model.output_stride,
+        "class_names": list(cfg.classes.names),
+        "mean": list(model.mean),
+        "std": list(model.std),
+    }
+
+
+def rng_state() -> dict:
+    """States of Python's, NumPy's and torch's generators, as tensors and plain values."""
+    version, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (version, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    """Undo `rng_state`."""
+    version, keys, *rest = state["numpy"]
+    version_py, internal, gauss = state["python"]
+    random.setstate((version_py, tuple(internal), gauss))
+    np.random.set_state((version, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def file_hash(path: Path) -> str:
+    """First 16 hex digits of a file's SHA-256."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+# The stage that makes what a run is started from, and the command for it.
+_MADE_BY = {
+    "source_only": "python train_bpl.py --config configs/stage0_warmup.yml name=source_only loss.adversarial=0",
+    "warmup": "python train_bpl.py --config configs/stage0_warmup.yml",
+    "bpl": "python train_bpl.py",
+    "pst": "python train_pst.py",
+    "distill": "python distill.py",
+}
+
+
+def find_checkpoint(cfg: Config, name: str, published: str = "") -> Path:
+    """The weights that `name` stands for: a file, a run of this benchmark, or the published file.
+
+    Raises UserError saying where was looked and both ways to get it.
+    """
+    if name.endswith((".pth", ".pt", ".pkl")):
+        if not Path(name).is_file():
+            raise UserError(f"no weights at {name}")
+        return Path(name)
+    candidates = [cfg.sibling_run(name) / "checkpoints" / f"{cfg.which}.pth"]
+    if published:
+        candidates.append(PRETRAINED / published)
+    for path in candidates:
+        if path.is_file():
+            return path
+    command = _MADE_BY.get(name.split("/")[0])
+    looked = " or ".join(str(p.relative_to(ROOT) if p.is_relative_to(ROOT) else p) for p in candidates)
+    ways = [f"train it (`{command} benchmark={cfg.benchmark}`)" if command else "train that run"]
+    if published:
+        ways.append(f"put the published file at {candidates[1].relative_to(ROOT)}")
+    raise UserError(f"no weights of '{name}': looked for {looked}; {' or '.join(ways)}, or name a file")
+
+
+def find_init(cfg: Config, init: str | None = None) -> Path | None:
+    """The file that training starts from, None for scratch; raises UserError if it is not there."""
+    init = init or cfg.model.init
+    if init == "scratch":
+        return None
+    try:
+        if init == "imagenet":
+            return find_imagenet_weights(cfg.model.backbone, PRETRAINED)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return find_checkpoint(cfg, init, cfg.model.published)
+
+
+def load(model: nn.Module, path: Path) -> str:
+    """`load_weights`, with its refusal as the user's mistake; returns a line for the log."""
+    try:
+        return f"{path}: {load_weights(model, path)}"
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def read(path: Path) -> dict:
+    """`read_checkpoint`, with its refusal as the user's mistake."""
+    try:
+        return read_checkpoint(path)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def use_running_statistics(model: nn.Module, path: Path) -> None:
+    """BatchNorm as released, where a checkpoint holds the target's statistics beside the running ones."""
+    model.load_state_dict(read(path).get("running_statistics", {}), strict=False)

@@ -1,0 +1,330 @@
+"""The one training loop. A stage brings its networks and its step; everything else of a run is here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from tqdm import tqdm
+
+from data import pseudo_labels, toy
+from data.datasets import build_dataset
+from data.loaders import training_batches
+from data.transforms import RandomScaleCropFlip, Views
+from models import build_model, parameter_groups
+from utils import checkpoint
+from utils.config import Config, UserError, flatten, to_dict
+from utils.inference import (
+    autocast,
+    batchnorm_statistics,
+    evaluate,
+    recompute_batchnorm,
+    set_batchnorm_statistics,
+)
+from utils.logging import RunLog, show_path
+from utils.metrics import table
+from utils.visual import Gallery, spread
+
+Backward = Callable[..., None]
+
+# Keys that may differ between the two parts of a resumed run: they change where and how fast, not what is learnt.
+HARMLESS = (
+    "runs",
+    "device",
+    "data.workers",
+    "train.log_every",
+    "train.save_every",
+    "train.val_every",
+    "train.panels",
+    "train.restart",
+    "test.batch",
+    "test.panels",
+    "test.flip",
+)
+
+
+def choose_device(cfg: Config) -> torch.device:
+    """The device that `device=` names; raises UserError if this machine has none such."""
+    name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"device={cfg.device} cannot be used: {reason}") from None
+
+
+def prepare_data(cfg: Config) -> None:
+    """Draw the toy cities where the benchmark asks for them."""
+    if cfg.data.toy_root:
+        toy.generate(cfg.data.toy_root)
+
+
+def build_network(cfg: Config, device: torch.device) -> nn.Module:
+    """The segmentation network of a configuration, with random weights; raises UserError if it cannot be built."""
+    m = cfg.model
+    torch.manual_seed(cfg.seed)
+    try:
+        model = build_model(m.arch, len(cfg.classes), m.backbone, m.output_stride, m.dropout, m.normalization)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return model.to(device)
+
+
+class Stage:
+    """What a stage script fills in.
+
+    Attributes:
+        model: the network that is adapted, evaluated and saved.
+        networks: every network that is trained, by name; `model` is one of them.
+        optimizers: by name; their learning rates follow the poly schedule.
+        views: inputs from uint8 images.
+        uses_pseudo_labels: whether target batches carry the labels of the run that `pseudo_labels=` names.
+    """
+
+    uses_pseudo_labels = False
+
+    def __init__(self, cfg: Config, device: torch.device):
+        self.cfg, self.device = cfg, device
+        self.model = build_network(cfg, device)
+        t = cfg.train
+        groups = parameter_groups(self.model, t.lr, t.head_lr_factor)
+        self.networks: dict[str, nn.Module] = {"model": self.model}
+        self.optimizers: dict[str, Optimizer] = {"model": SGD(groups, momentum=t.momentum, weight_decay=t.weight_decay)}
+        self.views = Views(cfg.data, self.model.mean, self.model.std)
+
+    def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
+        """One step's losses.
+
+        Args:
+            source: image uint8 (N, 3, H, W), label uint8 (N, H, W), on the device.
+            target: image, and label where the stage uses pseudo labels.
+            backward: `backward(total, **terms)` adds the gradient of `total` and logs the terms. Call it as soon as
+                a loss is known: its graph is freed at once.
+        """
+        raise NotImplementedError
+
+
+def check_inputs(*checks: Callable[[], object]) -> list:
+    """Run every check, then raise one UserError with the messages of all that failed: the user sees all at once."""
+    results, problems = [], []
+    for check in checks:
+        try:
+            results.append(check())
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\nerror: ".join(problems))
+    return results
+
+
+def fit(cfg: Config, stage_type: type[Stage]) -> dict:
+    """Train a stage from its start, or from where its run folder says that it stopped.
+
+    Returns:
+        Contents of the run's metrics.json: {"last": scores, "best": scores}.
+
+    Raises:
+        UserError: data or weights are missing, the run folder holds another experiment, a loss is not finite.
+    """
+    return _Run(cfg, stage_type).train()
+
+
+class _Run:
+    def __init__(self, cfg: Config, stage_type: type[Stage]):
+        self.cfg, self.folder = cfg, cfg.run_dir
+        self.last_file, self.best_file = (self.folder / "checkpoints" / f"{n}.pth" for n in ("last", "best"))
+        self.device = choose_device(cfg)
+        saved = checkpoint.read(self.last_file) if self.last_file.is_file() and not cfg.train.restart else None
+        if saved:
+            _refuse_other_experiment(saved["config"], cfg)
+        prepare_data(cfg)
+        transform, d, labels = RandomScaleCropFlip(cfg.data), cfg.data, cfg.sibling_run(cfg.pseudo_labels)
+        self.source, self.target, self.val, init, _ = check_inputs(
+            lambda: build_dataset(d.source, cfg.classes, True, transform, seed=2 * cfg.seed),
+            lambda: build_dataset(d.target, cfg.classes, False, transform, seed=2 * cfg.seed + 1),
+            lambda: build_dataset(d.val, cfg.classes, True),
+            lambda: None if saved else checkpoint.find_init(cfg),
+            lambda: pseudo_labels.read_manifest(labels) if stage_type.uses_pseudo_labels else None,
+        )
+        if stage_type.uses_pseudo_labels:
+            pseudo_labels.attach(self.target, labels)
+        self.stage = stage_type(cfg, self.device)
+        self.model = self.stage.model
+        loaded = self._initialise(init) if init else "random weights"
+        self.iteration, self.last_scores, self.best = 0, None, {"miou": -1.0, "iteration": 0}
+        torch.manual_seed(cfg.seed)
+        if saved:
+            self._restore(saved)
+            loaded = f"resumed after step {self.iteration}"
+        self.log = RunLog(cfg, self.iteration)
+        self.log.say(
+            f"{show_path(self.folder)} on {self.device}: {len(self.source)} source, {len(self.target)} target "
+            f"and {len(self.val)} validation images; {loaded}"
+        )
+
+    def _initialise(self, path: Path) -> str:
+        """Weights from a file; further networks (the warm-up's discriminator) go on where the file has them."""
+        said = checkpoint.load(self.model, path)
+        before = checkpoint.read(path).get("networks", {})
+        for name, network in self.stage.networks.items():
+            if name in before:
+                network.load_state_dict(before[name])
+                said += f", {name} too"
+        return said
+
+    def train(self) -> dict:
+        cfg, t = self.cfg, self.cfg.train
+        scores = None
+        pin = self.device.type == "cuda"
+        batches = self._batches(pin) if self.iteration < t.iterations else None
+        bar = tqdm(total=t.iterations, initial=self.iteration, desc=cfg.name or cfg.stage, dynamic_ncols=True)
+        sums: dict[str, Tensor] = {}
+        since, started = 0, time.monotonic()
+        while self.iteration < t.iterations:
+            self.iteration += 1
+            factor = (1 - self.iteration / t.horizon) ** t.power  # the first step is step 1, as released
+            lr = self._set_learning_rates(factor)
+            for name, value in self._step(*next(batches)).items():
+                sums[name] = sums.get(name, 0) + value
+            since += 1
+            bar.update()
+            if self.iteration % t.log_every == 0 or self.iteration == t.iterations:
+                losses = {name: (value / since).item() for name, value in sums.items()}
+                _refuse_not_finite(losses, self.iteration)
+                rate = since * (t.batch_source + t.batch_target) / (time.monotonic() - started)
+                self.log.record(self.iteration, "train", {"loss": losses, "lr": lr, "images_per_second": rate})
+                bar.set_postfix(
+                    {n: f"{v:.3f}" for n, v in losses.items()} | {"lr": f"{lr:.1e}", "img/s": f"{rate:.1f}"}
+                )
+                sums, since, started = {}, 0, time.monotonic()
+            validates = self.iteration % t.val_every == 0 or self.iteration == t.iterations
+            if validates or self.iteration % t.save_every == 0:
+                pause = time.monotonic()
+                scores = self._validate_and_save(validates) or scores
+                started += time.monotonic() - pause
+        bar.close()
+        result_file = self.folder / "metrics.json"
+        if scores is None:  # nothing was left to do
+            scores = self.last_scores
+            self.log.say(f"{show_path(self.folder)} is complete; train.restart=true begins anew")
+        result = {"last": scores, "best": self.best, "iterations": t.iterations}
+        checkpoint.write_json(result_file, result)
+        self.log.close()
+        return result
+
+    def _batches(self, pin: bool) -> Iterator[tuple[dict, dict]]:
+        t, workers = self.cfg.train, self.cfg.data.workers
+        streams = (
+            training_batches(self.source, t.batch_source, workers, self.iteration, pin),
+            training_batches(self.target, t.batch_target, workers, self.iteration, pin),
+        )
+        for pair in zip(*streams):
+            yield tuple({k: v.to(self.device, non_blocking=pin) for k, v in batch.items()} for batch in pair)
+
+    def _set_learning_rates(self, factor: float) -> float:
+        """Poly schedule for every group; returns the first group's rate."""
+        for optimizer in self.stage.optimizers.values():
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
+                group["lr"] = group["initial_lr"] * factor
+        return self.stage.optimizers["model"].param_groups[0]["lr"]
+
+    def _step(self, source: dict, target: dict) -> dict[str, Tensor]:
+        for network in self.stage.networks.values():
+            network.train()
+        for optimizer in self.stage.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        terms: dict[str, Tensor] = {}
+
+        def backward(total: Tensor, **named: Tensor) -> None:
+            with torch.autocast(self.device.type, enabled=False):  # gradients take the types of the forward pass
+                total.backward()
+            terms.update({name: value.detach() for name, value in named.items()})
+
+        with autocast(self.device, self.cfg.train.precision):
+            self.stage.step(source, target, backward)
+        for optimizer in self.stage.optimizers.values():
+            optimizer.step()
+        return terms
+
+    def _validate_and_save(self, validates: bool) -> dict | None:
+        cfg, running = self.cfg, batchnorm_statistics(self.model)
+        adapted = cfg.batchnorm.statistics == "target"
+        if adapted:
+            recompute_batchnorm(self.model, self.target, cfg, self.device)
+        scores = None
+        if validates:
+            gallery = Gallery(spread(len(self.val), cfg.train.panels), cfg.classes)
+            scores = evaluate(self.model, self.val, cfg.classes, cfg, self.device, gallery)
+            scores["iteration"] = self.iteration
+            self.last_scores = scores
+            self.log.record(self.iteration, "val", scores)
+            if gallery.shown:
+                sheet = gallery.save(self.folder / "panels" / f"{self.iteration:06d}.png")
+                self.log.picture(self.iteration, "val/panel", sheet)
+            better = scores["miou"] > self.best["miou"]
+            self.best = scores if better else self.best
+            self.log.say(
+                f"step {self.iteration}: mIoU {scores['miou']:.2f} (best {self.best['miou']:.2f} "
+                f"at step {self.best['iteration']})"
+            )
+            if self.iteration == cfg.train.iterations:
+                self.log.say(table({"last": scores, "best": self.best}, cfg.classes))
+            if better:
+                checkpoint.save_checkpoint(self.best_file, self._weights())
+        state = self._weights() | {
+            "running_statistics": running if adapted else {},
+            "networks": {k: v.state_dict() for k, v in self.stage.networks.items() if v is not self.model},
+            "optimizers": {k: v.state_dict() for k, v in self.stage.optimizers.items()},
+            "best": self.best,
+            "last": self.last_scores,
+            "rng": checkpoint.rng_state(),
+        }
+        checkpoint.save_checkpoint(self.last_file, state)
+        set_batchnorm_statistics(self.model, running)
+        return scores
+
+    def _weights(self) -> dict:
+        return {
+            "recipe": checkpoint.recipe(self.cfg, self.model),
+            "model": self.model.state_dict(),
+            "iteration": self.iteration,
+            "config": to_dict(self.cfg),
+        }
+
+    def _restore(self, saved: dict) -> None:
+        try:
+            self.model.load_state_dict(saved["model"])
+            set_batchnorm_statistics(self.model, saved["running_statistics"])
+            for name, state in saved["networks"].items():
+                self.stage.networks[name].load_state_dict(state)
+            for name, state in saved["optimizers"].items():
+                self.stage.optimizers[name].load_state_dict(state)
+            checkpoint.set_rng_state(saved["rng"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"{self.last_file} cannot be resumed ({reason}); train.restart=true begins anew") from None
+        self.iteration, self.best, self.last_scores = saved["iteration"], saved["best"], saved["last"]
+
+
+def _refuse_other_experiment(saved: dict, cfg: Config) -> None:
+    old, new = flatten(saved), flatten(to_dict(cfg))
+    changed = [k for k in new if k not in HARMLESS and old.get(k) != new[k]]
+    if changed:
+        listed = ", ".join(f"{k}: {old.get(k)} -> {new[k]}" for k in changed[:4])
+        raise UserError(
+            f"{show_path(cfg.run_dir)} holds another experiment ({listed}{', …' if len(changed) > 4 else ''}); "
+            "give this one a name=, or begin anew with train.restart=true"
+        )
+
+
+def _refuse_not_finite(losses: dict[str, float], iteration: int) -> None:
+    for name, value in losses.items():
+        if not abs(value) < float("inf"):
+            raise UserError(f"loss {name} is {value} by step {iteration}; the last good state is checkpoints/last.pth")

@@ -1,0 +1,90 @@
+"""What a run leaves behind besides its weights: config.yml, log.txt, metrics.jsonl, TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from utils.checkpoint import atomic_write
+from utils.config import ROOT, Config, to_dict
+
+
+def git_sha() -> str:
+    """Commit of the code, with "-dirty" where files differ from it; "unknown" outside a checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def plain(value: object) -> object:
+    """NaN and infinity become None: JSON has neither."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class RunLog:
+    """Opens a run folder and writes to it.
+
+    Args:
+        cfg: resolved configuration, saved with git SHA and seed.
+        first_step: entries of metrics.jsonl beyond it, left by an interrupted run, are dropped.
+    """
+
+    def __init__(self, cfg: Config, first_step: int = 0):
+        self.folder = cfg.run_dir
+        self.folder.mkdir(parents=True, exist_ok=True)
+        header = {"git": git_sha(), **to_dict(cfg)}
+        text = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
+        atomic_write(self.folder / "config.yml", lambda p: p.write_text(text))
+        self.metrics_file = self.folder / "metrics.jsonl"
+        if self.metrics_file.exists():
+            kept = [x for x in self.metrics_file.read_text().splitlines() if _step_of(x) <= first_step]
+            atomic_write(self.metrics_file, lambda p: p.write_text("".join(f"{x}\n" for x in kept)))
+        self.board = SummaryWriter(self.folder, purge_step=first_step + 1 if first_step else None)
+
+    def say(self, message: str) -> None:
+        """A line on the terminal, above any progress bar, and with the time in log.txt."""
+        tqdm.write(message)
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+
+    def record(self, step: int, group: str, values: dict) -> None:
+        """Numbers of one step, into metrics.jsonl and TensorBoard (nested dicts become a/b)."""
+        with open(self.metrics_file, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "group": group, **plain(values)}) + "\n")
+        for key, value in values.items():
+            items = value.items() if isinstance(value, dict) else [("", value)]
+            for sub, number in items:
+                if isinstance(number, float | int):
+                    self.board.add_scalar("/".join(filter(None, (group, key, sub))), number, step)
+
+    def picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        """uint8 (H, W, 3) into TensorBoard."""
+        self.board.add_image(name, picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        self.board.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf  # a line cut short by a kill
+
+
+def show_path(path: Path) -> str:
+    """Relative to the working folder where that is shorter."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,82 @@
+"""Pictures: label maps in colour, and panels with captions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from data.taxonomy import IGNORE, ClassSet
+
+
+def colorize(label: Tensor | np.ndarray, classes: ClassSet) -> np.ndarray:
+    """Integer (H, W) of train ids -> uint8 (H, W, 3) in the class set's palette, `IGNORE` black."""
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(classes)] = classes.palette
+    table[IGNORE] = 0
+    return table[np.asarray(label.cpu() if isinstance(label, Tensor) else label).astype(np.uint8)]
+
+
+def to_picture(image: Tensor) -> np.ndarray:
+    """uint8 (3, H, W) -> uint8 (H, W, 3) on the CPU."""
+    return image.permute(1, 2, 0).cpu().numpy()
+
+
+def save_panel(path: Path, rows: list[list[np.ndarray]], captions: list[str], width: int = 320) -> np.ndarray:
+    """Draw rows of equally many pictures under captions, each scaled to `width` px, and save the sheet as PNG.
+
+    Args:
+        rows: pictures, uint8 (H, W, 3).
+        captions: one per column.
+
+    Returns:
+        The sheet, uint8 (H, W, 3).
+    """
+    gap, head = 4, 22
+    heights = [round(width * row[0].shape[0] / row[0].shape[1]) for row in rows]
+    sheet = Image.new(
+        "RGB", (len(captions) * (width + gap) - gap, head + sum(heights) + gap * (len(rows) - 1)), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
+    for column, caption in enumerate(captions):
+        draw.text((column * (width + gap) + 4, 3), caption, fill="black", font=font)
+    top = head
+    for row, height in zip(rows, heights):
+        for column, picture in enumerate(row):
+            # Label maps keep their colours: nearest neighbour when they are enlarged or shrunk.
+            resample = Image.Resampling.BILINEAR if column == 0 else Image.Resampling.NEAREST
+            tile = Image.fromarray(picture).resize((width, height), resample)
+            sheet.paste(tile, (column * (width + gap), top))
+        top += height + gap
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return np.asarray(sheet)
+
+
+class Gallery:
+    """Collects some of an evaluation's images; pass it as `see`.
+
+    Args:
+        indices: which images, by dataset index.
+    """
+
+    def __init__(self, indices: list[int], classes: ClassSet):
+        self.indices, self.classes = set(indices), classes
+        self.shown: dict[int, list[np.ndarray]] = {}  # index -> [image, prediction, truth]
+
+    def __call__(self, index: int, image: Tensor, prediction: Tensor, label: Tensor) -> None:
+        if index in self.indices:
+            self.shown[index] = [to_picture(image), colorize(prediction, self.classes), colorize(label, self.classes)]
+
+    def save(self, path: Path) -> np.ndarray:
+        """Panel of image | prediction | truth."""
+        return save_panel(path, [self.shown[i] for i in sorted(self.shown)], ["image", "prediction", "truth"])
+
+
+def spread(length: int, count: int) -> list[int]:
+    """`count` indices spread evenly over 0..length-1, ends left out, so that repeated draws show the same images."""
+    count = min(count, length)
+    return [(2 * i + 1) * length // (2 * count) for i in range(count)]
