@@ -19,7 +19,8 @@ import gen_pseudo_labels
 from loss import distillation_loss, segmentation_loss
 from utils import checkpoint
 from utils.config import Config, run_cli
-from utils.engine import Backward, Stage, build_network, fit
+from utils.engine import Backward, Stage, fit
+from utils.setup import build_network
 
 
 class Distillation(Stage):

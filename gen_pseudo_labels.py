@@ -22,9 +22,9 @@ from data.loaders import whole_images
 from data.taxonomy import IGNORE
 from utils import checkpoint
 from utils.config import Config, UserError, run_cli
-from utils.engine import build_network, check_inputs, choose_device, prepare_data
-from utils.inference import predict, recompute_batchnorm, same_size_batches
+from utils.inference import predict, same_size_batches
 from utils.logging import show_path
+from utils.setup import check_inputs, choose_device, load_network, prepare_data
 
 
 def main(cfg: Config) -> dict:
@@ -56,15 +56,12 @@ def main(cfg: Config) -> dict:
             )
     if folder.exists():
         shutil.rmtree(folder)  # unfinished, or to be replaced
-    model = build_network(cfg, device)
-    print(checkpoint.load(model, weights))
-    if cfg.batchnorm.statistics == "target":
-        recompute_batchnorm(model, target, cfg, device)
-    model.eval()
+    model, message = load_network(cfg, weights, device, target)
+    print(message)
 
     # First pass: predictions and confidences; the thresholds of classes are known at its end.
     histogram = np.zeros((len(cfg.classes), 256), np.int64)
-    progress = tqdm(total=len(target), desc="predict", unit="img", dynamic_ncols=True)
+    progress = tqdm(total=len(target), desc="predict", unit="img", dynamic_ncols=True, disable=None)
     for indices, images, _ in same_size_batches(whole_images(target, cfg.test.batch, cfg.data.workers), device):
         confidence, prediction = predict(model, images, cfg.pseudo.flip, cfg.train.precision).max(1)
         levels, labels = (confidence * 255).round().byte().cpu().numpy(), prediction.byte().cpu().numpy()
@@ -78,7 +75,7 @@ def main(cfg: Config) -> dict:
 
     # Second pass: what is below its class's threshold becomes ignore.
     limits = store.thresholds(histogram, cfg.pseudo.threshold, cfg.pseudo.selection, cfg.pseudo.keep)
-    for sample in tqdm(target.samples, desc="select", unit="img", dynamic_ncols=True):
+    for sample in tqdm(target.samples, desc="select", unit="img", dynamic_ncols=True, disable=None):
         path = store.label_path(folder, sample.name)
         labels = store.read_png(path)
         unsure = store.read_png(store.confidence_path(folder, sample.name)) < limits[labels]

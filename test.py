@@ -13,10 +13,10 @@ from __future__ import annotations
 from data.datasets import build_dataset
 from utils import checkpoint
 from utils.config import Config, run_cli
-from utils.engine import build_network, check_inputs, choose_device, prepare_data
-from utils.inference import evaluate, recompute_batchnorm
+from utils.inference import evaluate
 from utils.logging import RunLog, plain, show_path
 from utils.metrics import table
+from utils.setup import check_inputs, choose_device, load_network, prepare_data
 from utils.visual import Gallery, spread
 
 
@@ -30,19 +30,19 @@ def main(cfg: Config) -> dict:
         lambda: checkpoint.find_checkpoint(cfg, cfg.checkpoint, cfg.model.published),
         lambda: build_dataset(cfg.data.target, cfg.classes, with_labels=False) if recompute else None,
     )
-    model = build_network(cfg, device)
-    message = checkpoint.load(model, weights)
-    if cfg.batchnorm.statistics == "running":
-        checkpoint.use_running_statistics(model, weights)
-    if recompute:
-        recompute_batchnorm(model, target, cfg, device)
+    model, message = load_network(cfg, weights, device, target)
     log = RunLog(cfg)
     log.say(message)
     gallery = Gallery(spread(len(val), cfg.test.panels), cfg.classes)
     scores = evaluate(model, val, cfg.classes, cfg, device, gallery)
     if gallery.shown:
         gallery.save(log.folder / "panels" / "test.png")
-    result = {"checkpoint": str(weights), "checkpoint_hash": checkpoint.file_hash(weights), "statistics": cfg.batchnorm.statistics, "images": len(val)} | plain(scores)
+    result = {
+        "checkpoint": str(weights),
+        "checkpoint_hash": checkpoint.file_hash(weights),
+        "statistics": cfg.batchnorm.statistics,
+        "images": len(val),
+    } | plain(scores)
     checkpoint.write_json(log.folder / "metrics.json", result)
     log.say(table({"IoU": scores}, cfg.classes))
     log.say(f"written to {show_path(log.folder)}")

@@ -25,6 +25,7 @@ class BPL(Stage):
 
     def __init__(self, cfg: Config, device: torch.device):
         super().__init__(cfg, device)
+        self.uses_target = bool(cfg.loss.adversarial or cfg.loss.bidirectional)
         self.discriminator = None
         if cfg.loss.adversarial:
             self.discriminator = PatchDiscriminator(len(cfg.classes)).to(device)
@@ -38,7 +39,7 @@ class BPL(Stage):
         out_s = self.model(self.views.strong(source["image"]))
         ce = segmentation_loss(out_s["logits"], source["label"])
         backward(ce, ce_source=ce)
-        if not (weight.adversarial or weight.bidirectional):
+        if not self.uses_target:
             return
 
         out_t = self.model(self.views.weak(target["image"]))

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_image
@@ -54,7 +56,7 @@ def list_samples(cfg: DatasetConfig, with_labels: bool = True) -> list[Sample]:
     globs, label_of = _LAYOUTS[cfg.format](cfg)
     images = sorted({path for pattern in globs for path in root.glob(pattern)})
     if not images:
-        raise UserError(f"no {cfg.format} image matches {' or '.join(globs)} below {root}")
+        raise UserError(f"no {cfg.format} image matches {' or '.join(globs[:3])} below {root}")
     if with_labels and label_of is None:
         raise UserError(f"labels are needed for {root}, but the dataset's `labels` key is empty")
     samples = []
@@ -69,7 +71,15 @@ def list_samples(cfg: DatasetConfig, with_labels: bool = True) -> list[Sample]:
 
 
 def _gta5(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:
-    return ["images/*.png"], lambda image: Path("labels") / image.name
+    images = ["images/*.png"]
+    if cfg.split != "all":
+        split = Path(cfg.root) / "split.mat"
+        try:
+            ids = loadmat(split)[f"{cfg.split}Ids"].ravel()
+        except (OSError, KeyError, ValueError, MatReadError) as error:
+            raise UserError(f"cannot read split={cfg.split} from {split}: {_first_line(error)}") from None
+        images = [f"images/{i:05d}.png" for i in ids]
+    return images, lambda image: Path("labels") / image.name
 
 
 def _synthia(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:

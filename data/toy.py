@@ -8,6 +8,7 @@ the same painters under another `Style`; the differences between the styles are 
 
 Coordinates are metres with the camera at x = 0, z = 0: x to the right, y up from the ground, z ahead.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -32,8 +33,27 @@ COUNTS = {"GTA5": 240, "SYNTHIA": 240, "Cityscapes/train": 160, "Cityscapes/val"
 CITIES = {"train": ("toystadt", "modelburg"), "val": ("sampleheim",)}
 MISMATCHED = 1  # index of the one GTA5 image whose size is not that of its label, as some real ones
 
-(ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN,
- SKY, PERSON, RIDER, CAR, TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE) = range(19)  # train ids
+(
+    ROAD,
+    SIDEWALK,
+    BUILDING,
+    WALL,
+    FENCE,
+    POLE,
+    LIGHT,
+    SIGN,
+    VEGETATION,
+    TERRAIN,
+    SKY,
+    PERSON,
+    RIDER,
+    CAR,
+    TRUCK,
+    BUS,
+    TRAIN,
+    MOTORCYCLE,
+    BICYCLE,
+) = range(19)  # train ids
 VOID = 255
 RARE = (WALL, TRAIN, BICYCLE, TERRAIN, MOTORCYCLE, BUS, FENCE, TRUCK, RIDER)  # classes shown in turn
 FAR = 90.0  # metres: where streets end; also the distance given to the sky
@@ -118,14 +138,50 @@ class Style:
 
 STYLES = {
     "GTA5": Style(size=(240, 132), look=0, severity=(0.0, 1.0), saturation=1.1),
-    "SYNTHIA": Style(size=(256, 152), look=1, severity=(0.5, 1.0), focal=0.65, horizon=(0.28, 0.38),
-                     camera=3.2, road=(5.0, 7.5), sidewalk=(4.0, 6.0), floors=(2, 4), openness=0.3,
-                     people=6.0, sun=0.03, grain=0.5, cell=2.0, contrast=0.9, cast=(1.0, 0.97, 1.04)),
-    "Cityscapes": Style(size=(256, 128), look=2, severity=(0.1, 1.0), focal=0.85, horizon=(0.36, 0.44),
-                        camera=1.35, road=(3.2, 4.4), sidewalk=(2.5, 3.5), floors=(3, 6), openness=0.2,
-                        cars=6.0, people=5.0, trees=4.0, sun=0.05, grain=1.3, cell=1.6, haze=0.011,
-                        saturation=0.8, contrast=0.8, cast=(0.94, 1.02, 0.95), vignette=0.35, blur=0.7,
-                        noise=0.02, hood=0.5),
+    "SYNTHIA": Style(
+        size=(256, 152),
+        look=1,
+        severity=(0.5, 1.0),
+        focal=0.65,
+        horizon=(0.28, 0.38),
+        camera=3.2,
+        road=(5.0, 7.5),
+        sidewalk=(4.0, 6.0),
+        floors=(2, 4),
+        openness=0.3,
+        people=6.0,
+        sun=0.03,
+        grain=0.5,
+        cell=2.0,
+        contrast=0.9,
+        cast=(1.0, 0.97, 1.04),
+    ),
+    "Cityscapes": Style(
+        size=(256, 128),
+        look=2,
+        severity=(0.1, 1.0),
+        focal=0.85,
+        horizon=(0.36, 0.44),
+        camera=1.35,
+        road=(3.2, 4.4),
+        sidewalk=(2.5, 3.5),
+        floors=(3, 6),
+        openness=0.2,
+        cars=6.0,
+        people=5.0,
+        trees=4.0,
+        sun=0.05,
+        grain=1.3,
+        cell=1.6,
+        haze=0.011,
+        saturation=0.8,
+        contrast=0.8,
+        cast=(0.94, 1.02, 0.95),
+        vignette=0.35,
+        blur=0.7,
+        noise=0.02,
+        hood=0.5,
+    ),
 }
 
 
@@ -239,7 +295,7 @@ def plots(c: Canvas, edge: float, barriers: list[int]) -> None:
         gardens = c.rng.choice((WALL, FENCE, VEGETATION), 9)
         kinds = np.where(c.rng.random(9) < c.style.openness, gardens, BUILDING)
         if side == c.lit_side:
-            kinds[:len(barriers)] = barriers  # at middle distance, where they are seen
+            kinds[: len(barriers)] = barriers  # at middle distance, where they are seen
         for z, kind in sorted(zip(starts.tolist(), kinds.tolist()), reverse=True):
             if kind == BUILDING:
                 house(c, side * edge, z, z + 12)
@@ -483,8 +539,8 @@ def png16(pixels: np.ndarray) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)  # 16 bits per sample, colour type RGB
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes(), 6)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks)
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
 
 
 def write_pair(root: Path, split: str, index: int, seed: int) -> None:
@@ -506,8 +562,10 @@ def write_pair(root: Path, split: str, index: int, seed: int) -> None:
         image_path, label_path = (base / kind / f"{index:07d}.png" for kind in ("RGB", "GT/LABELS"))
     else:
         city = CITIES[part][index % len(CITIES[part])]
-        image_path, label_path = (base / kind / part / city / f"{city}_{index:06d}_000019_{kind}{ending}.png"
-                                  for kind, ending in (("leftImg8bit", ""), ("gtFine", "_labelIds")))
+        image_path, label_path = (
+            base / kind / part / city / f"{city}_{index:06d}_000019_{kind}{ending}.png"
+            for kind, ending in (("leftImg8bit", ""), ("gtFine", "_labelIds"))
+        )
     for path in (image_path, label_path):
         path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(image_path, compress_level=1)  # noisy images hardly shrink further

@@ -52,7 +52,9 @@ def opt(default: Any, why: str) -> Any:
 class DatasetConfig:
     format: Literal["gta5", "synthia", "cityscapes", "folder"] = opt("gta5", "layout and label ids on disk")
     root: str = opt("data/GTA5", "folder of the dataset, relative to where the script is started")
-    split: str = opt("train", "cityscapes: train | val | test; gta5: train uses every image, split.mat is not needed")
+    split: str = opt(
+        "all", "cityscapes: train | val | test; gta5: all, or train | val | test of split.mat; else unused"
+    )
     size: list[int] = opt([], "[width, height] that images and labels are brought to when read; [] keeps each as it is")
     images: list[str] = opt([], "folder: globs below root, e.g. ['images/*.jpg']")
     labels: str = opt("", "folder: label of an image, from {dir} {parent} {stem}, e.g. 'labels/{stem}.png'; '' = none")
@@ -382,7 +384,7 @@ def _check(c: Config) -> None:
         require(folder or not ds.id_map, f"data.{name}.id_map is set, but format={ds.format} has its own; use folder")
         require(folder or not custom, f"data.class_set=custom needs data.{name}.format=folder, not {ds.format}")
         require(len(ds.size) in (0, 2) and all(v > 0 for v in ds.size), f"data.{name}.size={ds.size}: [width, height]")
-        splits = {"cityscapes": ("train", "val", "test")}.get(ds.format)
+        splits = {"cityscapes": ("train", "val", "test"), "gta5": ("all", "train", "val", "test")}.get(ds.format)
         require(not splits or ds.split in splits, f"data.{name}.split={ds.split!r} is not one of {splits}")
         outside = Path(ds.labels.replace("{dir}", "d")).is_absolute() if ds.labels else False
         require(not outside, f"data.{name}.labels={ds.labels!r} must be relative to root")

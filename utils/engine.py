@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from tqdm import tqdm
 
-from data import pseudo_labels, toy
+from data import pseudo_labels
 from data.datasets import build_dataset
 from data.loaders import training_batches
 from data.transforms import RandomScaleCropFlip, Views
-from models import build_model, parameter_groups
+from models import parameter_groups
 from utils import checkpoint
 from utils.config import Config, UserError, flatten, to_dict
 from utils.inference import (
@@ -27,53 +28,15 @@ from utils.inference import (
 )
 from utils.logging import RunLog, show_path
 from utils.metrics import table
+from utils.setup import build_network, check_inputs, choose_device, prepare_data
 from utils.visual import Gallery, spread
 
 Backward = Callable[..., None]
 
 # Keys that may differ between the two parts of a resumed run: they change where and how fast, not what is learnt.
-HARMLESS = (
-    "runs",
-    "device",
-    "data.workers",
-    "train.log_every",
-    "train.save_every",
-    "train.val_every",
-    "train.panels",
-    "train.restart",
-    "test.batch",
-    "test.panels",
-    "test.flip",
-)
-
-
-def choose_device(cfg: Config) -> torch.device:
-    """The device that `device=` names; raises UserError if this machine has none such."""
-    name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"device={cfg.device} cannot be used: {reason}") from None
-
-
-def prepare_data(cfg: Config) -> None:
-    """Draw the toy cities where the benchmark asks for them."""
-    if cfg.data.toy_root:
-        toy.generate(cfg.data.toy_root)
-
-
-def build_network(cfg: Config, device: torch.device) -> nn.Module:
-    """The segmentation network of a configuration, with random weights; raises UserError if it cannot be built."""
-    m = cfg.model
-    torch.manual_seed(cfg.seed)
-    try:
-        model = build_model(m.arch, len(cfg.classes), m.backbone, m.output_stride, m.dropout, m.normalization)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return model.to(device)
+HARMLESS = {"runs", "device", "data.workers", "test.batch", "test.panels", "test.flip"} | {
+    f"train.{key}" for key in ("iterations", "log_every", "save_every", "val_every", "panels", "restart")
+}
 
 
 class Stage:
@@ -85,9 +48,11 @@ class Stage:
         optimizers: by name; their learning rates follow the poly schedule.
         views: inputs from uint8 images.
         uses_pseudo_labels: whether target batches carry the labels of the run that `pseudo_labels=` names.
+        uses_target: whether target images are trained on at all; without, target batches are empty.
     """
 
     uses_pseudo_labels = False
+    uses_target = True
 
     def __init__(self, cfg: Config, device: torch.device):
         self.cfg, self.device = cfg, device
@@ -108,19 +73,6 @@ class Stage:
                 a loss is known: its graph is freed at once.
         """
         raise NotImplementedError
-
-
-def check_inputs(*checks: Callable[[], object]) -> list:
-    """Run every check, then raise one UserError with the messages of all that failed: the user sees all at once."""
-    results, problems = [], []
-    for check in checks:
-        try:
-            results.append(check())
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("\nerror: ".join(problems))
-    return results
 
 
 def fit(cfg: Config, stage_type: type[Stage]) -> dict:
@@ -183,9 +135,12 @@ class _Run:
         scores = None
         pin = self.device.type == "cuda"
         batches = self._batches(pin) if self.iteration < t.iterations else None
-        bar = tqdm(total=t.iterations, initial=self.iteration, desc=cfg.name or cfg.stage, dynamic_ncols=True)
+        bar = tqdm(
+            total=t.iterations, initial=self.iteration, desc=cfg.name or cfg.stage, dynamic_ncols=True, disable=None
+        )
         sums: dict[str, Tensor] = {}
         since, started = 0, time.monotonic()
+        images_per_step = t.batch_source + (t.batch_target if self.stage.uses_target else 0)
         while self.iteration < t.iterations:
             self.iteration += 1
             factor = (1 - self.iteration / t.horizon) ** t.power  # the first step is step 1, as released
@@ -197,11 +152,12 @@ class _Run:
             if self.iteration % t.log_every == 0 or self.iteration == t.iterations:
                 losses = {name: (value / since).item() for name, value in sums.items()}
                 _refuse_not_finite(losses, self.iteration)
-                rate = since * (t.batch_source + t.batch_target) / (time.monotonic() - started)
+                rate = since * images_per_step / (time.monotonic() - started)
                 self.log.record(self.iteration, "train", {"loss": losses, "lr": lr, "images_per_second": rate})
-                bar.set_postfix(
-                    {n: f"{v:.3f}" for n, v in losses.items()} | {"lr": f"{lr:.1e}", "img/s": f"{rate:.1f}"}
-                )
+                shown = {n: f"{v:.3f}" for n, v in losses.items()} | {"lr": f"{lr:.1e}", "img/s": f"{rate:.1f}"}
+                bar.set_postfix(shown)
+                line = f"step {self.iteration}/{t.iterations}  " + "  ".join(f"{k} {v}" for k, v in shown.items())
+                self.log.say(line, terminal=bar.disable)
                 sums, since, started = {}, 0, time.monotonic()
             validates = self.iteration % t.val_every == 0 or self.iteration == t.iterations
             if validates or self.iteration % t.save_every == 0:
@@ -213,18 +169,18 @@ class _Run:
         if scores is None:  # nothing was left to do
             scores = self.last_scores
             self.log.say(f"{show_path(self.folder)} is complete; train.restart=true begins anew")
-        result = {"last": scores, "best": self.best, "iterations": t.iterations}
+        result = {"last": scores, "best": self.best}
         checkpoint.write_json(result_file, result)
         self.log.close()
         return result
 
     def _batches(self, pin: bool) -> Iterator[tuple[dict, dict]]:
         t, workers = self.cfg.train, self.cfg.data.workers
-        streams = (
-            training_batches(self.source, t.batch_source, workers, self.iteration, pin),
-            training_batches(self.target, t.batch_target, workers, self.iteration, pin),
-        )
-        for pair in zip(*streams):
+        source = training_batches(self.source, t.batch_source, workers, self.iteration, pin)
+        target = itertools.repeat({})
+        if self.stage.uses_target:
+            target = training_batches(self.target, t.batch_target, workers, self.iteration, pin)
+        for pair in zip(source, target):
             yield tuple({k: v.to(self.device, non_blocking=pin) for k, v in batch.items()} for batch in pair)
 
     def _set_learning_rates(self, factor: float) -> float:

@@ -76,7 +76,7 @@ def evaluate(
     model.eval()
     confusion = ConfusionMatrix(len(classes))
     loader = whole_images(dataset, cfg.test.batch, cfg.data.workers)
-    progress = tqdm(total=len(dataset), desc="validate", unit="img", leave=False, dynamic_ncols=True)
+    progress = tqdm(total=len(dataset), desc="validate", unit="img", leave=False, dynamic_ncols=True, disable=None)
     for indices, images, labels in same_size_batches(loader, device):
         prediction = predict(model, images, cfg.test.flip, cfg.train.precision).argmax(1)
         confusion.update(prediction, labels)

@@ -53,9 +53,10 @@ class RunLog:
             atomic_write(self.metrics_file, lambda p: p.write_text("".join(f"{x}\n" for x in kept)))
         self.board = SummaryWriter(self.folder, purge_step=first_step + 1 if first_step else None)
 
-    def say(self, message: str) -> None:
-        """A line on the terminal, above any progress bar, and with the time in log.txt."""
-        tqdm.write(message)
+    def say(self, message: str, terminal: bool = True) -> None:
+        """A line with the time in log.txt, and on the terminal, above any progress bar."""
+        if terminal:
+            tqdm.write(message)
         with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 

@@ -26,10 +26,10 @@ from data.datasets import build_dataset
 from data.taxonomy import ClassSet
 from utils import checkpoint
 from utils.config import ROOT, Config, guarded, load_config
-from utils.engine import build_network, choose_device
 from utils.inference import evaluate
 from utils.logging import show_path
 from utils.metrics import mean_over
+from utils.setup import choose_device, load_network
 from utils.visual import Gallery, save_panel, spread
 
 # (stage, its script, its config, what sets it apart), in order.
@@ -105,8 +105,14 @@ def _row(scores: dict, classes: ClassSet) -> dict:
 def format_summary(rows: dict[str, dict]) -> str:
     """The table of mIoU by stage."""
     subsets = [k for k in next(iter(rows.values())) if k.startswith("miou1")]
-    columns = {"mIoU": "miou", **{k: k for k in subsets}, f"rarest {RAREST}": "miou_rarest",
-               "running BN": "miou_running", "target BN": "miou_target_bn", "best": "best_miou"}
+    columns = {
+        "mIoU": "miou",
+        **{k: k for k in subsets},
+        f"rarest {RAREST}": "miou_rarest",
+        "running BN": "miou_running",
+        "target BN": "miou_target_bn",
+        "best": "best_miou",
+    }
     lines = [f"{'mIoU in percent':24}" + "".join(f"{title:>12}" for title in columns)]
     for stage, row in rows.items():
         cells = (f"{row[key]:12.1f}" if row.get(key) is not None else f"{'-':>12}" for key in columns.values())
@@ -117,13 +123,13 @@ def format_summary(rows: dict[str, dict]) -> str:
 
 def _panel(cfg: Config, runs: dict[str, str], path: Path) -> None:
     """image | each stage | truth, for images spread over the validation set."""
-    device = choose_device(cfg)
+    cfg, device = copy.deepcopy(cfg), choose_device(cfg)
+    cfg.batchnorm.statistics = "saved"
     val = build_dataset(cfg.data.val, cfg.classes)
     val.samples = [val.samples[i] for i in spread(len(val), 5)]
     columns: list[list[np.ndarray]] = []
     for run_name in runs.values():
-        model = build_network(cfg, device)
-        checkpoint.load(model, checkpoint.find_checkpoint(cfg, run_name))
+        model, _ = load_network(cfg, checkpoint.find_checkpoint(cfg, run_name), device)
         gallery = Gallery(range(len(val)), cfg.classes)
         evaluate(model, val, cfg.classes, cfg, device, gallery)
         shown = [gallery.shown[i] for i in range(len(val))]
