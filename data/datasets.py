@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 from torch import Tensor
@@ -21,7 +22,8 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from data.taxonomy import ID_TO_NAME, ClassSet, resolve_id_map
-from utils.config import DatasetConfig, UserError
+from utils.config import UserError
+from utils.schema import DatasetConfig
 
 HOW_TO_GET = {
     "gta5": "https://download.visinf.tu-darmstadt.de/data/from_games/",
@@ -29,6 +31,10 @@ HOW_TO_GET = {
     "cityscapes": "https://www.cityscapes-dataset.com/downloads/ (leftImg8bit_trainvaltest, gtFine_trainvaltest)",
     "folder": "point root, images and labels at your files",
 }
+
+
+# What Pillow and torchvision raise on files that are cut short, of no image format, or claim absurd sizes.
+_UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,10 @@ def list_samples(cfg: DatasetConfig, with_labels: bool = True) -> list[Sample]:
     if not root.is_dir():
         raise UserError(f"no {cfg.format} dataset: {root} does not exist (get it: {HOW_TO_GET[cfg.format]})")
     globs, label_of = _LAYOUTS[cfg.format](cfg)
-    images = sorted({path for pattern in globs for path in root.glob(pattern)})
+    try:
+        images = sorted({path for pattern in globs for path in root.glob(pattern)})
+    except (NotImplementedError, ValueError) as error:  # an absolute or empty pattern
+        raise UserError(f"images: {globs} must be globs relative to {root} ({_first_line(error)})") from None
     if not images:
         raise UserError(f"no {cfg.format} image matches {' or '.join(globs[:3])} below {root}")
     if with_labels and label_of is None:
@@ -95,12 +104,16 @@ def _cityscapes(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:
 
 
 def _folder(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path] | None]:
+    try:
+        fields = {name for _, name, *_ in Formatter().parse(cfg.labels) if name is not None}
+    except ValueError:
+        fields = {"?"}
+    if not fields <= {"dir", "parent", "stem"}:
+        raise UserError(f"labels: {cfg.labels!r} may hold {{dir}}, {{parent}} and {{stem}} alone")
+
     def label_of(image: Path) -> Path:
         stem = image.stem.removesuffix(cfg.strip)
-        try:
-            return Path(cfg.labels.format(dir=image.parent.as_posix(), parent=image.parent.name, stem=stem))
-        except (KeyError, IndexError, ValueError):
-            raise UserError(f"labels: {cfg.labels!r} may hold {{dir}}, {{parent}} and {{stem}} alone") from None
+        return Path(cfg.labels.format(dir=image.parent.as_posix(), parent=image.parent.name, stem=stem))
 
     return cfg.images, label_of if cfg.labels else None
 
@@ -109,11 +122,13 @@ _LAYOUTS = {"gta5": _gta5, "synthia": _synthia, "cityscapes": _cityscapes, "fold
 
 
 def read_image(path: Path) -> Tensor:
-    """uint8 RGB image (3, H, W); raises UserError naming the file if it cannot be decoded."""
+    """uint8 RGB image (3, H, W), turned as its EXIF entry says; raises UserError naming a file that cannot be decoded."""
     try:
-        return decode_image(str(path), mode=ImageReadMode.RGB, apply_exif_orientation=True)
-    except (RuntimeError, OSError) as error:
+        with Image.open(path) as picture:
+            pixels = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    except _UNREADABLE as error:
         raise UserError(f"cannot read image {path}: {_first_line(error)}") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def read_label_ids(path: Path) -> np.ndarray:
@@ -127,7 +142,7 @@ def read_label_ids(path: Path) -> np.ndarray:
                 return np.asarray(picture).astype(np.uint16)
         # Pillow cuts 16-bit colour down to 8 bits, which turns every SYNTHIA class into 0.
         ids = decode_image(str(path), mode=ImageReadMode.UNCHANGED)
-    except (RuntimeError, OSError, UnidentifiedImageError, SyntaxError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"cannot read label {path}: {_first_line(error)}") from None
     if ids.dtype != torch.uint16:
         raise UserError(

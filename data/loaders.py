@@ -35,24 +35,25 @@ def training_batches(
 ) -> Iterator[dict]:
     """Endless batches from step `start_step` on: image uint8 (N, 3, H, W), label uint8 (N, H, W) if there are any."""
     sampler = EndlessSampler(len(dataset), dataset.seed, start_step * batch_size)
-    loader = DataLoader(
-        dataset,
-        batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        pin_memory=pin,
-        persistent_workers=workers > 0,
-        worker_init_fn=_one_thread,
-    )
-    return iter(loader)
+    return iter(_loader(dataset, batch_size, workers, sampler, pin_memory=pin))
 
 
 def whole_images(
     dataset: SegmentationDataset, batch_size: int, workers: int, indices: list[int] | None = None
 ) -> DataLoader:
     """Every image once, in order, as lists of samples: sizes may differ within a batch."""
+    return _loader(dataset, batch_size, workers, indices, collate_fn=list)
+
+
+def _loader(dataset: SegmentationDataset, batch_size: int, workers: int, sampler, **options) -> DataLoader:
     return DataLoader(
-        dataset, batch_size, sampler=indices, num_workers=workers, collate_fn=list, worker_init_fn=_one_thread
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        worker_init_fn=_one_thread,
+        generator=torch.Generator(),  # a loader's start leaves the global random stream, and so a resumed run, alone
+        **options,
     )
 
 

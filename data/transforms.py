@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from data.taxonomy import IGNORE
-from utils.config import DataConfig
+from utils.schema import DataConfig
 
 
 class RandomScaleCropFlip:
@@ -32,10 +32,10 @@ class RandomScaleCropFlip:
         height, width = image.shape[1:]
         factor = rng.uniform(*self.scale) * (self.base_width or width) / width
         crop_w, crop_h = self.crop
-        # Size of the crop in the image's own pixels, and where it lies; less than a crop's worth is padded below.
-        box_w, box_h = min(width, round(crop_w / factor)), min(height, round(crop_h / factor))
+        # The crop, or as much of it as the scaled image fills; then the same part in the image's own pixels.
+        out_w, out_h = (max(1, min(c, round(s * factor))) for c, s in ((crop_w, width), (crop_h, height)))
+        box_w, box_h = (max(1, min(s, round(o / factor))) for s, o in ((width, out_w), (height, out_h)))
         left, top = rng.integers(0, width - box_w + 1), rng.integers(0, height - box_h + 1)
-        out_w, out_h = min(crop_w, max(1, round(box_w * factor))), min(crop_h, max(1, round(box_h * factor)))
         flip = rng.random() < self.hflip
 
         image = image[:, top : top + box_h, left : left + box_w]
@@ -99,10 +99,10 @@ def _randaugment(number: int, magnitude: int) -> v2.Transform:
         v2.RandomAutocontrast(1),
         v2.RandomEqualize(1),
         v2.RandomPosterize(8 - round(4 * share), 1),
-        v2.RandomSolarize(256 - 128 * share, 1),
+        v2.RandomSolarize(255 - 127 * share, 1),
         v2.RandomAdjustSharpness(1 + 0.9 * share, 1),
         v2.ColorJitter(brightness=factors),
         v2.ColorJitter(contrast=factors),
         v2.ColorJitter(saturation=factors),
     ]
-    return v2.Compose([v2.RandomChoice(operations) for _ in range(number)])
+    return v2.Compose([v2.RandomChoice(operations) for _ in range(number)] or [v2.Identity()])

@@ -2,7 +2,7 @@
 
     defaults  <  configs/<stage>.yml  <  benchmark YAML  <  its `stages: {<name>: …}` part  <  key=value
 
-Every key is a field below, with its type, default and reason. An unknown key, a wrong type or an impossible
+Every key is a field of `utils.schema`. An unknown key, a wrong type or an impossible
 combination raises `ConfigError` before data or GPU are touched; `run_cli` turns it into one line and exit 2.
 """
 
@@ -11,22 +11,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import sys
 import traceback
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 
-from data.taxonomy import CLASS_SETS, ClassSet, custom_class_set, resolve_id_map
+from data.taxonomy import resolve_id_map
+from utils.schema import RESNETS, RUNS, TRAINING_STAGES, Config
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("warmup", "bpl", "pseudo_labels", "pst", "distill", "test")
-RUNS = (*STAGES, "source_only")  # what a benchmark's `stages` may name
-TRAINING_STAGES = ("warmup", "bpl", "pst", "distill")
 
 
 class UserError(ValueError):
@@ -34,173 +33,15 @@ class UserError(ValueError):
 
     status = 1
 
+    def __init__(self, message: str):
+        # A DataLoader hands on its worker's error with the worker's whole traceback as the message.
+        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+
 
 class ConfigError(UserError):
     """A configuration that cannot be meant: one line, exit status 2."""
 
     status = 2
-
-
-def opt(default: Any, why: str) -> Any:
-    """A config field: its default (copied if mutable) and the one-line reason that `--help` shows."""
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": why})
-    return field(default=default, metadata={"help": why})
-
-
-@dataclass
-class DatasetConfig:
-    format: Literal["gta5", "synthia", "cityscapes", "folder"] = opt("gta5", "layout and label ids on disk")
-    root: str = opt("data/GTA5", "folder of the dataset, relative to where the script is started")
-    split: str = opt(
-        "all", "cityscapes: train | val | test; gta5: all, or train | val | test of split.mat; else unused"
-    )
-    size: list[int] = opt([], "[width, height] that images and labels are brought to when read; [] keeps each as it is")
-    images: list[str] = opt([], "folder: globs below root, e.g. ['images/*.jpg']")
-    labels: str = opt("", "folder: label of an image, from {dir} {parent} {stem}, e.g. 'labels/{stem}.png'; '' = none")
-    strip: str = opt("", "folder: ending cut from an image's stem before {stem} is filled in")
-    id_map: dict = opt({}, "folder: {label id: class name or 'ignore'}; ids not named are ignored; {} = train ids")
-
-
-@dataclass
-class DataConfig:
-    class_set: Literal["cityscapes19", "cityscapes16", "custom"] = opt("cityscapes19", "which classes are learnt")
-    class_names: list[str] = opt([], "custom: class names in train-id order")
-    palette: list[list[int]] = opt([], "custom: one [r, g, b] per class; [] spreads colours over the hue circle")
-    source: DatasetConfig = opt(None, "labelled domain")
-    target: DatasetConfig = opt(None, "domain adapted to; its labels are never read in training")
-    val: DatasetConfig = opt(None, "labelled split of the target domain, for measuring only")
-    base_width: int = opt(2200, "width in px that scale 1 stands for (as released); 0 = the image's own width")
-    scale: list[float] = opt([0.5, 1.5], "uniform range of the random resize, aspect kept (as released)")
-    crop: list[int] = opt([896, 512], "[width, height] of training crops (as released)")
-    hflip: float = opt(0.5, "probability of mirroring (as released)")
-    jitter: bool = opt(True, "colour jitter in the strong view; off: strong = weak")
-    jitter_hue: float = opt(0.2, "strong view: hue shift in +-this (as released)")
-    jitter_factor: list[float] = opt([0.5, 1.5], "strong view: brightness, contrast, saturation (as released)")
-    randaugment: list[int] = opt([2, 10], "distillation's strong view: number and magnitude of operations (ProDA)")
-    cutout: float = opt(0.25, "distillation's strong view: side of the hole as a share of the crop's; 0 = none")
-    workers: int = opt(4, "loader processes per domain; 0 loads in the training process")
-    toy_root: str = opt("", "draw the toy cities into this folder on first use; '' = real data")
-
-
-@dataclass
-class ModelConfig:
-    arch: Literal["deeplabv2"] = opt("deeplabv2", "segmentation architecture")
-    backbone: str = opt("resnet101", "resnet18 | resnet34 | resnet50 | resnet101 | resnet152 | timm/NAME")
-    output_stride: Literal[8, 16] = opt(8, "input pixels per feature pixel")
-    normalization: Literal["auto", "imagenet", "half", "none"] = opt(
-        "auto", "input statistics; auto = what the backbone's weights expect (ImageNet for torchvision's)"
-    )
-    dropout: float = opt(0.1, "channel dropout before the classifier (as released)")
-    init: str = opt("imagenet", "start from: scratch | imagenet | a run's name (e.g. bpl) | a file")
-    published: str = opt("", "file tried when the run named by init is not there")
-
-
-@dataclass
-class LossConfig:
-    adversarial: float = opt(0.01, "weight of output-space alignment (as released); 0 trains without adversary")
-    bidirectional: float = opt(0.1, "weight of each of the two prototype terms (as released); 0 = warm-up")
-    pseudo_ce: float = opt(1.0, "weight of cross-entropy on pseudo labels (as released)")
-    contrast: float = opt(1.0, "weight of prototypical contrast, each domain (as released)")
-    temperature: float = opt(0.07, "tau of prototypical contrast (as released)")
-    distill: float = opt(1.0, "weight of KL(teacher || student) (ProDA)")
-
-
-@dataclass
-class TrainConfig:
-    iterations: int = opt(60_000, "steps to run (as released)")
-    horizon: int = opt(90_000, "steps over which the poly schedule would reach zero (as released)")
-    lr: float = opt(1e-4, "learning rate of the backbone; the head has ten times as much (as released)")
-    head_lr_factor: float = opt(10.0, "head's learning rate over the backbone's (as released)")
-    power: float = opt(0.9, "exponent of the poly schedule (as released)")
-    momentum: float = opt(0.9, "SGD momentum (as released)")
-    weight_decay: float = opt(2e-4, "SGD weight decay (as released)")
-    lr_discriminator: float = opt(
-        1e-4, "Adam on the discriminator, betas (0.9, 0.99), same poly schedule (as released)"
-    )
-    batch_source: int = opt(4, "source crops a step (as released)")
-    batch_target: int = opt(4, "target crops a step (as released)")
-    precision: Literal["float32", "bfloat16"] = opt("float32", "autocast type of the forward passes")
-    val_every: int = opt(1000, "steps between validations (as released)")
-    save_every: int = opt(1000, "steps between writes of checkpoints/last.pth")
-    log_every: int = opt(20, "steps between log lines")
-    panels: int = opt(4, "validation images drawn into panels/ at each validation")
-    restart: bool = opt(False, "begin anew although the run folder holds a run; else it is resumed")
-
-
-@dataclass
-class BatchNormConfig:
-    statistics: Literal["running", "target", "saved"] = opt(
-        "running",
-        "running = as released; target = recomputed on unlabelled target training images before "
-        "validation, pseudo labels and saving; saved = whatever the checkpoint holds (not in training)",
-    )
-    images: int = opt(256, "target images that statistics are recomputed on; 0 = all")
-
-
-@dataclass
-class PseudoConfig:
-    threshold: float = opt(0.95, "pixels less confident than this become ignore (ProDA, CAG)")
-    selection: Literal["constant", "class_balanced"] = opt(
-        "constant", "class_balanced: per class min(threshold, the confidence that keeps `keep` of its pixels)"
-    )
-    keep: float = opt(0.66, "class_balanced: share of each class's pixels that is kept at least")
-    flip: bool = opt(True, "average with the prediction of the mirrored image (ProDA)")
-
-
-@dataclass
-class DistillConfig:
-    rounds: list[int] = opt([1, 2], "rounds to run; round 2 learns from round 1's result (ProDA)")
-    init_round1: str = opt("imagenet", "student of round 1: imagenet | scratch | teacher | a run's name | a file")
-
-
-@dataclass
-class TestConfig:
-    flip: bool = opt(False, "average with the prediction of the mirrored image")
-    batch: int = opt(1, "images predicted at once, in validation and pseudo labels too")
-    panels: int = opt(8, "images drawn into panels/")
-
-
-@dataclass
-class Config:
-    benchmark: str = opt("gta5_to_cityscapes", "who adapts to whom: a name in configs/benchmarks/ or a YAML file")
-    stage: Literal["warmup", "bpl", "pseudo_labels", "pst", "distill", "test"] = opt("bpl", "set by the stage file")
-    name: str = opt("", "run folder below runs/<benchmark>/; '' = the stage's name")
-    runs: str = opt("runs", "folder of all runs")
-    checkpoint: str = opt("", "test and pseudo labels: the network, a run's name or a file; distill: the teacher")
-    which: Literal["last", "best"] = opt("last", "checkpoint of a named run; best was chosen by looking at val labels")
-    pseudo_labels: str = opt("pseudo_labels", "run that holds the pseudo labels")
-    seed: int = opt(0, "of weights, data order and augmentation")
-    device: str = opt("auto", "auto = cuda where there is one | cpu | cuda:N")
-    data: DataConfig = opt(None, "")
-    model: ModelConfig = opt(None, "")
-    loss: LossConfig = opt(None, "")
-    train: TrainConfig = opt(None, "")
-    batchnorm: BatchNormConfig = opt(None, "")
-    pseudo: PseudoConfig = opt(None, "")
-    distill: DistillConfig = opt(None, "")
-    test: TestConfig = opt(None, "")
-
-    @property
-    def classes(self) -> ClassSet:
-        """The class set of this configuration."""
-        if self.data.class_set == "custom":
-            return custom_class_set(self.data.class_names, self.data.palette)
-        return CLASS_SETS[self.data.class_set]
-
-    @property
-    def benchmark_name(self) -> str:
-        """`benchmark` without folder and ending: the folder below `runs`."""
-        return Path(self.benchmark).stem
-
-    @property
-    def run_dir(self) -> Path:
-        """Where this run writes: `runs/<benchmark>/<name>`."""
-        return self.sibling_run(self.name or self.stage)
-
-    def sibling_run(self, name: str) -> Path:
-        """Folder of another run of the same benchmark."""
-        return Path(self.runs) / self.benchmark_name / name
 
 
 # ------------------------------------------------------------------------------------------ building and checking
@@ -282,7 +123,7 @@ def _read_yaml(path: Path) -> dict:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
@@ -314,7 +155,7 @@ def _override(assignment: str) -> tuple[str, dict]:
         raise _unknown(key, "the command line")
     try:
         value = text if keys[key][0] is str else yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise ConfigError(f"{key}={text!r}: the value is not valid YAML") from None
     for part in reversed(key.split(".")):
         value = {part: value}
@@ -369,12 +210,21 @@ def _check(c: Config) -> None:
             raise ConfigError(message)
 
     t, d = c.train, c.data
+    values = flatten(to_dict(c))
+    for key, (_, f) in _all_keys().items():
+        numbers = np.array(values[key]).ravel() if isinstance(values[key], int | float | list) else np.array([])
+        if numbers.dtype.kind in "iuf":
+            least, most = f.metadata["least"], f.metadata["most"]
+            inside = np.isfinite(numbers) & (numbers >= least) & (numbers <= most)
+            span = f"in {least:g}..{most:g}" if most < math.inf else f"at least {least:g}" if least else "0 or more"
+            require(inside.all(), f"{key}={values[key]} must be {span.replace('at least 1e-12', 'above 0')}")
+    section = ""
     try:
         classes = c.classes
-        for name in ("source", "target", "val"):
-            resolve_id_map(getattr(d, name).id_map, classes)
+        for section in ("data.source.", "data.target.", "data.val."):
+            resolve_id_map(values[f"{section}id_map"], classes)
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(f"{section}{error}") from None
     custom = d.class_set == "custom"
     require(custom or not d.class_names, f"data.class_names is set, but data.class_set={d.class_set}; use custom")
     for name in ("source", "target", "val"):
@@ -388,39 +238,15 @@ def _check(c: Config) -> None:
         require(not splits or ds.split in splits, f"data.{name}.split={ds.split!r} is not one of {splits}")
         outside = Path(ds.labels.replace("{dir}", "d")).is_absolute() if ds.labels else False
         require(not outside, f"data.{name}.labels={ds.labels!r} must be relative to root")
-    require(len(d.crop) == 2 and min(d.crop) >= 32, f"data.crop={d.crop} must be [width, height], at least 32 each")
-    require(
-        len(d.scale) == 2 and 0 < d.scale[0] <= d.scale[1], f"data.scale={d.scale} must be [low, high], 0 < low <= high"
-    )
-    require(
-        len(d.jitter_factor) == 2 and 0 <= d.jitter_factor[0] <= d.jitter_factor[1],
-        f"data.jitter_factor={d.jitter_factor} must be [low, high]",
-    )
-    require(len(d.randaugment) == 2, f"data.randaugment={d.randaugment} must be [number, magnitude]")
-    for key, value, low, high in (
-        ("data.hflip", d.hflip, 0, 1),
-        ("data.jitter_hue", d.jitter_hue, 0, 0.5),
-        ("data.cutout", d.cutout, 0, 1),
-        ("pseudo.threshold", c.pseudo.threshold, 0, 1),
-        ("pseudo.keep", c.pseudo.keep, 0, 1),
-        ("model.dropout", c.model.dropout, 0, 0.99),
-    ):
-        require(low <= value <= high, f"{key}={value} must lie in {low}..{high}")
     for key, value in (
-        ("train.iterations", t.iterations),
-        ("train.horizon", t.horizon),
-        ("train.lr", t.lr),
-        ("train.batch_source", t.batch_source),
-        ("train.batch_target", t.batch_target),
-        ("train.val_every", t.val_every),
-        ("train.save_every", t.save_every),
-        ("train.log_every", t.log_every),
-        ("test.batch", c.test.batch),
-        ("loss.temperature", c.loss.temperature),
+        ("crop", d.crop),
+        ("scale", d.scale),
+        ("jitter_factor", d.jitter_factor),
+        ("randaugment", d.randaugment),
     ):
-        require(value > 0, f"{key}={value} must be above 0")
-    for key, value in dataclasses.asdict(c.loss).items():
-        require(value >= 0, f"loss.{key}={value} must not be negative")
+        require(len(value) == 2, f"data.{key}={value} must hold two numbers")
+    for key, value in (("scale", d.scale), ("jitter_factor", d.jitter_factor)):
+        require(value[0] <= value[1], f"data.{key}={value} must be [low, high]")
     require(
         t.iterations <= t.horizon,
         f"train.iterations={t.iterations} is beyond train.horizon={t.horizon}, where the learning rate reaches zero",
@@ -433,18 +259,15 @@ def _check(c: Config) -> None:
         c.stage != "warmup" or c.loss.bidirectional == 0,
         f"loss.bidirectional={c.loss.bidirectional} in the warm-up: that is BPL, use configs/stage1_BPL.yml",
     )
-    require(
-        set(c.distill.rounds) <= {1, 2} and c.distill.rounds == sorted(set(c.distill.rounds)) and c.distill.rounds,
-        f"distill.rounds={c.distill.rounds} must be [1], [2] or [1, 2]",
-    )
+    rounds = c.distill.rounds
+    require(rounds and rounds == sorted(set(rounds)), f"distill.rounds={rounds} must be [1], [2] or [1, 2]")
     for key, value in (("name", c.name), ("pseudo_labels", c.pseudo_labels)):
         require(
             not Path(value).is_absolute() and ".." not in Path(value).parts,
             f"{key}={value!r} must be a folder below runs/<benchmark>",
         )
-    known = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-    if not c.model.backbone.startswith("timm/") and c.model.backbone not in known:
-        near = difflib.get_close_matches(c.model.backbone, known, 1, 0)
+    if not c.model.backbone.startswith("timm/") and c.model.backbone not in RESNETS:
+        near = difflib.get_close_matches(c.model.backbone, RESNETS, 1, 0)
         raise ConfigError(f"model.backbone={c.model.backbone!r} is unknown; nearest is {near[0]!r}, or timm/NAME")
 
 

@@ -214,6 +214,13 @@ class _Run:
         adapted = cfg.batchnorm.statistics == "target"
         if adapted:
             recompute_batchnorm(self.model, self.target, cfg, self.device)
+        weights = {
+            "recipe": checkpoint.recipe(cfg, self.model),
+            "model": self.model.state_dict(),
+            "running_statistics": running,
+            "iteration": self.iteration,
+            "config": to_dict(cfg),
+        }
         scores = None
         if validates:
             gallery = Gallery(spread(len(self.val), cfg.train.panels), cfg.classes)
@@ -233,9 +240,8 @@ class _Run:
             if self.iteration == cfg.train.iterations:
                 self.log.say(table({"last": scores, "best": self.best}, cfg.classes))
             if better:
-                checkpoint.save_checkpoint(self.best_file, self._weights())
-        state = self._weights() | {
-            "running_statistics": running if adapted else {},
+                checkpoint.save_checkpoint(self.best_file, weights)
+        state = weights | {
             "networks": {k: v.state_dict() for k, v in self.stage.networks.items() if v is not self.model},
             "optimizers": {k: v.state_dict() for k, v in self.stage.optimizers.items()},
             "best": self.best,
@@ -245,14 +251,6 @@ class _Run:
         checkpoint.save_checkpoint(self.last_file, state)
         set_batchnorm_statistics(self.model, running)
         return scores
-
-    def _weights(self) -> dict:
-        return {
-            "recipe": checkpoint.recipe(self.cfg, self.model),
-            "model": self.model.state_dict(),
-            "iteration": self.iteration,
-            "config": to_dict(self.cfg),
-        }
 
     def _restore(self, saved: dict) -> None:
         try:

@@ -59,16 +59,18 @@ def run(overrides: list[str]) -> dict:
             continue
         name = cfg.name or cfg.stage
         final_run[stage] = f"{name}/round{cfg.distill.rounds[-1]}" if stage == "distill" else name
-        as_released = _test(tests, final_run[stage], "running")
-        adapted = _test(tests, final_run[stage], "target")
-        rows[stage] = _row(metrics["last"], tests.classes) | {
-            "statistics": cfg.batchnorm.statistics,
-            "miou_running": as_released["miou"],
-            "miou_target_bn": adapted["miou"],
+        own = cfg.batchnorm.statistics
+        scores = {own: metrics["last"]}  # the other kind is measured here
+        other = "target" if own == "running" else "running"
+        scores[other] = _test(tests, final_run[stage], other)
+        rows[stage] = _row(scores[own], tests.classes) | {
+            "statistics": own,
+            "miou_running": scores["running"]["miou"],
+            "miou_target_bn": scores["target"]["miou"],
             "best_miou": metrics["best"]["miou"],
         }
         if stage == "source_only":
-            rows["source_only_target_bn"] = _row(adapted, tests.classes) | {"statistics": "target"}
+            rows["source_only_target_bn"] = _row(scores["target"], tests.classes) | {"statistics": "target"}
     folder = tests.sibling_run("")
     summary = {"benchmark": tests.benchmark, "seed": tests.seed, "stages": rows}
     checkpoint.write_json(folder / "summary.json", summary)

@@ -79,5 +79,5 @@ def check_inputs(*checks: Callable[[], object]) -> list:
         except UserError as error:
             problems.append(str(error))
     if problems:
-        raise UserError("\nerror: ".join(problems))
+        raise UserError("\nerror: ".join(dict.fromkeys(problems)))
     return results

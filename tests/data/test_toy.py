@@ -1,4 +1,5 @@
 """The toy cities: layouts as on the real disks, reproducible bytes, and safe handling of folders."""
+
 import dataclasses
 import json
 
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 from torchvision.io import decode_image
 
-from data import toy
+from data import toy, toy_scene
 from data.taxonomy import CITYSCAPES_LABEL_IDS, CITYSCAPES_PALETTE, SYNTHIA_TO_TRAIN
 
 COUNTS = {"GTA5": 9, "SYNTHIA": 9, "Cityscapes/train": 9, "Cityscapes/val": 2}  # nine show every rare class
@@ -30,7 +31,7 @@ def class_shares(labels, class_ids):
 
 def check_shares(shares):
     assert (shares > 0).all()
-    assert shares[toy.ROAD] > 5 * shares[list(toy.RARE)].max()
+    assert shares[toy_scene.ROAD] > 5 * shares[list(toy_scene.RARE)].max()
 
 
 def test_gta5_layout(root):

@@ -1,0 +1,180 @@
+"""Readers: every layout gives the labels that were written, and says what is wrong with files that it cannot use."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from conftest import CUSTOM, HEIGHT, WIDTH
+from PIL import Image
+from scipy.io import savemat
+
+from data.datasets import build_dataset, list_samples, read_image, read_label_ids
+from data.loaders import whole_images
+from data.taxonomy import CLASS_SETS, IGNORE, custom_class_set
+from utils.config import UserError, guarded
+from utils.schema import DatasetConfig
+
+NINETEEN = CLASS_SETS["cityscapes19"]
+OWN = custom_class_set(CUSTOM["class_names"], CUSTOM["palette"])
+
+
+def dataset_config(**section) -> DatasetConfig:
+    """A config section over the defaults of a folder dataset."""
+    empty = {"split": "all", "size": [], "images": [], "labels": "", "strip": "", "id_map": {}}
+    return DatasetConfig(**empty | section)
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [*product(("gta5", "synthia", "cityscapes", "cityscapes_val"), CLASS_SETS.values()), ("day", OWN), ("dusk", OWN)],
+    ids=lambda value: value if isinstance(value, str) else len(value),
+)
+def test_labels_hold_exactly_what_was_written(trees, name, classes):
+    tree = trees[name]
+    dataset = build_dataset(dataset_config(**tree.section), classes)
+    expected = tree.pixels_of(classes.names)
+    assert [s.name for s in dataset.samples] == sorted(expected)
+    total = np.zeros(len(classes), int)
+    for index, sample in enumerate(dataset.samples):
+        item = dataset[index]
+        assert item["image"].dtype == item["label"].dtype == torch.uint8 and item["index"] == index
+        assert item["image"].shape == (3, HEIGHT, WIDTH) and item["label"].shape == (HEIGHT, WIDTH)
+        counts = np.bincount(item["label"].numpy().ravel(), minlength=256)
+        assert counts[: len(classes)].tolist() == expected[sample.name]
+        assert counts[IGNORE] == HEIGHT * WIDTH - sum(expected[sample.name])
+        total += counts[: len(classes)]
+    assert (total > 0).all()  # else a class would go unchecked
+
+
+def test_image_is_what_was_written(trees):
+    dataset = build_dataset(dataset_config(**trees["synthia"].section), NINETEEN)
+    for index, sample in enumerate(dataset.samples):
+        np.testing.assert_array_equal(dataset[index]["image"].permute(1, 2, 0), np.asarray(Image.open(sample.image)))
+
+
+def test_labels_of_an_unlabelled_domain_are_not_looked_for(copied):
+    tree = copied("cityscapes")
+    for path in tree.root.rglob("*_labelIds.png"):
+        path.unlink()
+    dataset = build_dataset(dataset_config(**tree.section), NINETEEN, with_labels=False)
+    assert set(dataset[0]) == {"image", "index"}
+
+
+def test_image_and_label_of_different_sizes_need_a_common_size(trees):
+    section = trees["gta5"].section
+    dataset = build_dataset(dataset_config(**section | {"size": []}), NINETEEN)
+    assert dataset[0]["label"].shape == (HEIGHT, WIDTH)
+    with pytest.raises(UserError, match=r"00005\.png is 100x62.*label.*00005\.png is 96x64; set the dataset's size"):
+        dataset[4]
+    dataset = build_dataset(dataset_config(**section | {"size": [52, 36]}), NINETEEN)
+    item = dataset[4]
+    assert item["image"].shape == (3, 36, 52) and item["label"].shape == (36, 52)
+    full = dataset.lookup_table[trees["gta5"].ids["images/00005"]]
+    rows, columns = (np.arange(36) + 0.5) * 64 / 36, (np.arange(52) + 0.5) * 96 / 52  # centres: nearest neighbour
+    np.testing.assert_array_equal(item["label"], full[rows.astype(int)][:, columns.astype(int)])
+
+
+def test_gta5_split_file_is_needed_for_a_split_alone(copied):
+    tree = copied("gta5")
+    assert len(list_samples(dataset_config(**tree.section))) == 5
+    with pytest.raises(UserError, match=r"split\.mat"):
+        list_samples(dataset_config(**tree.section | {"split": "train"}))
+    savemat(tree.root / "split.mat", {"trainIds": [[1], [4]], "valIds": [[2]], "testIds": [[3]]})
+    names = [s.name for s in list_samples(dataset_config(**tree.section | {"split": "train"}))]
+    assert names == ["images/00001", "images/00004"]
+
+
+def test_16_bit_label_keeps_its_first_channel(trees):
+    tree = trees["synthia"]
+    for name, ids in tree.ids.items():
+        np.testing.assert_array_equal(read_label_ids(tree.root / f"GT/LABELS/{name[4:]}.png"), ids)
+
+
+@pytest.mark.parametrize(
+    ("template", "label"),
+    [
+        ("{dir}/{stem}.png", "a/b/x_rgb.png"),
+        ("truth/{parent}/{stem}.png", "truth/b/x_rgb.png"),
+        ("{stem}_id.png", "x_rgb_id.png"),
+    ],
+)
+def test_label_of_a_folder_image(tmp_path, template, label):
+    touch(tmp_path, "a/b/x_rgb.jpg", label)
+    cfg = dataset_config(format="folder", root=str(tmp_path), images=["a/*/*.jpg"], labels=template)
+    (sample,) = list_samples(cfg)
+    assert sample.label == tmp_path / label and sample.name == "a/b/x_rgb"
+
+
+def test_strip_cuts_the_ending_of_the_stem_alone(tmp_path):
+    touch(tmp_path, "x_rgb_rgb.jpg", "y.jpg", "x_rgb.png", "y.png")
+    cfg = dataset_config(format="folder", root=str(tmp_path), images=["*.jpg"], labels="{stem}.png", strip="_rgb")
+    assert [s.label.name for s in list_samples(cfg)] == ["x_rgb.png", "y.png"]
+
+
+def test_several_globs_list_an_image_once(tmp_path):
+    touch(tmp_path, "b.jpg", "a.png")
+    cfg = dataset_config(format="folder", root=str(tmp_path), images=["*.jpg", "*.png", "b.*"])
+    assert [s.name for s in list_samples(cfg, with_labels=False)] == ["a", "b"]
+
+
+def test_missing_files_are_named(copied, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere does not exist \(get it: https://.*synthia"):
+        list_samples(dataset_config(format="synthia", root=str(tmp_path / "nowhere")))
+    with pytest.raises(UserError, match=r"no synthia image matches RGB/\*\.png"):
+        list_samples(dataset_config(format="synthia", root=str(tmp_path)))
+    tree = copied("cityscapes")
+    path = sorted(tree.root.rglob("gtFine/train/*/*.png"))[2]
+    path.unlink()
+    with pytest.raises(UserError, match=f"1 of 5 labels .* the first is {path}"):
+        list_samples(dataset_config(**tree.section))
+    tree = copied("day")
+    with pytest.raises(UserError, match="`labels` key is empty"):
+        list_samples(dataset_config(**tree.section | {"labels": ""}))
+    for template in ("{city}.png", "{}.png", "{stem", "{stem.x}.png"):
+        with pytest.raises(UserError, match=r"may hold {dir}, {parent} and {stem} alone"):
+            list_samples(dataset_config(**tree.section | {"labels": template}))
+
+
+@pytest.mark.parametrize("glob", ["/abs/*.jpg", ""])
+def test_impossible_glob_is_the_users_mistake(tmp_path, glob):
+    with pytest.raises(UserError, match="images"):
+        list_samples(dataset_config(format="folder", root=str(tmp_path), images=[glob]), with_labels=False)
+
+
+def test_unreadable_files_are_named(copied):
+    tree = copied("gta5")
+    dataset = build_dataset(dataset_config(**tree.section), NINETEEN)
+    for kind, index in (("image", 1), ("label", 2)):
+        path = getattr(dataset.samples[index], kind)
+        whole = path.read_bytes()
+        for content in (b"", b"no picture", whole[: len(whole) // 2]):
+            path.write_bytes(content)
+            with pytest.raises(UserError, match=f"cannot read {kind} {path}: ") as error:
+                dataset[index]
+            assert "\n" not in str(error.value)
+    label = dataset.samples[3].label
+    Image.new("RGB", (WIDTH, HEIGHT)).save(label)
+    with pytest.raises(UserError, match=f"label {label} is an 8-bit colour picture"):
+        dataset[3]
+
+
+def test_unreadable_file_is_one_line_from_a_worker_process_too(copied, capsys):
+    dataset = build_dataset(dataset_config(**copied("synthia").section), NINETEEN)
+    path = dataset.samples[0].image
+    path.write_bytes(b"no picture")
+    with pytest.raises(SystemExit):
+        guarded(lambda: list(whole_images(dataset, 1, workers=1)))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: cannot read image {path}: ")
+
+
+def test_grey_images_become_colour(tmp_path):
+    Image.new("L", (4, 3), 7).save(tmp_path / "grey.png")
+    assert torch.equal(read_image(tmp_path / "grey.png"), torch.full((3, 3, 4), 7, dtype=torch.uint8))

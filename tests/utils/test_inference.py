@@ -1,0 +1,157 @@
+"""Predictions and BatchNorm statistics of the target."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from data.datasets import build_dataset
+from data.loaders import whole_images
+from data.transforms import RandomScaleCropFlip
+from models import build_model
+from utils.inference import (
+    batchnorm_statistics,
+    evaluate,
+    predict,
+    recompute_batchnorm,
+    same_size_batches,
+    set_batchnorm_statistics,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def cfg(configure, tmp_path):
+    return configure("synthia_to_city", "stage1_BPL.yml", tmp_path, "batchnorm.statistics=target")
+
+
+@pytest.fixture
+def target(cfg):
+    return build_dataset(cfg.data.target, cfg.classes, with_labels=False, transform=RandomScaleCropFlip(cfg.data))
+
+
+class OneLayer(nn.Module):
+    """A BatchNorm layer that sees the normalised image itself."""
+
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.4, 0.3)
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+        nn.init.uniform_(self.bn.weight)
+        nn.init.uniform_(self.bn.bias)
+
+    def forward(self, x):
+        return {"logits": self.bn(x)}
+
+
+def normalised_images(target):
+    """Whole and unaugmented, float64."""
+    images = torch.stack([target[i]["image"] for i in range(len(target))]).double() / 255
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (OneLayer.mean, OneLayer.std))
+    return (images - mean) / std
+
+
+def per_channel(images):
+    return images.transpose(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize("wanted", [0, 2])
+def test_batchnorm_statistics_are_those_of_the_whole_target_images(cfg, target, wanted):
+    cfg.train.batch_target, cfg.batchnorm.images = 5, wanted
+    model = OneLayer().train()
+    nn.init.constant_(model.bn.running_mean, 7.0)  # as source and target crops had left it
+    weights = {k: v.clone() for k, v in model.named_parameters()}
+    recompute_batchnorm(model, target, cfg, CPU)
+    target.transform = None
+    images = normalised_images(target)
+    seen = per_channel(images if wanted == 0 else images[[0, 4]])  # evenly spread
+    # float32 sums over 30,000 pixels
+    torch.testing.assert_close(model.bn.running_mean.double(), seen.mean(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.bn.running_var.double(), seen.var(1), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(v, weights[k]) for k, v in model.named_parameters())
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training and model.bn.momentum == 0.1
+
+
+def test_batchnorm_statistics_over_several_batches(cfg, target):
+    cfg.train.batch_target, cfg.batchnorm.images = 2, 4
+    target.samples = target.samples[:4]
+    model = OneLayer().eval()
+    recompute_batchnorm(model, target, cfg, CPU)
+    target.transform = None
+    images = normalised_images(target)
+    batches = torch.stack([per_channel(images[i : i + 2]).var(1) for i in (0, 2)])  # each with its own mean
+    torch.testing.assert_close(model.bn.running_mean.double(), per_channel(images).mean(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.bn.running_var.double(), batches.mean(0), rtol=1e-4, atol=1e-5)
+    assert not model.training
+
+
+def test_recomputing_leaves_the_dataset_augmented_and_the_weights_alone(cfg, target):
+    model = build_model("deeplabv2", 16, "resnet18", 16)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    recompute_batchnorm(model, target, cfg, CPU)
+    assert target.transform is not None
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == set(batchnorm_statistics(model))
+    saved = {k: v for k, v in before.items() if k in changed}
+    set_batchnorm_statistics(model, saved)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class Columns(nn.Module):
+    """Its first class grows sure to the right, whatever the image."""
+
+    mean, std = (0, 0, 0), (1, 1, 1)
+
+    def forward(self, x):
+        ramp = torch.linspace(-2, 2, x.shape[3] // 8).expand(len(x), 1, x.shape[2] // 8, -1)
+        return {"logits": torch.cat([ramp, torch.zeros_like(ramp)], 1) + x.mean()}
+
+
+def test_prediction_is_probability_at_image_size_and_flip_averages():
+    images = torch.zeros(2, 3, 16, 48, dtype=torch.uint8)
+    plain, averaged = predict(Columns(), images), predict(Columns(), images, flip=True)
+    assert plain.shape == (2, 2, 16, 48) and plain.dtype == torch.float32
+    first = torch.linspace(-2, 2, 48).sigmoid()  # a line, upsampled, is a line
+    torch.testing.assert_close(plain[0, 0, 0], first)
+    torch.testing.assert_close(averaged[0, 0, 0], (first + first.flip(0)) / 2)
+
+
+def test_images_of_other_sizes_are_batches_of_their_own(trees, cfg):
+    gta5 = dataclasses.replace(cfg.data.source, format="gta5", root=str(trees["gta5"].root))
+    dataset = build_dataset(gta5, cfg.classes, with_labels=False)
+    found = [
+        (indices, tuple(images.shape)) for indices, images, _ in same_size_batches(whole_images(dataset, 3, 0), CPU)
+    ]
+    assert found == [([0, 1, 2], (3, 3, 64, 96)), ([3], (1, 3, 64, 96)), ([4], (1, 3, 62, 100))]
+
+
+class Truth(nn.Module):
+    """Knows the labels of the images that come next, and is wrong in the upper half."""
+
+    mean, std = (0, 0, 0), (1, 1, 1)
+
+    def __init__(self, labels):
+        super().__init__()
+        self.labels = iter(labels)
+
+    def forward(self, x):
+        labels = torch.stack([next(self.labels) for _ in x]).long().clamp(max=15)
+        labels[:, :32] = (labels[:, :32] + 1) % 16
+        return {"logits": 10 * nn.functional.one_hot(labels, 16).movedim(3, 1).float()}
+
+
+def test_evaluation_counts_every_image_of_every_batch(cfg):
+    val = build_dataset(cfg.data.val, cfg.classes)
+    cfg.test.batch, seen = 2, []  # the last of five images is a batch of its own
+    labels = [val[i]["label"] for i in range(5)]
+    model = Truth(labels).train()
+    scores = evaluate(model, val, cfg.classes, cfg, CPU, lambda index, *maps: seen.append(index))
+    assert seen == [0, 1, 2, 3, 4] and model.training
+    known = np.stack(labels) != 255
+    assert scores["pixel_accuracy"] == pytest.approx(100 * known[:, 32:].sum() / known.sum())
+    assert sum(scores["pixels"].values()) == known.sum()

@@ -1,0 +1,33 @@
+"""Panels: the colours of the class set, in the order of the captions."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data.taxonomy import IGNORE, custom_class_set
+from utils.visual import Gallery, colorize, spread
+
+CLASSES = custom_class_set(["a", "b"], [[10, 20, 30], [40, 50, 60]])
+
+
+def test_colours_of_a_label_map():
+    label = torch.tensor([[0, 1, IGNORE]], dtype=torch.uint8)
+    assert colorize(label, CLASSES).tolist() == [[[10, 20, 30], [40, 50, 60], [0, 0, 0]]]
+
+
+def test_gallery_saves_image_prediction_and_truth_side_by_side(tmp_path):
+    gallery = Gallery([1, 3], CLASSES)
+    for index in range(5):
+        image = torch.full((3, 8, 16), 50 * index, dtype=torch.uint8)
+        gallery(index, image, torch.zeros(8, 16, dtype=torch.long), torch.ones(8, 16, dtype=torch.uint8))
+    sheet = gallery.save(tmp_path / "panels" / "x.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "panels" / "x.png")), sheet)
+    height, width = sheet.shape[:2]
+    rows = [sheet[y] for y in (height // 2 - 40, height - 40)]  # inside the first and the second picture
+    for row, grey in zip(rows, (50, 150)):
+        assert [row[int(width * x)].tolist() for x in (1 / 6, 1 / 2, 5 / 6)] == [[grey] * 3, [10, 20, 30], [40, 50, 60]]
+
+
+def test_spread_is_even_without_the_ends():
+    assert spread(500, 4) == [62, 187, 312, 437]
+    assert spread(3, 8) == [0, 1, 2] and spread(7, 0) == []
