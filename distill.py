@@ -31,7 +31,7 @@ class Distillation(Stage):
     def __init__(self, cfg: Config, device: torch.device):
         super().__init__(cfg, device)
         self.teacher = build_network(cfg, device).requires_grad_(False).eval()
-        checkpoint.load(self.teacher, checkpoint.find_checkpoint(cfg, cfg.checkpoint))
+        checkpoint.load(self.teacher, checkpoint.find_checkpoint(cfg, cfg.checkpoint), cfg)
 
     def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
         weight = self.cfg.loss
@@ -72,4 +72,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    run_cli(main, "stage3_distill.yml", __doc__)
+    run_cli(main, "stage3_distill.yml", __doc__, ("distill",))

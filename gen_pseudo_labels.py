@@ -11,7 +11,6 @@ confidence PNGs and manifest.json into runs/<benchmark>/pseudo_labels/; a finish
 from __future__ import annotations
 
 import json
-import shutil
 
 import numpy as np
 from tqdm import tqdm
@@ -54,8 +53,7 @@ def main(cfg: Config) -> dict:
                 f"{show_path(folder)} holds other pseudo labels ({changes}); choose a name=, or replace "
                 "them with train.restart=true"
             )
-    if folder.exists():
-        shutil.rmtree(folder)  # unfinished, or to be replaced
+    store.clear(folder)  # unfinished, or to be replaced
     model, message = load_network(cfg, weights, device, target)
     print(message)
 
@@ -102,4 +100,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    run_cli(main, "pseudo_labels.yml", __doc__)
+    run_cli(main, "pseudo_labels.yml", __doc__, ("pseudo_labels",))

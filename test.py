@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from data.datasets import build_dataset
 from utils import checkpoint
-from utils.config import Config, run_cli
+from utils.config import Config, UserError, run_cli
 from utils.inference import evaluate
-from utils.logging import RunLog, plain, show_path
+from utils.logging import RunLog, show_path
 from utils.metrics import table
 from utils.setup import check_inputs, choose_device, load_network, prepare_data
 from utils.visual import Gallery, spread
@@ -23,6 +23,8 @@ from utils.visual import Gallery, spread
 def main(cfg: Config) -> dict:
     """Evaluate `checkpoint`; returns what is written to metrics.json."""
     device = choose_device(cfg)
+    if (cfg.run_dir / "checkpoints").exists():
+        raise UserError(f"{show_path(cfg.run_dir)} is a training run: choose another name= for its test")
     prepare_data(cfg)
     recompute = cfg.batchnorm.statistics == "target"
     val, weights, target = check_inputs(
@@ -42,7 +44,7 @@ def main(cfg: Config) -> dict:
         "checkpoint_hash": checkpoint.file_hash(weights),
         "statistics": cfg.batchnorm.statistics,
         "images": len(val),
-    } | plain(scores)
+    } | scores
     checkpoint.write_json(log.folder / "metrics.json", result)
     log.say(table({"IoU": scores}, cfg.classes))
     log.say(f"written to {show_path(log.folder)}")
@@ -51,4 +53,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    run_cli(main, "test_from_gta_to_city.yml", __doc__)
+    run_cli(main, "test_from_gta_to_city.yml", __doc__, ("test",))

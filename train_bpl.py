@@ -69,4 +69,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    run_cli(main, "stage1_BPL.yml", __doc__)
+    run_cli(main, "stage1_BPL.yml", __doc__, ("warmup", "bpl"))

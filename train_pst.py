@@ -41,4 +41,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    run_cli(main, "stage2_PST.yml", __doc__)
+    run_cli(main, "stage2_PST.yml", __doc__, ("pst",))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,16 @@ def write_png(path: Path, array: np.ndarray) -> None:
     """Save a uint8 (H, W) array."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path)
+
+
+def clear(folder: Path) -> None:
+    """Delete pseudo labels, finished or not; raises UserError if the folder holds anything else."""
+    if not folder.exists():
+        return
+    foreign = sorted({p.name for p in folder.iterdir()} - {"labels", "confidence", "manifest.json"})
+    if foreign:
+        raise UserError(f"{folder} holds {foreign[0]}, which is no pseudo label: choose another name=")
+    shutil.rmtree(folder)
 
 
 def read_png(path: Path) -> np.ndarray:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import http.client
 import pickle
 import re
 from dataclasses import dataclass
@@ -188,8 +189,9 @@ def find_imagenet_weights(backbone: str, folder: Path) -> Path:
     if not path.is_file():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), progress=False)
-        except OSError:
+            digest = path.stem.rsplit("-", 1)[-1]  # torchvision's names end in the hash: a cut download is not kept
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
+        except (OSError, RuntimeError, http.client.HTTPException):
             raise ValueError(
                 f"no ImageNet weights of {backbone}: {path} does not exist and {url} cannot be reached; "
                 "put the file there, or start from model.init=scratch"

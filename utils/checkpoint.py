@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 from pathlib import Path
@@ -31,9 +32,16 @@ def atomic_write(path: Path, write: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Save as indented JSON."""
-    atomic_write(path, lambda p: p.write_text(json.dumps(content, indent=2) + "\n"))
+def plain(value: object) -> object:
+    """NaN and infinity become None: JSON has neither."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Save as indented JSON, what is not finite as null."""
+    atomic_write(path, lambda p: p.write_text(json.dumps(plain(content), indent=2) + "\n"))
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -130,8 +138,19 @@ def find_init(cfg: Config, init: str | None = None) -> Path | None:
     return find_checkpoint(cfg, init, cfg.model.published)
 
 
-def load(model: nn.Module, path: Path) -> str:
-    """`load_weights`, with its refusal as the user's mistake; returns a line for the log."""
+def load(model: nn.Module, path: Path, cfg: Config) -> str:
+    """`load_weights`, with its refusal as the user's mistake; returns a line for the log.
+
+    Our checkpoints also say what their weights cannot show: the order of classes, the stride, the input statistics.
+    """
+    ours = read(path).get("recipe", {})
+    wanted = recipe(cfg, model)
+    if ours and ours["class_names"] != wanted["class_names"] and len(ours["class_names"]) == len(cfg.classes):
+        raise UserError(f"{path} was trained on other classes: {', '.join(ours['class_names'])}")
+    for keys, name in ((("output_stride",), "model.output_stride"), (("mean", "std"), "model.normalization")):
+        theirs, own = ([r[k] for k in keys] for r in (ours or wanted, wanted))
+        if theirs != own:
+            raise UserError(f"{path} was trained with {name} of {theirs}, this network has {own}")
     try:
         return f"{path}: {load_weights(model, path)}"
     except ValueError as error:

@@ -300,7 +300,7 @@ def _key_help() -> str:
     return "\n".join(lines)
 
 
-def run_cli(main: Callable[[Config], Any], default_config: str, usage: str) -> None:
+def run_cli(main: Callable[[Config], Any], default_config: str, usage: str, stages: tuple[str, ...]) -> None:
     """Parse `[--config FILE] [key=value …]`, run `main(config)`, and end with the exit status users expect.
 
     0 done · 1 the user's mistake beyond the config (one line) · 2 a config that cannot be meant (one line).
@@ -318,7 +318,16 @@ def run_cli(main: Callable[[Config], Any], default_config: str, usage: str) -> N
     parser.add_argument("--debug", action="store_true", help="show tracebacks of the user's mistakes too")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, e.g. train.iterations=200")
     args = parser.parse_intermixed_args()
-    guarded(lambda: main(load_config(args.config, args.overrides)), args.debug)
+
+    def call() -> None:
+        config = load_config(args.config, args.overrides)
+        if config.stage not in stages:
+            raise ConfigError(
+                f"{args.config} is of stage {config.stage!r}; {Path(sys.argv[0]).name} is for {' and '.join(stages)}"
+            )
+        main(config)
+
+    guarded(call, args.debug)
 
 
 def guarded(call: Callable[[], Any], debug: bool = False) -> None:

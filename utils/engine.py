@@ -109,11 +109,14 @@ class _Run:
         self.stage = stage_type(cfg, self.device)
         self.model = self.stage.model
         loaded = self._initialise(init) if init else "random weights"
-        self.iteration, self.last_scores, self.best = 0, None, {"miou": -1.0, "iteration": 0}
+        self.iteration, self.last_scores, self.best = 0, None, None
         torch.manual_seed(cfg.seed)
         if saved:
             self._restore(saved)
             loaded = f"resumed after step {self.iteration}"
+        else:
+            for file in (self.last_file, self.best_file):  # train.restart: killed early, it must not resume the old run
+                file.unlink(missing_ok=True)
         self.log = RunLog(cfg, self.iteration)
         self.log.say(
             f"{show_path(self.folder)} on {self.device}: {len(self.source)} source, {len(self.target)} target "
@@ -122,7 +125,7 @@ class _Run:
 
     def _initialise(self, path: Path) -> str:
         """Weights from a file; further networks (the warm-up's discriminator) go on where the file has them."""
-        said = checkpoint.load(self.model, path)
+        said = checkpoint.load(self.model, path, self.cfg)
         before = checkpoint.read(path).get("networks", {})
         for name, network in self.stage.networks.items():
             if name in before:
@@ -231,7 +234,7 @@ class _Run:
             if gallery.shown:
                 sheet = gallery.save(self.folder / "panels" / f"{self.iteration:06d}.png")
                 self.log.picture(self.iteration, "val/panel", sheet)
-            better = scores["miou"] > self.best["miou"]
+            better = self.best is None or scores["miou"] > self.best["miou"]
             self.best = scores if better else self.best
             self.log.say(
                 f"step {self.iteration}: mIoU {scores['miou']:.2f} (best {self.best['miou']:.2f} "

@@ -13,7 +13,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils.checkpoint import atomic_write
+from utils.checkpoint import atomic_write, plain
 from utils.config import ROOT, Config, to_dict
 
 
@@ -24,13 +24,6 @@ def git_sha() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def plain(value: object) -> object:
-    """NaN and infinity become None: JSON has neither."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RunLog:

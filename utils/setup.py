@@ -62,7 +62,7 @@ def load_network(
         UserError: the file cannot be read or does not fit.
     """
     model = build_network(cfg, device)
-    message = checkpoint.load(model, weights)
+    message = checkpoint.load(model, weights, cfg)
     if cfg.batchnorm.statistics == "running":
         checkpoint.use_running_statistics(model, weights)
     elif cfg.batchnorm.statistics == "target":

@@ -13,6 +13,13 @@ from models import build_model, load_weights
 from models.weights import find_imagenet_weights, read_checkpoint
 
 
+@pytest.fixture(autouse=True)
+def _no_weights_stay(tmp_path):
+    yield
+    for path in tmp_path.glob("*.pth"):  # pytest keeps the folders of its last runs
+        path.unlink()
+
+
 @pytest.fixture(scope="module")
 def model():
     return build_model("deeplabv2", 19, "resnet18", 16)

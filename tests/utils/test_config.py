@@ -186,7 +186,7 @@ def test_custom_benchmark_gives_its_classes(benchmarks):
 
 def start(monkeypatch, *arguments, main=lambda cfg: None):
     monkeypatch.setattr("sys.argv", ["train_bpl.py", *arguments])
-    run_cli(main, "stage1_BPL.yml", "Usage of the script.")
+    run_cli(main, "stage1_BPL.yml", "Usage of the script.", ("warmup", "bpl"))
 
 
 def test_command_line(monkeypatch, capsys):
