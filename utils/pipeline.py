@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 import distill
 import gen_pseudo_labels
@@ -23,14 +24,14 @@ import test
 import train_bpl
 import train_pst
 from data.datasets import build_dataset
-from data.taxonomy import ClassSet
+from data.taxonomy import IGNORE, ClassSet
 from utils import checkpoint
 from utils.config import ROOT, Config, guarded, load_config
 from utils.inference import evaluate
 from utils.logging import show_path
 from utils.metrics import mean_over
 from utils.setup import choose_device, load_network
-from utils.visual import Gallery, save_panel, spread
+from utils.visual import Gallery, save_panel
 
 # (stage, its script, its config, what sets it apart), in order.
 STEPS = (
@@ -124,14 +125,24 @@ def format_summary(rows: dict[str, dict]) -> str:
 
 
 def _panel(cfg: Config, runs: dict[str, str], path: Path) -> None:
-    """image | each stage | truth, for images spread over the validation set."""
+    """image | each stage | truth; rows from the image that gained most pixels over all stages to the one that lost most."""
     cfg, device = copy.deepcopy(cfg), choose_device(cfg)
     cfg.batchnorm.statistics = "saved"
+    models = [load_network(cfg, checkpoint.find_checkpoint(cfg, run_name), device)[0] for run_name in runs.values()]
     val = build_dataset(cfg.data.val, cfg.classes)
-    val.samples = [val.samples[i] for i in spread(len(val), 5)]
+    gains = np.zeros(len(val))
+    for model, sign in ((models[0], -1), (models[-1], 1)):
+
+        def see(index: int, image: Tensor, prediction: Tensor, label: Tensor, sign: int = sign) -> None:
+            gains[index] += sign * ((prediction == label).sum() / (label != IGNORE).sum().clamp(min=1)).item()
+
+        evaluate(model, val, cfg.classes, cfg, device, see)
+    ranked = np.argsort(-gains, kind="stable")
+    chosen = ranked[np.linspace(0, len(val) - 1, min(5, len(val))).round().astype(int)]
+    val.samples = [val.samples[i] for i in chosen]
+
     columns: list[list[np.ndarray]] = []
-    for run_name in runs.values():
-        model, _ = load_network(cfg, checkpoint.find_checkpoint(cfg, run_name), device)
+    for model in models:
         gallery = Gallery(range(len(val)), cfg.classes)
         evaluate(model, val, cfg.classes, cfg, device, gallery)
         shown = [gallery.shown[i] for i in range(len(val))]
