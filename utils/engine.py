@@ -152,7 +152,9 @@ class _Run:
                 sums[name] = sums.get(name, 0) + value
             since += 1
             bar.update()
-            if self.iteration % t.log_every == 0 or self.iteration == t.iterations:
+            validates = self.iteration % t.val_every == 0 or self.iteration == t.iterations
+            saves = validates or self.iteration % t.save_every == 0
+            if saves or self.iteration % t.log_every == 0:  # losses are looked at before weights are kept
                 losses = {name: (value / since).item() for name, value in sums.items()}
                 _refuse_not_finite(losses, self.iteration)
                 rate = since * images_per_step / (time.monotonic() - started)
@@ -162,8 +164,7 @@ class _Run:
                 line = f"step {self.iteration}/{t.iterations}  " + "  ".join(f"{k} {v}" for k, v in shown.items())
                 self.log.say(line, terminal=bar.disable)
                 sums, since, started = {}, 0, time.monotonic()
-            validates = self.iteration % t.val_every == 0 or self.iteration == t.iterations
-            if validates or self.iteration % t.save_every == 0:
+            if saves:
                 pause = time.monotonic()
                 scores = self._validate_and_save(validates) or scores
                 started += time.monotonic() - pause
