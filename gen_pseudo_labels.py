@@ -10,8 +10,6 @@ confidence PNGs and manifest.json into runs/<benchmark>/pseudo_labels/; a finish
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 from tqdm import tqdm
 
@@ -96,7 +94,7 @@ def main(cfg: Config) -> dict:
         fraction = f"{kept[k] / predicted[k]:7.1%}" if predicted[k] else "      -"
         print(f"{name:16} {predicted[k] / predicted.sum():7.2%} {limits[k] / 255:9.3f} {fraction}")
     print(f"{len(target)} pseudo labels in {show_path(folder)}: {manifest['kept']:.1%} of all pixels kept")
-    return json.loads(json.dumps(manifest))
+    return store.read_manifest(folder)
 
 
 if __name__ == "__main__":

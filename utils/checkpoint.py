@@ -125,17 +125,17 @@ def find_checkpoint(cfg: Config, name: str, published: str = "") -> Path:
     raise UserError(f"no weights of '{name}': looked for {looked}; {' or '.join(ways)}, or name a file")
 
 
-def find_init(cfg: Config, init: str | None = None) -> Path | None:
+def find_init(cfg: Config) -> Path | None:
     """The file that training starts from, None for scratch; raises UserError if it is not there."""
-    init = init or cfg.model.init
+    init = cfg.model.init
     if init == "scratch":
         return None
+    if init != "imagenet":
+        return find_checkpoint(cfg, init, cfg.model.published)
     try:
-        if init == "imagenet":
-            return find_imagenet_weights(cfg.model.backbone, PRETRAINED)
+        return find_imagenet_weights(cfg.model.backbone, PRETRAINED)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return find_checkpoint(cfg, init, cfg.model.published)
 
 
 def load(model: nn.Module, path: Path, cfg: Config) -> str:
@@ -143,14 +143,15 @@ def load(model: nn.Module, path: Path, cfg: Config) -> str:
 
     Our checkpoints also say what their weights cannot show: the order of classes, the stride, the input statistics.
     """
-    ours = read(path).get("recipe", {})
     wanted = recipe(cfg, model)
-    if ours and ours["class_names"] != wanted["class_names"] and len(ours["class_names"]) == len(cfg.classes):
-        raise UserError(f"{path} was trained on other classes: {', '.join(ours['class_names'])}")
-    for keys, name in ((("output_stride",), "model.output_stride"), (("mean", "std"), "model.normalization")):
-        theirs, own = ([r[k] for k in keys] for r in (ours or wanted, wanted))
-        if theirs != own:
-            raise UserError(f"{path} was trained with {name} of {theirs}, this network has {own}")
+    saved = read(path).get("recipe") or wanted
+    if saved["class_names"] != wanted["class_names"] and len(saved["class_names"]) == len(cfg.classes):
+        raise UserError(f"{path} was trained on other classes: {', '.join(saved['class_names'])}")
+    for entry, key in (("output_stride", "output_stride"), ("mean", "normalization"), ("std", "normalization")):
+        if saved[entry] != wanted[entry]:
+            raise UserError(
+                f"{path} was trained with {entry} {saved[entry]}, not {wanted[entry]}: set model.{key} as it was"
+            )
     try:
         return f"{path}: {load_weights(model, path)}"
     except ValueError as error:

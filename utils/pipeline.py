@@ -49,7 +49,8 @@ def run(overrides: list[str]) -> dict:
     """Run or resume the pipeline; returns what is written to summary.json."""
     # Every config is checked before the first stage starts.
     configs = {stage: load_config(ROOT / "configs" / file, [*overrides, *own]) for stage, _, file, own in STEPS}
-    tests = load_config(ROOT / "configs" / "test_from_gta_to_city.yml", _benchmark_of(configs, overrides))
+    benchmark = f"benchmark={configs['bpl'].benchmark}"  # named in any case: the tests' file has one of its own
+    tests = load_config(ROOT / "configs" / "test_from_gta_to_city.yml", [*overrides, benchmark])
     final_run = {}
     rows: dict[str, dict] = {}
     for stage, script, _, _ in STEPS:
@@ -79,11 +80,6 @@ def run(overrides: list[str]) -> dict:
     print(format_summary(rows))
     print(f"written to {show_path(folder / 'summary.json')} and {show_path(folder / 'panel.png')}")
     return summary
-
-
-def _benchmark_of(configs: dict[str, Config], overrides: list[str]) -> list[str]:
-    """Overrides for the tests: the same, with the benchmark always named (their file has one of its own)."""
-    return [*overrides, f"benchmark={configs['bpl'].benchmark}"]
 
 
 def _test(tests: Config, run_name: str, statistics: str) -> dict:
