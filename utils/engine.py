@@ -48,10 +48,12 @@ class Stage:
         optimizers: by name; their learning rates follow the poly schedule.
         views: inputs from uint8 images.
         uses_pseudo_labels: whether target batches carry the labels of the run that `pseudo_labels=` names.
+        uses_target_labels: whether target batches carry true labels; for the upper bound alone.
         uses_target: whether target images are trained on at all; without, target batches are empty.
     """
 
     uses_pseudo_labels = False
+    uses_target_labels = False
     uses_target = True
 
     def __init__(self, cfg: Config, device: torch.device):
@@ -99,7 +101,9 @@ class _Run:
         transform, d, labels = RandomScaleCropFlip(cfg.data), cfg.data, cfg.sibling_run(cfg.pseudo_labels)
         self.source, self.target, self.val, init, _ = check_inputs(
             lambda: build_dataset(d.source, cfg.classes, True, transform, seed=2 * cfg.seed),
-            lambda: build_dataset(d.target, cfg.classes, False, transform, seed=2 * cfg.seed + 1),
+            lambda: build_dataset(
+                d.target, cfg.classes, stage_type.uses_target_labels, transform, seed=2 * cfg.seed + 1
+            ),
             lambda: build_dataset(d.val, cfg.classes, True),
             lambda: None if saved else checkpoint.find_init(cfg),
             lambda: pseudo_labels.read_manifest(labels) if stage_type.uses_pseudo_labels else None,

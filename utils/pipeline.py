@@ -2,10 +2,17 @@
 
     python -m utils.pipeline benchmark=toy
     python -m utils.pipeline benchmark=path/to/mine.yml train.iterations=2000 seed=1 runs=runs/seed1
+    python -m utils.pipeline benchmark=toy controls=true seeds=0,1,2
 
 Runs source-only, warm-up, BPL, pseudo labels, PST, distillation and the tests. Started again, it goes on where it
 stopped. Writes runs/<benchmark>/summary.json and panel.png (image | each stage | truth). A key=value reaches every
-stage; what differs between stages belongs into the benchmark's `stages:` section.
+stage; what differs between stages belongs into the benchmark's `stages:` section. Two keys are the pipeline's own:
+
+  controls=true  also trains source_only_long (the source alone, as many steps as the whole chain) and, where target
+                 training labels exist, labelled_bound (labels of both domains), and says which share of the gap
+                 between them each stage closes
+  seeds=0,1,2    runs once for each seed, in runs/seed0/<benchmark> and so on, and writes mean and standard deviation
+                 into runs/<benchmark>/seeds.json
 """
 
 from __future__ import annotations
@@ -14,6 +21,7 @@ import argparse
 import copy
 import json
 from pathlib import Path
+from statistics import mean, stdev
 
 import numpy as np
 from torch import Tensor
@@ -26,7 +34,9 @@ import train_pst
 from data.datasets import build_dataset
 from data.taxonomy import IGNORE, ClassSet
 from utils import checkpoint
-from utils.config import ROOT, Config, guarded, load_config
+from utils.config import ROOT, Config, ConfigError, guarded, load_config
+from utils.controls import control_runs, gap_closed
+from utils.engine import fit
 from utils.inference import evaluate
 from utils.logging import show_path
 from utils.metrics import mean_over
@@ -45,7 +55,7 @@ STEPS = (
 RAREST = 6  # classes that the tail score averages over
 
 
-def run(overrides: list[str]) -> dict:
+def run(overrides: list[str], controls: bool = False) -> dict:
     """Run or resume the pipeline; returns what is written to summary.json."""
     # Every config is checked before the first stage starts.
     configs = {stage: load_config(ROOT / "configs" / file, [*overrides, *own]) for stage, _, file, own in STEPS}
@@ -61,18 +71,14 @@ def run(overrides: list[str]) -> dict:
             continue
         name = cfg.name or cfg.stage
         final_run[stage] = f"{name}/round{cfg.distill.rounds[-1]}" if stage == "distill" else name
-        own = cfg.batchnorm.statistics
-        scores = {own: metrics["last"]}  # the other kind is measured here
-        other = "target" if own == "running" else "running"
-        scores[other] = _test(tests, final_run[stage], other)
-        rows[stage] = _row(scores[own], tests.classes) | {
-            "statistics": own,
-            "miou_running": scores["running"]["miou"],
-            "miou_target_bn": scores["target"]["miou"],
-            "best_miou": metrics["best"]["miou"],
-        }
-        if stage == "source_only":
-            rows["source_only_target_bn"] = _row(scores["target"], tests.classes) | {"statistics": "target"}
+        rows |= _rows(stage, final_run[stage], cfg, metrics, tests)
+    if controls:
+        for name, cfg, stage_type in control_runs(configs):
+            print(f"== {name}", flush=True)
+            rows |= _rows(name, name, cfg, fit(cfg, stage_type), tests)
+        for base in ("source_only_target_bn", "source_only_long"):
+            for stage, row in rows.items():
+                row[f"gap_closed_from_{base}"] = gap_closed(rows, stage, base)
     folder = tests.sibling_run("")
     summary = {"benchmark": tests.benchmark, "seed": tests.seed, "stages": rows}
     checkpoint.write_json(folder / "summary.json", summary)
@@ -80,6 +86,20 @@ def run(overrides: list[str]) -> dict:
     print(format_summary(rows))
     print(f"written to {show_path(folder / 'summary.json')} and {show_path(folder / 'panel.png')}")
     return summary
+
+
+def _rows(stage: str, run_name: str, cfg: Config, metrics: dict, tests: Config) -> dict[str, dict]:
+    """The summary's row of a trained stage, under both kinds of BatchNorm statistics; source-only has a second one."""
+    own = cfg.batchnorm.statistics
+    other = "target" if own == "running" else "running"
+    scores = {own: metrics["last"], other: _test(tests, run_name, other)}
+    both = {"miou_running": scores["running"]["miou"], "miou_target_bn": scores["target"]["miou"]}
+    best = {"best_miou": metrics["best"]["miou"]}
+    rows = {stage: _row(scores[own], tests.classes) | {"statistics": own} | both | best}
+    if stage == "source_only":
+        target = _row(scores["target"], tests.classes) | {"statistics": "target"}
+        rows["source_only_target_bn"] = target | {"miou_target_bn": target["miou"]}
+    return rows
 
 
 def _test(tests: Config, run_name: str, statistics: str) -> dict:
@@ -101,6 +121,12 @@ def _row(scores: dict, classes: ClassSet) -> dict:
     return kept | {"rarest": present[:RAREST], "miou_rarest": mean_over(scores["iou"], present[:RAREST])}
 
 
+def _cell(value: float | dict | None) -> str:
+    if isinstance(value, dict):
+        return f"{value['mean']:.1f} ± {value['std']:.1f}"
+    return "-" if value is None else f"{value:.1f}"
+
+
 def format_summary(rows: dict[str, dict]) -> str:
     """The table of mIoU by stage."""
     subsets = [k for k in next(iter(rows.values())) if k.startswith("miou1")]
@@ -112,11 +138,17 @@ def format_summary(rows: dict[str, dict]) -> str:
         "target BN": "miou_target_bn",
         "best": "best_miou",
     }
+    gaps = {"gap from BN": "gap_closed_from_source_only_target_bn", "from long": "gap_closed_from_source_only_long"}
+    columns |= {title: key for title, key in gaps.items() if any(row.get(key) is not None for row in rows.values())}
     lines = [f"{'mIoU in percent':24}" + "".join(f"{title:>12}" for title in columns)]
     for stage, row in rows.items():
-        cells = (f"{row[key]:12.1f}" if row.get(key) is not None else f"{'-':>12}" for key in columns.values())
-        lines.append(f"{stage:24}" + "".join(cells))
+        lines.append(f"{stage:24}" + "".join(f"{_cell(row.get(key)):>12}" for key in columns.values()))
     lines.append("mIoU: the last checkpoint, as its stage validates it; best: the highest on the validation labels")
+    if "from long" in columns:
+        lines.append(
+            "gap: share in percent of the way to labelled_bound that is closed, all with target BN; counted from "
+            "source_only_target_bn and from source_only_long"
+        )
     return "\n".join(lines)
 
 
@@ -148,13 +180,64 @@ def _panel(cfg: Config, runs: dict[str, str], path: Path) -> None:
     save_panel(path, rows, ["image", *(name.replace("_", " ") for name in runs), "truth"])
 
 
+def run_seeds(overrides: list[str], seeds: list[int], controls: bool = False) -> dict:
+    """The pipeline once for each seed; returns what is written to seeds.json: mean and deviation by stage and class."""
+    base = load_config(ROOT / "configs" / "stage1_BPL.yml", overrides)
+    summaries = []
+    for seed in seeds:
+        print(f"==== seed {seed}", flush=True)
+        summaries.append(run([*overrides, f"seed={seed}", f"runs={base.runs}/seed{seed}"], controls)["stages"])
+    result = {"benchmark": base.benchmark, "seeds": seeds, "stages": over_seeds(summaries)}
+    path = base.sibling_run("seeds.json")
+    checkpoint.write_json(path, result)
+    print(format_summary(result["stages"]))
+    print(f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}; written to {show_path(path)}")
+    return result
+
+
+def over_seeds(summaries: list[dict]) -> dict:
+    """The same nested numbers from several seeds -> {"mean": …, "std": …} in place of each; std is the sample's."""
+    first = summaries[0]
+    if isinstance(first, dict):
+        return {key: over_seeds([s[key] for s in summaries]) for key in first if all(key in s for s in summaries)}
+    if not all(isinstance(value, int | float) for value in summaries):
+        return first if all(value == first for value in summaries) else None
+    return {"mean": mean(summaries), "std": stdev(summaries) if len(summaries) > 1 else 0.0}
+
+
+def _own_keys(overrides: list[str]) -> tuple[list[str], bool, list[int]]:
+    """The overrides without the pipeline's own keys, and the values of these."""
+    controls, seeds, others = False, [], []
+    for assignment in overrides:
+        key, _, text = assignment.partition("=")
+        if key == "controls":
+            if text not in ("true", "false"):
+                raise ConfigError(f"controls={text!r} has the wrong type: true or false is needed")
+            controls = text == "true"
+        elif key == "seeds":
+            try:
+                seeds = [int(seed) for seed in text.strip("[]").split(",")]
+            except ValueError:
+                raise ConfigError(f"seeds={text!r} has the wrong type: seeds=0,1,2 is needed") from None
+            if len(set(seeds)) < len(seeds):
+                raise ConfigError(f"seeds={text!r} names a seed twice")
+        else:
+            others.append(assignment)
+    return others, controls, seeds
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--debug", action="store_true", help="show tracebacks of the user's mistakes too")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="see `python train_bpl.py --help`")
     args = parser.parse_args()
-    guarded(lambda: run(args.overrides), args.debug)
+
+    def call() -> None:
+        overrides, controls, seeds = _own_keys(args.overrides)
+        run_seeds(overrides, seeds, controls) if seeds else run(overrides, controls)
+
+    guarded(call, args.debug)
 
 
 if __name__ == "__main__":
