@@ -8,7 +8,11 @@ from golden_vectors import GOLDEN, golden_shapes, golden_state, save_published
 from models import PatchDiscriminator, build_model, load_weights, open_weights
 from models.formats import read_checkpoint
 
-PUBLISHED = {"pbal_release": ("deeplab_pbal", False), "proda": ("deeplabv2", False), "proda_bn_clr": ("deeplabv2", True)}
+PUBLISHED = {
+    "pbal_release": ("deeplab_pbal", False),
+    "proda": ("deeplabv2", False),
+    "proda_bn_clr": ("deeplabv2", True),
+}
 
 
 def relative_error(ours: torch.Tensor, golden: np.ndarray) -> float:
