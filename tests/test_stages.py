@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 from conftest import FOLDER_NAMES, LAYOUTS, NAMES
-from golden_vectors import save_published
 from PIL import Image
 
 import distill
@@ -30,7 +29,7 @@ from loss import (
     prototype_contrast_loss,
     segmentation_loss,
 )
-from models import build_model, load_weights, upsample
+from models import build_model, upsample
 from utils import checkpoint, pipeline
 from utils.checkpoint import read
 from utils.config import UserError
@@ -392,49 +391,6 @@ def test_pipeline_says_missing_pretrained_weights_before_the_first_stage(benchma
     with pytest.raises(UserError, match=r"r50_1x_sk0\.pth does not exist"):
         pipeline.run([*overrides, "model.backbone=resnet50"])
     assert not runs.exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "layout", "arch", "normalization"),
-    [
-        ("pbal_release", "gta5_to_city", "deeplab_pbal", "imagenet"),
-        ("proda_bn_clr", "synthia_to_city", "deeplabv2", "none"),
-    ],
-)
-def test_published_files_are_tested_at_once(configure, runs, tmp_path, name, layout, arch, normalization):
-    classes = len(CLASSES[layout])
-    path = save_published(tmp_path / "published.pkl", name, classes)
-    auto = ("model.backbone=auto", "model.output_stride=auto", "test.panels=0", "device=cpu")
-    given = (f"checkpoint={path}", "batchnorm.statistics=saved", *auto)
-    cfg = configure(layout, "test_from_gta_to_city.yml", runs, *given)
-    scores = test.main(cfg)
-    saved = yaml.safe_load((cfg.run_dir / "config.yml").read_text(encoding="utf-8"))
-    assert (saved["model"]["arch"], saved["model"]["normalization"]) == (arch, normalization)
-
-    model = build_model(arch, classes, normalization=normalization, bn_clr=name == "proda_bn_clr").eval()
-    load_weights(model, path)
-    hits, said, true = np.zeros(classes), np.zeros(classes), np.zeros(classes)
-    val = build_dataset(cfg.data.val, cfg.classes)
-    for i in range(len(val)):
-        label = val[i]["label"].numpy()
-        prediction = predict(model, val[i]["image"][None])[0].argmax(0).numpy()
-        for k in range(classes):
-            hits[k] += ((prediction == k) & (label == k)).sum()
-            said[k] += ((prediction == k) & (label != IGNORE)).sum()
-            true[k] += (label == k).sum()
-    iou = dict(zip(CLASSES[layout], 100 * hits / (said + true - hits)))
-    assert scores["iou"] == pytest.approx(iou) and scores["miou"] == pytest.approx(np.mean(list(iou.values())))
-    if classes == 16:
-        thirteen = [value for key, value in iou.items() if key not in ("wall", "fence", "pole")]
-        assert scores["miou16"] == scores["miou"] and scores["miou13"] == pytest.approx(np.mean(thirteen))
-        with pytest.raises(UserError, match="16-class file, 19-class model"):
-            test.main(configure("gta5_to_city", "test_from_gta_to_city.yml", runs, *given, "name=other"))
-        follows = configure("gta5_to_city", "test_from_gta_to_city.yml", runs, *given, "data.class_set=auto")
-        assert test.main(follows)["miou13"] == pytest.approx(scores["miou13"])  # the same images
-    with pytest.raises(UserError, match=rf"model\.arch={arch}, not "):
-        other = "deeplab_pbal" if arch == "deeplabv2" else "deeplabv2"
-        test.main(configure(layout, "test_from_gta_to_city.yml", runs, *given, f"model.arch={other}"))
-    path.unlink()
 
 
 @one_layout

@@ -1,6 +1,6 @@
-"""Four steps of BPL and of PST by the real engine, from the released network's weights: the released numbers.
+"""Published files through the scripts: scores at once, and the released numbers of four training steps.
 
-Batches and initial weights alone are the test's (tests/golden/README.md).
+Batches and initial weights of the steps are the test's (tests/golden/README.md), all else is the engine's.
 """
 
 import json
@@ -8,20 +8,30 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
+from conftest import NAMES as NINETEEN
 from golden_vectors import GOLDEN, save_published
 
+import test
 import train_bpl
 import train_pst
 from data import pseudo_labels
+from data.datasets import build_dataset
 from data.taxonomy import IGNORE
-from models import open_weights
+from models import build_model, load_weights, open_weights
 from models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from utils import engine
 from utils.checkpoint import write_json
+from utils.config import UserError
+from utils.inference import predict
 
 COLUMNS = {
     "bpl": ("ce_source", "adversarial", "s2t", "t2s", "discriminator"),
     "pst": ("ce_source", "ce_target", "contrast_source", "contrast_target"),
+}
+NAMES = {
+    "gta5_to_city": NINETEEN,
+    "synthia_to_city": [n for n in NINETEEN if n not in ("terrain", "truck", "train")],
 }
 OURS = {
     "backbone.conv1.weight": "backbone.conv1.weight",
@@ -99,3 +109,47 @@ def test_four_released_steps(configure, weights, tmp_path, monkeypatch, stage, s
     ours = [state["model"][OURS[key]].norm().item() for key in golden["norm_keys"].tolist()]
     assert ours == pytest.approx(golden["norms"].tolist(), rel=0.015)
     assert open_weights(cfg.run_dir / "checkpoints" / "last.pth").settings["arch"] == "deeplab_pbal"
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "arch", "normalization"),
+    [
+        ("pbal_release", "gta5_to_city", "deeplab_pbal", "imagenet"),
+        ("proda_bn_clr", "synthia_to_city", "deeplabv2", "none"),
+    ],
+)
+def test_published_files_are_tested_at_once(configure, tmp_path, name, layout, arch, normalization):
+    names, runs = NAMES[layout], tmp_path / "runs"
+    classes = len(names)
+    path = save_published(tmp_path / "published.pkl", name, classes)
+    auto = ("model.backbone=auto", "model.output_stride=auto", "test.panels=0", "device=cpu")
+    given = (f"checkpoint={path}", "batchnorm.statistics=saved", *auto)
+    cfg = configure(layout, "test_from_gta_to_city.yml", runs, *given)
+    scores = test.main(cfg)
+    saved = yaml.safe_load((cfg.run_dir / "config.yml").read_text(encoding="utf-8"))
+    assert (saved["model"]["arch"], saved["model"]["normalization"]) == (arch, normalization)
+
+    model = build_model(arch, classes, normalization=normalization, bn_clr=name == "proda_bn_clr").eval()
+    load_weights(model, path)
+    hits, said, true = np.zeros(classes), np.zeros(classes), np.zeros(classes)
+    val = build_dataset(cfg.data.val, cfg.classes)
+    for i in range(len(val)):
+        label = val[i]["label"].numpy()
+        prediction = predict(model, val[i]["image"][None])[0].argmax(0).numpy()
+        for k in range(classes):
+            hits[k] += ((prediction == k) & (label == k)).sum()
+            said[k] += ((prediction == k) & (label != IGNORE)).sum()
+            true[k] += (label == k).sum()
+    iou = dict(zip(names, 100 * hits / (said + true - hits)))
+    assert scores["iou"] == pytest.approx(iou) and scores["miou"] == pytest.approx(np.mean(list(iou.values())))
+    if classes == 16:
+        thirteen = [value for key, value in iou.items() if key not in ("wall", "fence", "pole")]
+        assert scores["miou16"] == scores["miou"] and scores["miou13"] == pytest.approx(np.mean(thirteen))
+        with pytest.raises(UserError, match="16-class file, 19-class model"):
+            test.main(configure("gta5_to_city", "test_from_gta_to_city.yml", runs, *given, "name=other"))
+        follows = configure("gta5_to_city", "test_from_gta_to_city.yml", runs, *given, "data.class_set=auto")
+        assert test.main(follows)["miou13"] == pytest.approx(scores["miou13"])  # the same images
+    with pytest.raises(UserError, match=rf"model\.arch={arch}, not "):
+        other = "deeplab_pbal" if arch == "deeplabv2" else "deeplabv2"
+        test.main(configure(layout, "test_from_gta_to_city.yml", runs, *given, f"model.arch={other}"))
+    path.unlink()
