@@ -113,7 +113,7 @@ def read_checkpoint(path: str | Path) -> dict:
             raise ValueError(f"{path} is refused: it holds {refused[1] or refused[2]}, not weights alone") from None
         raise ValueError(f"{path} is not a weight file, or cut short") from None
     except Exception as error:  # a damaged stream fails in every way there is
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0] or "it is empty"
         raise ValueError(f"{path} is not a weight file, or cut short ({reason})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, not a dict of weights")
