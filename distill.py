@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 import gen_pseudo_labels
+from data.transforms import renormalize
 from loss import distillation_loss, segmentation_loss
 from utils import checkpoint
-from utils.config import Config, run_cli
+from utils.config import Config, UserError, run_cli
 from utils.engine import Backward, Stage, fit
-from utils.setup import build_network
+from utils.schema import ModelConfig
+from utils.setup import load_network
 
 
 class Distillation(Stage):
@@ -30,8 +32,9 @@ class Distillation(Stage):
 
     def __init__(self, cfg: Config, device: torch.device):
         super().__init__(cfg, device)
-        self.teacher = build_network(cfg, device).requires_grad_(False).eval()
-        checkpoint.load(self.teacher, checkpoint.find_checkpoint(cfg, cfg.checkpoint), cfg)
+        teacher = teacher_config(cfg)
+        self.teacher, _ = load_network(teacher, checkpoint.find_checkpoint(teacher, teacher.checkpoint), device)
+        self.teacher.requires_grad_(False)
 
     def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
         weight = self.cfg.loss
@@ -40,11 +43,18 @@ class Distillation(Stage):
 
         view = self.views.distill(target["image"])
         with torch.no_grad():
-            teacher_logits = self.teacher(view)["logits"]
+            teacher_logits = self.teacher(renormalize(view, self.model, self.teacher))["logits"]
         logits = self.model(view)["logits"]
         ce = segmentation_loss(logits, target["label"])
-        kl = distillation_loss(logits, teacher_logits)
+        kl = distillation_loss(logits, teacher_logits, weight.distill_form)
         backward(weight.pseudo_ce * ce + weight.distill * kl, ce_target=ce, distill=kl)
+
+
+def teacher_config(cfg: Config) -> Config:
+    """The teacher is what its file says; `model` describes the student, who may be another network."""
+    cfg = copy.deepcopy(cfg)
+    cfg.model, cfg.batchnorm.statistics = ModelConfig(), "saved"
+    return cfg
 
 
 def round_config(cfg: Config, number: int) -> Config:
@@ -62,10 +72,13 @@ def round_config(cfg: Config, number: int) -> Config:
 def main(cfg: Config) -> dict:
     """Run the rounds asked for; returns the metrics of the last one."""
     metrics = {}
+    first = cfg.sibling_run(f"{cfg.name or cfg.stage}/round1") / "checkpoints" / f"{cfg.which}.pth"
+    if cfg.distill.rounds[0] == 2 and not first.is_file():
+        raise UserError(f"distill.rounds=[2] learns from round 1's result, but there is no {first}; run rounds [1, 2]")
     for number in cfg.distill.rounds:
         this_round = round_config(cfg, number)
-        labels = copy.deepcopy(this_round)
-        labels.name, labels.batchnorm.statistics = this_round.pseudo_labels, "saved"
+        labels = teacher_config(this_round)
+        labels.name = this_round.pseudo_labels
         gen_pseudo_labels.main(labels)
         metrics = fit(this_round, Distillation)
     return metrics

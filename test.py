@@ -3,6 +3,7 @@
     python test.py                                                         distilled model, GTA5 -> Cityscapes
     python test.py checkpoint=bpl                                          another run of the benchmark
     python test.py checkpoint=my.pth batchnorm.statistics=target
+    python test.py checkpoint=pretrain_model/published.pkl                 architecture and classes follow from it
     python test.py --config configs/test_from_synthia_to_city.yml          16 and 13 classes from one model
 
 Prints IoU per class and writes metrics.json and panels/ into runs/<benchmark>/test/.
@@ -16,7 +17,7 @@ from utils.config import Config, UserError, run_cli
 from utils.inference import evaluate
 from utils.logging import RunLog, show_path
 from utils.metrics import table
-from utils.setup import check_inputs, choose_device, load_network, prepare_data
+from utils.setup import check_inputs, choose_device, load_network, prepare_data, settle
 from utils.visual import Gallery, spread
 
 
@@ -27,12 +28,15 @@ def main(cfg: Config) -> dict:
         raise UserError(f"{show_path(cfg.run_dir)} is a training run: choose another name= for its test")
     prepare_data(cfg)
     recompute = cfg.batchnorm.statistics == "target"
-    val, weights, target = check_inputs(
+    _, weights, target = check_inputs(
         lambda: build_dataset(cfg.data.val, cfg.classes),
         lambda: checkpoint.find_checkpoint(cfg, cfg.checkpoint, cfg.model.published),
         lambda: build_dataset(cfg.data.target, cfg.classes, with_labels=False) if recompute else None,
     )
-    model, message = load_network(cfg, weights, device, target)
+    file = checkpoint.open_file(weights)
+    cfg = settle(cfg, file)
+    model, message = load_network(cfg, file, device, target)
+    val = build_dataset(cfg.data.val, cfg.classes)  # by as many classes as the checkpoint has
     log = RunLog(cfg)
     log.say(message)
     gallery = Gallery(spread(len(val), cfg.test.panels), cfg.classes)

@@ -48,7 +48,7 @@ class BPL(Stage):
             size = target["image"].shape[2:]
             maps_s, maps_t = (upsample(out["logits"].float(), size).softmax(1) for out in (out_s, out_t))
             self.discriminator.requires_grad_(False)  # it only judges here
-            terms["adversarial"] = generator_loss(self.discriminator(maps_t))
+            terms["adversarial"] = generator_loss(self.discriminator(maps_t), weight.gan)
             total = total + weight.adversarial * terms["adversarial"]
         if weight.bidirectional:
             prototypes = classifier_prototypes(self.model.classifier)
@@ -59,7 +59,8 @@ class BPL(Stage):
 
         if self.discriminator:
             self.discriminator.requires_grad_(True)
-            d_loss = discriminator_loss(self.discriminator(maps_s.detach()), self.discriminator(maps_t.detach()))
+            judged = (self.discriminator(maps.detach()) for maps in (maps_s, maps_t))
+            d_loss = discriminator_loss(*judged, weight.gan)
             backward(d_loss, discriminator=d_loss)
 
 

@@ -4,15 +4,16 @@
     python train_pst.py benchmark=synthia_to_cityscapes
 
 The model learns from source labels and from pseudo labels of target images, and contrasts the features of both
-against the classifier's prototypes.
+against the classifier's prototypes, through a projection G where loss.projection names one.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from loss import prototype_contrast_loss, segmentation_loss
-from models import classifier_prototypes
+from models import Projection, classifier_prototypes
 from utils.config import Config, run_cli
 from utils.engine import Backward, Stage, fit
 
@@ -22,13 +23,24 @@ class PST(Stage):
 
     uses_pseudo_labels = True
 
+    def __init__(self, cfg: Config, device: torch.device):
+        super().__init__(cfg, device)
+        self.projection = None
+        if cfg.loss.projection != "none":
+            self.projection = Projection(cfg.loss.projection).to(device)
+            self.networks["projection"] = self.projection
+            head_lr = cfg.train.lr * cfg.train.head_lr_factor
+            self.optimizers["model"].add_param_group({"params": self.projection.parameters(), "lr": head_lr})
+
     def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
         weight = self.cfg.loss
         for domain, batch, ce_weight in (("source", source, 1.0), ("target", target, weight.pseudo_ce)):
             out = self.model(self.views.strong(batch["image"]))
             ce = segmentation_loss(out["logits"], batch["label"])
-            prototypes = classifier_prototypes(self.model.classifier)
-            contrast = prototype_contrast_loss(out["feat"], batch["label"], prototypes, weight.temperature)
+            feat, prototypes = out["feat"], classifier_prototypes(self.model.classifier, not weight.prototype_gradient)
+            if self.projection:
+                feat, prototypes = self.projection(feat, prototypes)
+            contrast = prototype_contrast_loss(feat, batch["label"], prototypes, weight.temperature)
             backward(
                 ce_weight * ce + weight.contrast * contrast,
                 **{f"ce_{domain}": ce, f"contrast_{domain}": contrast},

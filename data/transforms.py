@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -85,6 +85,14 @@ class Views:
                 left = int(torch.randint(width - hole_w + 1, ()))
                 image[:, top : top + hole_h, left : left + hole_w] = 127  # grey: about the mean after normalisation
         return self.weak(out)
+
+
+def renormalize(images: Tensor, before: nn.Module, after: nn.Module) -> Tensor:
+    """Float (N, 3, H, W) by the input statistics of one network -> by those of another."""
+    if (tuple(before.mean), tuple(before.std)) == (tuple(after.mean), tuple(after.std)):
+        return images
+    mean = np.subtract(after.mean, before.mean) / before.std
+    return F.normalize(images, mean.tolist(), np.divide(after.std, before.std).tolist())
 
 
 def _randaugment(number: int, magnitude: int) -> v2.Transform:

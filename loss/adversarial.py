@@ -1,4 +1,4 @@
-"""Output-space adversarial alignment, binary cross-entropy form (PBAL eq. of stage 0; ADVENT)."""
+"""Output-space adversarial alignment: binary cross-entropy (PBAL stage 0; ADVENT) or least squares (ProDA, LSGAN)."""
 
 from __future__ import annotations
 
@@ -9,23 +9,26 @@ from torch import Tensor
 SOURCE, TARGET = 0.0, 1.0
 
 
-def _is(logits: Tensor, domain: float) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits.float(), torch.full_like(logits, domain, dtype=torch.float32))
+def _is(logits: Tensor, domain: float, form: str) -> Tensor:
+    loss = {"bce": F.binary_cross_entropy_with_logits, "ls": F.mse_loss}[form]
+    return loss(logits.float(), torch.full_like(logits, domain, dtype=torch.float32))
 
 
-def generator_loss(target_patches: Tensor) -> Tensor:
+def generator_loss(target_patches: Tensor, form: str = "bce") -> Tensor:
     """What the segmenter minimises: the discriminator should call its target output "source".
 
     Args:
         target_patches: discriminator logits (N, 1, h, w) of target softmax maps.
+        form: "bce", or "ls": mean squared distance of the logits to the label.
     """
-    return _is(target_patches, SOURCE)
+    return _is(target_patches, SOURCE, form)
 
 
-def discriminator_loss(source_patches: Tensor, target_patches: Tensor) -> Tensor:
+def discriminator_loss(source_patches: Tensor, target_patches: Tensor, form: str = "bce") -> Tensor:
     """What the discriminator minimises: the mean of its two halves, on detached softmax maps.
 
     Args:
         source_patches, target_patches: discriminator logits (N, 1, h, w).
+        form: as for `generator_loss`.
     """
-    return 0.5 * (_is(source_patches, SOURCE) + _is(target_patches, TARGET))
+    return 0.5 * (_is(source_patches, SOURCE, form) + _is(target_patches, TARGET, form))

@@ -5,13 +5,22 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.deeplab import upsample
 
-def distillation_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+
+def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, form: str = "kl") -> Tensor:
     """KL(teacher || student), mean over pixels.
 
     Args:
-        student_logits, teacher_logits: float (N, K, h, w); no gradient reaches the teacher.
+        student_logits: float (N, K, h, w).
+        teacher_logits: float (N, K, h', w'), brought to the student's resolution; no gradient reaches the teacher.
+        form: "kl", or "released": as ProDA's code has it, Σ_k t_k (log t_k - s_k) / K with the student's probability
+            s_k where its logarithm belongs. Its gradient -t_k / K on s_k is bounded, and some hundred times weaker.
     """
+    teacher = teacher_logits.detach().float()
+    if teacher.shape != student_logits.shape:
+        teacher = upsample(teacher, student_logits.shape[2:])
+    if form == "released":
+        return F.kl_div(student_logits.float().softmax(1), teacher.softmax(1), reduction="none").mean()
     student = student_logits.float().log_softmax(1)
-    teacher = teacher_logits.detach().float().log_softmax(1)
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1).mean()
+    return F.kl_div(student, teacher.log_softmax(1), reduction="none", log_target=True).sum(1).mean()

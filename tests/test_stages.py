@@ -30,11 +30,11 @@ from loss import (
     segmentation_loss,
 )
 from models import build_model, upsample
-from utils import pipeline
+from utils import checkpoint, pipeline
 from utils.checkpoint import read
 from utils.config import UserError
 from utils.inference import predict
-from utils.setup import load_network
+from utils.setup import load_network, settle
 
 STAGES = (
     ("warmup", train_bpl, "stage0_warmup.yml"),
@@ -306,57 +306,104 @@ def compare_step(stage, expected_of):
             assert (p.grad - expected).norm() <= 1e-4 * expected.norm()  # float32, summed in another order
 
 
-def test_equation_of_bpl(configure, runs):
+@pytest.mark.parametrize("gan", ["bce", "ls"])
+def test_equation_of_bpl(configure, runs, gan):
     weights = ("loss.adversarial=0.3", "loss.bidirectional=0.7")
-    stage = train_bpl.BPL(configure("gta5_to_city", "stage1_BPL.yml", runs, *weights), torch.device("cpu"))
+    weights = (*weights, f"loss.gan={gan}")
+    stage = train_bpl.BPL(settle(configure("gta5_to_city", "stage1_BPL.yml", runs, *weights)), torch.device("cpu"))
 
     def expected_of(source, target):
         out_s, out_t = stage.model(1 - source["image"] / 255), stage.model(target["image"] / 255)
         maps_s, maps_t = (upsample(out["logits"], (32, 64)).softmax(1) for out in (out_s, out_t))
         terms = {"ce_source": segmentation_loss(out_s["logits"], source["label"])}
-        terms["adversarial"] = generator_loss(stage.discriminator(maps_t))
+        terms["adversarial"] = generator_loss(stage.discriminator(maps_t), gan)
         prototypes = stage.model.classifier.weight.detach().flatten(1)
         terms["s2t"], terms["t2s"] = bidirectional_prototype_loss(out_t["feat"], out_t["logits"], prototypes)
-        terms["discriminator"] = discriminator_loss(stage.discriminator(maps_s), stage.discriminator(maps_t))
+        terms["discriminator"] = discriminator_loss(stage.discriminator(maps_s), stage.discriminator(maps_t), gan)
         total = terms["ce_source"] + 0.3 * terms["adversarial"] + 0.7 * (terms["s2t"] + terms["t2s"])
         return {"model": total, "discriminator": terms["discriminator"]}, terms
 
     compare_step(stage, expected_of)
 
 
-def test_equation_of_pst(configure, runs):
-    weights = ("loss.contrast=0.4", "loss.pseudo_ce=0.6", "loss.temperature=0.2")
-    stage = train_pst.PST(configure("gta5_to_city", "stage2_PST.yml", runs, *weights), torch.device("cpu"))
+@pytest.mark.parametrize(
+    "switches", [(), ("loss.prototype_gradient=true", "loss.projection=mlp")], ids=["default", "switched"]
+)
+def test_equation_of_pst(configure, runs, switches):
+    weights = ("loss.contrast=0.4", "loss.pseudo_ce=0.6", "loss.temperature=0.2", *switches)
+    stage = train_pst.PST(settle(configure("gta5_to_city", "stage2_PST.yml", runs, *weights)), torch.device("cpu"))
+    g = stage.projection.layers if switches else torch.nn.Identity()
 
     def expected_of(source, target):
-        prototypes, terms = stage.model.classifier.weight.detach().flatten(1), {}
+        prototypes, terms = stage.model.classifier.weight.flatten(1), {}
+        prototypes = g(torch.nn.functional.normalize(prototypes if switches else prototypes.detach()))
         for domain, batch in (("source", source), ("target", target)):
             out = stage.model(1 - batch["image"] / 255)
             terms[f"ce_{domain}"] = segmentation_loss(out["logits"], batch["label"])
-            terms[f"contrast_{domain}"] = prototype_contrast_loss(out["feat"], batch["label"], prototypes, 0.2)
+            feat = g(out["feat"].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            terms[f"contrast_{domain}"] = prototype_contrast_loss(feat, batch["label"], prototypes, 0.2)
         contrast = terms["contrast_source"] + terms["contrast_target"]
-        return {"model": terms["ce_source"] + 0.6 * terms["ce_target"] + 0.4 * contrast}, terms
+        total = terms["ce_source"] + 0.6 * terms["ce_target"] + 0.4 * contrast
+        return dict.fromkeys(stage.networks, total), terms
 
     compare_step(stage, expected_of)
+    trained = [p for group in stage.optimizers["model"].param_groups for p in group["params"]]
+    parameters = [p for network in stage.networks.values() for p in network.parameters()]
+    assert len(trained) == len(parameters) and set(trained) == set(parameters)
 
 
-def test_equation_of_distillation(configure, runs):
-    teacher = build_model("deeplabv2", 19, "resnet18", 16).eval()
+@pytest.mark.parametrize(("arch", "form"), [("deeplabv2", "kl"), ("deeplab_pbal", "released")])
+def test_equation_of_distillation(configure, runs, arch, form):
+    """The teacher is of its own architecture and sees images in [0, 1], the student normalised ones."""
+    teacher = build_model(arch, 19, "resnet18", 16).eval()
     runs.mkdir()
-    torch.save({"model": teacher.state_dict(), "recipe": {}}, runs / "teacher.pth")
+    recipe = {"arch": arch, "backbone": "resnet18", "output_stride": 16, "mean": [0, 0, 0], "std": [1, 1, 1]}
+    torch.save({"model": teacher.state_dict(), "recipe": recipe}, runs / "teacher.pth")
     weights = ("loss.distill=0.9", "loss.pseudo_ce=0.6", f"checkpoint={runs / 'teacher.pth'}")
-    stage = distill.Distillation(configure("gta5_to_city", "stage3_distill.yml", runs, *weights), torch.device("cpu"))
+    cfg = configure("gta5_to_city", "stage3_distill.yml", runs, *weights, f"loss.distill_form={form}")
+    cfg.model.arch = "deeplabv2"
+    stage = distill.Distillation(settle(cfg), torch.device("cpu"))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (stage.model.mean, stage.model.std))
 
     def expected_of(source, target):
         view = (target["image"] / 255) ** 2
         logits, logits_s = stage.model(view)["logits"], stage.model(1 - source["image"] / 255)["logits"]
         terms = {"ce_source": segmentation_loss(logits_s, source["label"])}
         terms["ce_target"] = segmentation_loss(logits, target["label"])
-        terms["distill"] = distillation_loss(logits, teacher(view)["logits"])
+        terms["distill"] = distillation_loss(logits, teacher(view * std + mean)["logits"], form)
         return {"model": terms["ce_source"] + 0.6 * terms["ce_target"] + 0.9 * terms["distill"]}, terms
 
     compare_step(stage, expected_of)
     assert not any(p.requires_grad for p in stage.teacher.parameters())
+
+
+def test_round_2_alone_needs_round_1(configure, runs):
+    with pytest.raises(UserError, match=r"distill\.rounds=\[2\].* round 1.*distill/round1/checkpoints/last\.pth"):
+        distill.main(configure("gta5_to_city", "stage3_distill.yml", runs, "distill.rounds=[2]"))
+    assert not runs.exists()
+
+
+def test_pipeline_says_missing_pretrained_weights_before_the_first_stage(benchmarks, runs, monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoint, "PRETRAINED", tmp_path)
+    overrides = [f"benchmark={benchmarks['day_to_dusk']}", f"runs={runs}", "distill.init_round1=simclr"]
+    with pytest.raises(UserError, match=r"distill\.init_round1=simclr"):
+        pipeline.run([*overrides, "device=cpu"])  # there are none of a ResNet-18
+    with pytest.raises(UserError, match=r"r50_1x_sk0\.pth does not exist"):
+        pipeline.run([*overrides, "model.backbone=resnet50"])
+    assert not runs.exists()
+
+
+@one_layout
+@pytest.mark.parametrize(("batch", "workers"), [(1, 0), (3, 2), (8, 1)])
+def test_pseudo_labels_whatever_batch_and_workers(finished, configure, batch, workers, monkeypatch):
+    given = (f"name=labels_{batch}", f"test.batch={batch}", f"data.workers={workers}")
+    cfg = configure(finished.layout, "pseudo_labels.yml", finished.runs, *given)
+    gen_pseudo_labels.main(cfg)
+    written = {p.relative_to(cfg.run_dir): p.read_bytes() for p in cfg.run_dir.rglob("*.png")}
+    before = finished.folder / "pseudo_labels"
+    assert len(written) == 2 * 5 and written.keys() == {p.relative_to(before) for p in before.rglob("*.png")}
+    forbid_training(monkeypatch)
+    gen_pseudo_labels.main(cfg)
 
 
 def train(configure, runs, *overrides):

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from models import load_weights
-from models.weights import find_imagenet_weights, read_checkpoint
+from models import WeightFile, load_weights, open_weights
+from models.formats import read_checkpoint
+from models.weights import find_imagenet_weights, find_simclr_weights
 from utils.config import ROOT, Config, UserError
+from utils.schema import DEFAULT_BACKBONE
 
 PRETRAINED = ROOT / "pretrain_model"
 
@@ -50,11 +52,12 @@ def save_checkpoint(path: Path, content: dict) -> None:
 
 
 def recipe(cfg: Config, model: nn.Module) -> dict:
-    """What is needed to use the weights again: architecture, classes, input statistics."""
+    """What is needed to use the weights again: architecture, classes, input statistics; `cfg` is settled."""
     return {
         "arch": cfg.model.arch,
         "backbone": cfg.model.backbone,
         "output_stride": cfg.model.output_stride,
+        "bn_clr": cfg.model.bn_clr,
         "class_names": list(cfg.classes.names),
         "mean": list(model.mean),
         "std": list(model.std),
@@ -130,32 +133,40 @@ def find_init(cfg: Config) -> Path | None:
     init = cfg.model.init
     if init == "scratch":
         return None
-    if init != "imagenet":
+    find = {"imagenet": find_imagenet_weights, "simclr": find_simclr_weights}.get(init)
+    if not find:
         return find_checkpoint(cfg, init, cfg.model.published)
     try:
-        return find_imagenet_weights(cfg.model.backbone, PRETRAINED)
+        return find(DEFAULT_BACKBONE if cfg.model.backbone == "auto" else cfg.model.backbone, PRETRAINED)
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def load(model: nn.Module, path: Path, cfg: Config) -> str:
-    """`load_weights`, with its refusal as the user's mistake; returns a line for the log.
-
-    Our checkpoints also say what their weights cannot show: the order of classes, the stride, the input statistics.
-    """
-    wanted = recipe(cfg, model)
-    saved = read(path).get("recipe") or wanted
-    if saved["class_names"] != wanted["class_names"] and len(saved["class_names"]) == len(cfg.classes):
-        raise UserError(f"{path} was trained on other classes: {', '.join(saved['class_names'])}")
-    for entry, key in (("output_stride", "output_stride"), ("mean", "normalization"), ("std", "normalization")):
-        if saved[entry] != wanted[entry]:
-            raise UserError(
-                f"{path} was trained with {entry} {saved[entry]}, not {wanted[entry]}: set model.{key} as it was"
-            )
+def open_file(path: Path) -> WeightFile:
+    """`open_weights`, with its refusal as the user's mistake."""
     try:
-        return f"{path}: {load_weights(model, path)}"
+        return open_weights(path)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def load(networks: dict[str, nn.Module], file: WeightFile, cfg: Config) -> str:
+    """`load_weights` into networks["model"], and into the others what the file has of them; returns a line for the log.
+
+    Our checkpoints also say what their weights cannot show: the order of classes.
+    """
+    names = file.class_names
+    if names and list(names) != list(cfg.classes.names) and len(names) == len(cfg.classes):
+        raise UserError(f"{file.path} was trained on other classes: {', '.join(names)}")
+    try:
+        said = f"{file.path}: {load_weights(networks['model'], file)}"
+        for name in networks.keys() & file.networks.keys():
+            networks[name].load_state_dict(file.networks[name])
+            said += f", {name} too"
+        return said
+    except (ValueError, RuntimeError) as error:  # the latter from the other networks
+        reason = " ".join(str(error).split())
+        raise UserError(reason if isinstance(error, ValueError) else f"{file.path}: {reason}") from None
 
 
 def read(path: Path) -> dict:
@@ -164,8 +175,3 @@ def read(path: Path) -> dict:
         return read_checkpoint(path)
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def use_running_statistics(model: nn.Module, path: Path) -> None:
-    """BatchNorm as released, where a checkpoint holds the target's statistics beside the running ones."""
-    model.load_state_dict(read(path).get("running_statistics", {}), strict=False)

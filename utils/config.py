@@ -23,7 +23,7 @@ import numpy as np
 import yaml
 
 from data.taxonomy import resolve_id_map
-from utils.schema import RESNETS, RUNS, TRAINING_STAGES, Config
+from utils.schema import DEFAULT_BACKBONE, RESNETS, RUNS, SIMCLR_RESNETS, TRAINING_STAGES, Config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,7 +79,8 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
     if origin is Literal:
         if value in args and type(value) in {type(a) for a in args}:
             return value
-        near = difflib.get_close_matches(str(value), map(str, args), 1, 0)
+        alike = [a for a in args if type(a) is type(value)] or args
+        near = difflib.get_close_matches(str(value), map(str, alike), 1, 0)
         raise ConfigError(f"{key}={value!r} is not one of {_type_name(hint)}; nearest is {near[0]}")
     if origin is list and isinstance(value, list):
         return [_coerce(v, args[0], key) for v in value]
@@ -238,15 +239,10 @@ def _check(c: Config) -> None:
         require(not splits or ds.split in splits, f"data.{name}.split={ds.split!r} is not one of {splits}")
         outside = Path(ds.labels.replace("{dir}", "d")).is_absolute() if ds.labels else False
         require(not outside, f"data.{name}.labels={ds.labels!r} must be relative to root")
-    for key, value in (
-        ("crop", d.crop),
-        ("scale", d.scale),
-        ("jitter_factor", d.jitter_factor),
-        ("randaugment", d.randaugment),
-    ):
+    for key in ("crop", "scale", "jitter_factor", "randaugment"):
+        value = getattr(d, key)
         require(len(value) == 2, f"data.{key}={value} must hold two numbers")
-    for key, value in (("scale", d.scale), ("jitter_factor", d.jitter_factor)):
-        require(value[0] <= value[1], f"data.{key}={value} must be [low, high]")
+        require(key in ("crop", "randaugment") or value[0] <= value[1], f"data.{key}={value} must be [low, high]")
     require(
         t.iterations <= t.horizon,
         f"train.iterations={t.iterations} is beyond train.horizon={t.horizon}, where the learning rate reaches zero",
@@ -266,9 +262,18 @@ def _check(c: Config) -> None:
             not Path(value).is_absolute() and ".." not in Path(value).parts,
             f"{key}={value!r} must be a folder below runs/<benchmark>",
         )
-    if not c.model.backbone.startswith("timm/") and c.model.backbone not in RESNETS:
-        near = difflib.get_close_matches(c.model.backbone, RESNETS, 1, 0)
-        raise ConfigError(f"model.backbone={c.model.backbone!r} is unknown; nearest is {near[0]!r}, or timm/NAME")
+    backbone = DEFAULT_BACKBONE if c.model.backbone == "auto" else c.model.backbone
+    if not backbone.startswith("timm/") and backbone not in RESNETS:
+        near = difflib.get_close_matches(backbone, RESNETS, 1, 0)
+        raise ConfigError(f"model.backbone={backbone!r} is unknown; nearest is {near[0]!r}, or timm/NAME")
+    start = ("distill.init_round1", c.distill.init_round1) if c.stage == "distill" else ("model.init", c.model.init)
+    require(
+        c.stage not in TRAINING_STAGES or start[1] != "simclr" or backbone in SIMCLR_RESNETS,
+        f"{start[0]}=simclr, but there are no SimCLR weights of model.backbone={backbone}; nearest is imagenet",
+    )
+    variant = c.model.bn_clr is not True or c.model.arch != "deeplab_pbal"
+    require(variant, f"model.bn_clr is a variant of deeplabv2, not of model.arch={c.model.arch}")
+    require(d.class_set != "auto" or c.stage == "test", "data.class_set=auto is for test.py alone: name the classes")
 
 
 # -------------------------------------------------------------------------------------------------- command line

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from utils.inference import (
 )
 from utils.logging import RunLog, show_path
 from utils.metrics import table
-from utils.setup import build_network, check_inputs, choose_device, prepare_data
+from utils.setup import build_network, check_inputs, choose_device, prepare_data, settle
 from utils.visual import Gallery, spread
 
 Backward = Callable[..., None]
@@ -91,7 +90,7 @@ def fit(cfg: Config, stage_type: type[Stage]) -> dict:
 
 class _Run:
     def __init__(self, cfg: Config, stage_type: type[Stage]):
-        self.cfg, self.folder = cfg, cfg.run_dir
+        self.folder = cfg.run_dir
         self.last_file, self.best_file = (self.folder / "checkpoints" / f"{n}.pth" for n in ("last", "best"))
         self.device = choose_device(cfg)
         saved = checkpoint.read(self.last_file) if self.last_file.is_file() and not cfg.train.restart else None
@@ -110,9 +109,12 @@ class _Run:
         )
         if stage_type.uses_pseudo_labels:
             pseudo_labels.attach(self.target, labels)
+        start = self.last_file if saved else init
+        file = checkpoint.open_file(start) if start else None
+        self.cfg = cfg = settle(cfg, file)
         self.stage = stage_type(cfg, self.device)
         self.model = self.stage.model
-        loaded = self._initialise(init) if init else "random weights"
+        loaded = checkpoint.load(self.stage.networks, file, cfg) if init else "random weights"
         self.iteration, self.last_scores, self.best = 0, None, None
         torch.manual_seed(cfg.seed)
         if saved:
@@ -126,16 +128,6 @@ class _Run:
             f"{show_path(self.folder)} on {self.device}: {len(self.source)} source, {len(self.target)} target "
             f"and {len(self.val)} validation images; {loaded}"
         )
-
-    def _initialise(self, path: Path) -> str:
-        """Weights from a file; further networks (the warm-up's discriminator) go on where the file has them."""
-        said = checkpoint.load(self.model, path, self.cfg)
-        before = checkpoint.read(path).get("networks", {})
-        for name, network in self.stage.networks.items():
-            if name in before:
-                network.load_state_dict(before[name])
-                said += f", {name} too"
-        return said
 
     def train(self) -> dict:
         cfg, t = self.cfg, self.cfg.train
@@ -277,7 +269,7 @@ class _Run:
 
 def _refuse_other_experiment(saved: dict, cfg: Config) -> None:
     old, new = flatten(saved), flatten(to_dict(cfg))
-    changed = [k for k in new if k not in HARMLESS and old.get(k) != new[k]]
+    changed = [k for k in new if k not in HARMLESS and new[k] not in (old.get(k), "auto")]  # auto: as it was
     if changed:
         listed = ", ".join(f"{k}: {old.get(k)} -> {new[k]}" for k in changed[:4])
         raise UserError(

@@ -40,7 +40,8 @@ from utils.engine import fit
 from utils.inference import evaluate
 from utils.logging import show_path
 from utils.metrics import mean_over
-from utils.setup import choose_device, load_network
+from utils.schema import TRAINING_STAGES
+from utils.setup import check_inputs, choose_device, load_network
 from utils.visual import Gallery, save_panel
 
 # (stage, its script, its config, what sets it apart), in order.
@@ -60,6 +61,7 @@ def run(overrides: list[str], controls: bool = False) -> dict:
     # Every config is checked before the first stage starts.
     configs = {stage: load_config(ROOT / "configs" / file, [*overrides, *own]) for stage, _, file, own in STEPS}
     benchmark = f"benchmark={configs['bpl'].benchmark}"  # named in any case: the tests' file has one of its own
+    check_inputs(*(lambda cfg=cfg: _first_weights(cfg) for cfg in configs.values()))
     tests = load_config(ROOT / "configs" / "test_from_gta_to_city.yml", [*overrides, benchmark])
     final_run = {}
     rows: dict[str, dict] = {}
@@ -100,6 +102,15 @@ def _rows(stage: str, run_name: str, cfg: Config, metrics: dict, tests: Config) 
         target = _row(scores["target"], tests.classes) | {"statistics": "target"}
         rows["source_only_target_bn"] = target | {"miou_target_bn": target["miou"]}
     return rows
+
+
+def _first_weights(cfg: Config) -> None:
+    """Raise UserError now if a stage to come cannot start because a file of pretrained weights is missing."""
+    if cfg.stage == "distill":
+        cfg = distill.round_config(cfg, cfg.distill.rounds[0])
+    done = (cfg.run_dir / "checkpoints" / "last.pth").is_file()
+    if cfg.stage in TRAINING_STAGES and cfg.model.init in ("imagenet", "simclr") and not done:
+        checkpoint.find_init(cfg)
 
 
 def _test(tests: Config, run_name: str, statistics: str) -> dict:

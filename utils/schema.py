@@ -16,6 +16,8 @@ STAGES = ("warmup", "bpl", "pseudo_labels", "pst", "distill", "test")
 RUNS = (*STAGES, "source_only")  # what a benchmark's `stages` may name
 TRAINING_STAGES = ("warmup", "bpl", "pst", "distill")
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+SIMCLR_RESNETS = ("resnet50", "resnet101", "resnet152")  # of which SimCLRv2 weights exist at width 1
+DEFAULT_ARCH, DEFAULT_BACKBONE = "deeplabv2", "resnet101"
 TINY = 1e-12  # least value of what must be above 0
 
 
@@ -46,7 +48,9 @@ class DatasetConfig:
 
 @dataclass
 class DataConfig:
-    class_set: Literal["cityscapes19", "cityscapes16", "custom"] = opt("cityscapes19", "which classes are learnt")
+    class_set: Literal["cityscapes19", "cityscapes16", "custom", "auto"] = opt(
+        "cityscapes19", "which classes are learnt; auto (test.py alone) = as many as the checkpoint has"
+    )
     class_names: list[str] = opt([], "custom: class names in train-id order")
     palette: list[list[int]] = opt(
         [], "custom: one [r, g, b] per class; [] spreads colours over the hue circle", most=255
@@ -71,25 +75,44 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    arch: Literal["deeplabv2"] = opt("deeplabv2", "segmentation architecture")
-    backbone: str = opt("resnet101", "resnet18 | resnet34 | resnet50 | resnet101 | resnet152 | timm/NAME")
-    output_stride: Literal[8, 16] = opt(8, "input pixels per feature pixel")
-    normalization: Literal["auto", "imagenet", "half", "none"] = opt(
-        "auto", "input statistics; auto = what the backbone's weights expect (ImageNet for torchvision's)"
+    """`auto` is what the weight file tells of its network, and where it tells nothing, the default named here."""
+
+    arch: Literal["auto", "deeplabv2", "deeplab_pbal"] = opt(
+        "auto", "segmentation architecture; default deeplabv2; deeplab_pbal is that of PBAL's published checkpoints"
     )
-    dropout: float = opt(0.1, "channel dropout before the classifier (as released)", most=0.99)
-    init: str = opt("imagenet", "start from: scratch | imagenet | a run's name (e.g. bpl) | a file")
+    backbone: str = opt("auto", "resnet18 | resnet34 | resnet50 | resnet101 | resnet152 | timm/NAME; default resnet101")
+    output_stride: Literal["auto", 8, 16] = opt(
+        "auto", "input pixels per pixel of the backbone's output; default 8, deeplab_pbal 16 (as released)"
+    )
+    bn_clr: Literal["auto", True, False] = opt(
+        "auto", "deeplabv2: one more BatchNorm behind the backbone (ProDA, with SimCLR weights); default false"
+    )
+    normalization: Literal["auto", "imagenet", "half", "none"] = opt(
+        "auto", "input statistics; default what the backbone's ImageNet weights expect; none = [0, 1] as it is"
+    )
+    dropout: float = opt(
+        0.1, "before the classifier, of whole channels; deeplab_pbal: of single values (as released)", most=0.99
+    )
+    init: str = opt("imagenet", "start from: scratch | imagenet | simclr | a run's name (e.g. bpl) | a file")
     published: str = opt("", "file tried when the run named by init is not there")
 
 
 @dataclass
 class LossConfig:
     adversarial: float = opt(0.01, "weight of output-space alignment (as released); 0 trains without adversary")
+    gan: Literal["bce", "ls"] = opt("bce", "adversary: binary cross-entropy (as released) | least squares (ProDA)")
     bidirectional: float = opt(0.1, "weight of each of the two prototype terms (as released); 0 = warm-up")
     pseudo_ce: float = opt(1.0, "weight of cross-entropy on pseudo labels (as released)")
     contrast: float = opt(1.0, "weight of prototypical contrast, each domain (as released)")
     temperature: float = opt(0.07, "tau of prototypical contrast (as released)", least=TINY)
-    distill: float = opt(1.0, "weight of KL(teacher || student) (ProDA)")
+    prototype_gradient: bool = opt(False, "PST's contrast moves the prototypes too: true as released, false the paper")
+    projection: Literal["none", "linear", "mlp"] = opt(
+        "none", "PST: features and prototypes go through G before the contrast: none as released; the paper has one"
+    )
+    distill: float = opt(1.0, "weight of the distillation term (ProDA)")
+    distill_form: Literal["kl", "released"] = opt(
+        "kl", "kl = KL(teacher || student) | released = ProDA's code: kl_div of probabilities, mean over classes too"
+    )
 
 
 @dataclass
@@ -137,7 +160,9 @@ class PseudoConfig:
 @dataclass
 class DistillConfig:
     rounds: list[int] = opt([1, 2], "rounds to run; round 2 learns from round 1's result (ProDA)", least=1, most=2)
-    init_round1: str = opt("imagenet", "student of round 1: imagenet | scratch | teacher | a run's name | a file")
+    init_round1: str = opt(
+        "simclr", "student of round 1: simclr (ProDA) | imagenet | scratch | teacher | a run's name | a file"
+    )
 
 
 @dataclass
@@ -172,7 +197,7 @@ class Config:
         """The class set of this configuration."""
         if self.data.class_set == "custom":
             return custom_class_set(self.data.class_names, self.data.palette)
-        return CLASS_SETS[self.data.class_set]
+        return CLASS_SETS["cityscapes19" if self.data.class_set == "auto" else self.data.class_set]
 
     @property
     def benchmark_name(self) -> str:

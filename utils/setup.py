@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from torch import nn
 
 from data import toy
 from data.datasets import SegmentationDataset
-from models import build_model
+from data.taxonomy import CLASS_SETS
+from models import OUTPUT_STRIDE, WeightFile, build_model
 from utils import checkpoint
 from utils.config import Config, UserError
-from utils.inference import recompute_batchnorm
+from utils.inference import recompute_batchnorm, set_batchnorm_statistics
+from utils.schema import DEFAULT_ARCH, DEFAULT_BACKBONE, TRAINING_STAGES
 
 
 def choose_device(cfg: Config) -> torch.device:
@@ -34,12 +37,53 @@ def prepare_data(cfg: Config) -> None:
         toy.generate(cfg.data.toy_root)
 
 
+def settle(cfg: Config, file: WeightFile | None = None) -> Config:
+    """A copy of the configuration with every `auto` of network and classes decided.
+
+    What the file tells of its network holds; a setting of the user's own that contradicts it is an error, unless the
+    file is a backbone alone, whose settings are advice. Where neither says anything, the default does.
+
+    Raises:
+        UserError: a contradiction, no class set of the file's size, or batches too small for the network.
+    """
+    cfg = copy.deepcopy(cfg)
+    m, told = cfg.model, dict(file.settings) if file else {}
+    if m.arch == "deeplab_pbal" and file and file.backbone_alone:
+        told.pop("bn_clr", None)  # the variant is deeplabv2's
+    for key, value in told.items():
+        given = getattr(m, key)
+        if given == "auto":
+            setattr(m, key, value)
+        elif given != value and not file.backbone_alone:
+            raise UserError(
+                f"{file.path} ({file.format}) holds a network of model.{key}={value}, not {given}: leave model.{key} out"
+            )
+    m.arch = DEFAULT_ARCH if m.arch == "auto" else m.arch
+    m.backbone = DEFAULT_BACKBONE if m.backbone == "auto" else m.backbone
+    m.output_stride = OUTPUT_STRIDE[m.arch] if m.output_stride == "auto" else m.output_stride
+    m.bn_clr = m.bn_clr is True
+    if cfg.data.class_set == "auto" and file:
+        fitting = [name for name, classes in CLASS_SETS.items() if len(classes) == file.num_classes]
+        if not fitting:
+            raise UserError(f"{file.path} has {file.num_classes} classes: name them with benchmark= or data.class_set=")
+        cfg.data.class_set = fitting[0]
+    if (
+        cfg.stage in TRAINING_STAGES
+        and m.arch == "deeplab_pbal"
+        and 1 in (cfg.train.batch_source, cfg.train.batch_target)
+    ):
+        raise UserError(
+            "model.arch=deeplab_pbal normalises pooled features over the batch: train.batch_* must be 2 or more"
+        )
+    return cfg
+
+
 def build_network(cfg: Config, device: torch.device) -> nn.Module:
-    """The segmentation network of a configuration, with random weights; raises UserError if it cannot be built."""
+    """The network of a settled configuration, with random weights; raises UserError if it cannot be built."""
     m = cfg.model
     torch.manual_seed(cfg.seed)
     try:
-        model = build_model(m.arch, len(cfg.classes), m.backbone, m.output_stride, m.dropout, m.normalization)
+        model = build_model(m.arch, len(cfg.classes), m.backbone, m.output_stride, m.dropout, m.normalization, m.bn_clr)
     except ValueError as error:
         raise UserError(str(error)) from None
     # Convolutions of every kind are at least as fast in this layout, depthwise ones on a CPU by a third.
@@ -47,12 +91,12 @@ def build_network(cfg: Config, device: torch.device) -> nn.Module:
 
 
 def load_network(
-    cfg: Config, weights: Path, device: torch.device, target: SegmentationDataset | None = None
+    cfg: Config, weights: Path | WeightFile, device: torch.device, target: SegmentationDataset | None = None
 ) -> tuple[nn.Module, str]:
     """A trained network for inference, in eval mode, with the BatchNorm statistics that `batchnorm.statistics` names.
 
     Args:
-        cfg: the network's configuration.
+        cfg: the network's configuration; `auto` follows the file.
         weights: a file of any known format.
         target: unlabelled target training images, for statistics=target.
 
@@ -62,10 +106,12 @@ def load_network(
     Raises:
         UserError: the file cannot be read or does not fit.
     """
+    file = weights if isinstance(weights, WeightFile) else checkpoint.open_file(weights)
+    cfg = settle(cfg, file)
     model = build_network(cfg, device)
-    message = checkpoint.load(model, weights, cfg)
+    message = checkpoint.load({"model": model}, file, cfg)
     if cfg.batchnorm.statistics == "running":
-        checkpoint.use_running_statistics(model, weights)
+        set_batchnorm_statistics(model, file.running_statistics)
     elif cfg.batchnorm.statistics == "target":
         recompute_batchnorm(model, target, cfg, device)
     return model.eval(), message

@@ -134,6 +134,27 @@ def test_adversarial_by_hand():
     assert discriminator_loss(source, target).item() == pytest.approx((softplus(-1) + softplus(-2)) / 2, rel=1e-6)
 
 
+def test_least_squares_adversary_by_hand():
+    source, target = torch.full((2, 1, 1, 3), -1.0), torch.full((1, 1, 2, 2), 2.0)
+    assert generator_loss(target, "ls").item() == 4
+    assert discriminator_loss(source, target, "ls").item() == (1 + 1) / 2
+
+
+def test_released_distillation_by_hand():
+    """Probabilities where logarithms belong, mean over pixels and classes."""
+    student = torch.zeros(1, 2, 1, 2)
+    teacher = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]]).view(1, 2, 1, 2)
+    first = 0.75 * (math.log(0.75) - 0.5) + 0.25 * (math.log(0.25) - 0.5)
+    second = math.log(0.5) - 0.5
+    assert distillation_loss(student, teacher, "released").item() == pytest.approx((first + second) / 4, rel=1e-6)
+
+
+def test_teacher_of_another_resolution_is_brought_to_the_students():
+    student, teacher = torch.randn(1, 3, 4, 6), torch.randn(1, 3, 7, 11)
+    resized = torch.nn.functional.interpolate(teacher, size=(4, 6), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(distillation_loss(student, teacher), distillation_loss(student, resized))
+
+
 def test_distillation_by_hand():
     student = torch.zeros(1, 2, 1, 2)
     teacher = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]]).view(1, 2, 1, 2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import PatchDiscriminator, build_model, classifier_prototypes, parameter_groups, upsample
+from models import PatchDiscriminator, Projection, build_model, classifier_prototypes, parameter_groups, upsample
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
@@ -17,6 +17,43 @@ def test_shapes_of_feature_and_logits(backbone, output_stride, size):
     assert model.classifier.weight.shape == (7, 256, 1, 1) and model.classifier.bias is None
     with torch.no_grad():
         assert torch.equal(model.classifier(out["feat"]), out["logits"])
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_deeplab_pbal_is_at_stride_4(backbone, output_stride):
+    model = build_model("deeplab_pbal", 7, backbone, output_stride).eval()
+    with torch.no_grad():
+        out = model(torch.zeros(2, 3, 65, 97))
+        assert torch.equal(model.classifier(out["feat"]), out["logits"])
+    assert out["feat"].shape == (2, 256, 17, 25) and out["logits"].shape == (2, 7, 17, 25)
+    assert not model.backbone.maxpool.ceil_mode and model.classifier.bias is not None
+    last = [
+        [conv.dilation[0] for conv in block.modules() if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3)]
+        for block in model.backbone.layer4
+    ]
+    blocks, convs = {"resnet18": (2, 2), "resnet50": (3, 1)}[backbone]
+    finer = 16 // output_stride
+    assert last == [[d * finer] * convs for d in (2, 4, 8)[:blocks]]
+    assert [branch[0].dilation[0] for branch in model.head.branches[1:]] == [d * finer for d in (6, 12, 18)]
+    if backbone == "resnet50":
+        block = model.backbone.layer2[0]
+        assert (block.conv1.stride, block.conv2.stride) == ((1, 1), (2, 2))
+
+
+def test_strides_as_released_are_the_default():
+    for arch, size in (("deeplabv2", 9), ("deeplab_pbal", 5)):
+        maps = build_model(arch, 7, "resnet18").backbone(torch.zeros(1, 3, 65, 65))
+        assert maps["out"].shape[2:] == (size, size) and maps["low"].shape[2:] == (17, 17)
+
+
+def test_dropout_of_deeplab_pbal_is_of_single_values():
+    torch.manual_seed(0)
+    model = build_model("deeplab_pbal", 7, "resnet18", dropout=0.5).train()
+    feat = model(torch.randn(2, 3, 64, 64))["feat"]
+    kept = build_model("deeplab_pbal", 7, "resnet18", dropout=0).train()(torch.randn(2, 3, 64, 64))["feat"]
+    assert 0.4 < (feat == 0).float().mean() - (kept == 0).float().mean() / 2 < 0.6  # ReLU gives zeros as well
+    assert not (feat == 0).flatten(2).all(2).any()
 
 
 def test_dropout_is_channelwise_and_before_the_returned_feature():
@@ -54,8 +91,11 @@ def test_stride_and_dilation_of_every_block(backbone, output_stride, strides, di
     assert [branch.padding for branch in branches[1:]] == [(d, d) for d in aspp]
 
 
-def test_parameter_groups_hold_every_parameter_once():
-    model = build_model("deeplabv2", 7, "resnet18", 16)
+@pytest.mark.parametrize(
+    ("arch", "options"), [("deeplabv2", {}), ("deeplabv2", {"bn_clr": True}), ("deeplab_pbal", {})], ids=str
+)
+def test_parameter_groups_hold_every_parameter_once(arch, options):
+    model = build_model(arch, 7, "resnet18", 16, **options)
     backbone, head = parameter_groups(model, lr=0.1, head_factor=10)
     assert (backbone["lr"], head["lr"]) == (0.1, 1.0)
     ids = [id(p) for group in (backbone, head) for p in group["params"]]
@@ -71,12 +111,26 @@ def test_input_statistics():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="'fcn'"):
+    with pytest.raises(ValueError, match="'fcn'; known are deeplabv2, deeplab_pbal"):
         build_model("fcn", 7)
+    with pytest.raises(ValueError, match="bn_clr is a variant of deeplabv2"):
+        build_model("deeplab_pbal", 7, bn_clr=True)
+
+
+def test_bn_clr_normalises_the_output_of_the_backbone():
+    model = build_model("deeplabv2", 7, "resnet18", 16, bn_clr=True).train()
+    seen = []
+    model.head.branches[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model(torch.randn(2, 3, 64, 64))
+    mean, variance = seen[0].mean((0, 2, 3)), seen[0].var((0, 2, 3), unbiased=False)
+    assert mean.abs().max() < 1e-4 and (variance - 1).abs().max() < 0.01
 
 
 def test_timm_backbone():
     pytest.importorskip("timm")
+    with torch.no_grad():
+        pbal = build_model("deeplab_pbal", 7, "timm/tf_efficientnet_lite0").eval()
+        assert pbal(torch.zeros(1, 3, 64, 96))["logits"].shape == (1, 7, 16, 24)
     for output_stride in (8, 16):
         model = build_model("deeplabv2", 7, "timm/tf_efficientnet_lite0", output_stride).eval()
         with torch.no_grad():
@@ -103,6 +157,19 @@ def test_prototypes_are_unit_rows_of_the_classifier():
     torch.testing.assert_close(prototypes.norm(dim=1), torch.ones(5))
     torch.testing.assert_close(prototypes * weight.norm(dim=1, keepdim=True), weight)
     assert classifier_prototypes(classifier, stop_gradient=False).requires_grad
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_features_and_prototypes_go_through_one_projection(kind):
+    torch.manual_seed(0)
+    projection = Projection(kind, 8)
+    feat, prototypes = torch.randn(2, 8, 3, 5), torch.randn(4, 8)
+    projected, projected_prototypes = projection(feat, prototypes)
+    assert projected.shape == feat.shape and projected_prototypes.shape == prototypes.shape
+    _, as_rows = projection(feat, feat.movedim(1, -1).flatten(0, 2))
+    torch.testing.assert_close(projected.movedim(1, -1).flatten(0, 2), as_rows)
+    longer, _ = projection(3 * feat, prototypes)
+    torch.testing.assert_close(longer, 3 * projected)  # directions do not depend on lengths
 
 
 def test_upsampling_aligns_corners():

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torchvision
 
-from models import build_model, load_weights
-from models.weights import find_imagenet_weights, read_checkpoint
+from models import build_model, load_weights, open_weights
+from models.formats import read_checkpoint
+from models.weights import find_imagenet_weights, find_simclr_weights
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,61 @@ def test_torchvision_file_fills_the_backbone(tmp_path):
     one_line(lambda: load_weights(build_model("deeplabv2", 19, "resnet50"), tmp_path / "resnet18.pth"), "keys missing")
 
 
+def simclrv2(state):
+    """A ResNet's state under the names of the SimCLRv2 converter."""
+    renamed = {}
+    for key, value in state.items():
+        part, rest = key.split(".", 1)
+        if part == "conv1":
+            renamed[f"net.0.0.{rest}"] = value
+        elif part == "bn1":
+            renamed[f"net.0.1.0.{rest}"] = value
+        elif part == "fc":
+            renamed[key] = value
+        else:
+            i, module, rest = rest.split(".", 2)
+            block = f"net.{part[-1]}.blocks.{i}."
+            if module == "downsample":
+                place, rest = rest.split(".", 1)
+                module = ("projection.shortcut", "projection.bn.0")[int(place)]
+            else:
+                number = 2 * int(module[-1]) - 2
+                module = f"net.{number}" if module.startswith("conv") else f"net.{number + 1}.0"
+            renamed[f"{block}{module}.{rest}"] = value
+    return renamed
+
+
+@pytest.mark.parametrize("kind", ["proda", "converter", "torchvision without counters"])
+def test_every_kind_of_pretrained_resnet_fills_the_backbone(tmp_path, kind):
+    net = torchvision.models.resnet50().state_dict()
+    content = {
+        "proda": {"state_dict": {k: v for k, v in net.items() if not k.startswith("fc.")}},
+        "converter": {"resnet": simclrv2(net), "head": {"layers.0.weight": torch.zeros(3)}},
+        "torchvision without counters": {k: v for k, v in net.items() if not k.endswith("num_batches_tracked")},
+    }[kind]
+    torch.save(content, tmp_path / "r50_1x_sk0.pth")
+    simclr = "torchvision" not in kind
+    file = open_weights(tmp_path / "r50_1x_sk0.pth")
+    assert file.backbone_alone and file.num_classes is None
+    assert file.settings == ({"normalization": "none", "bn_clr": True} if simclr else {"normalization": "imagenet"})
+    for options in ({"arch": "deeplabv2", "bn_clr": simclr}, {"arch": "deeplab_pbal"}):
+        model = build_model(num_classes=19, backbone="resnet50", **options)
+        loaded, state = load_weights(model, file), model.backbone.state_dict()
+        assert same(state, {k: v for k, v in net.items() if not k.startswith("fc.")})
+        assert loaded.matched == len(state) and not any(k.startswith("backbone.") for k in loaded.missing)
+    one_line(lambda: load_weights(build_model("deeplabv2", 19, "resnet18"), file), "unexpected")
+    assert find_simclr_weights("resnet50", tmp_path) == tmp_path / "r50_1x_sk0.pth"
+    one_line(lambda: find_simclr_weights("resnet101", tmp_path), r"r101_1x_sk0\.pth does not exist; put ProDA's file")
+
+
+@pytest.mark.parametrize("state", [{}, 3, {"conv1.weight": 3}, [torch.zeros(1)]], ids=str)
+@pytest.mark.parametrize("entry", ["model", "DeepLab", "ResNet101", "state_dict", "resnet"])
+def test_formats_without_tensors_are_refused_in_one_line(tmp_path, model, entry, state):
+    content = {entry: {"model_state": state} if entry in ("DeepLab", "ResNet101") else state, "recipe": {}, "head": {}}
+    torch.save(content, tmp_path / "x.pth")
+    one_line(lambda: load_weights(model, tmp_path / "x.pth"), r"x\.pth is in no known format")
+
+
 def test_own_checkpoint_comes_back(tmp_path, model):
     torch.save({"model": model.state_dict(), "recipe": {}}, tmp_path / "last.pth")
     other = build_model("deeplabv2", 19, "resnet18", 16)
@@ -77,7 +133,7 @@ def test_missing_and_unexpected_keys_are_listed_and_nothing_is_loaded(tmp_path, 
     assert same(before, model.state_dict())
     del state["head.extra"]
     torch.save({"model": state, "recipe": {}}, tmp_path / "x.pth")
-    one_line(lambda: load_weights(model, tmp_path / "x.pth", may_miss=("head.",)), r"1 keys missing \(backbone\.bn1")
+    one_line(lambda: load_weights(model, tmp_path / "x.pth", may_differ=("head.",)), r"1 keys missing \(backbone\.bn1")
     torch.save({"model": before | {"backbone.bn1.weight": torch.zeros(3)}, "recipe": {}}, tmp_path / "x.pth")
     one_line(lambda: load_weights(model, tmp_path / "x.pth"), r"backbone\.bn1\.weight: \(3,\) in the file, \(64,\)")
 
@@ -127,9 +183,13 @@ class Malicious:
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
 def test_code_in_a_file_is_refused_and_not_run(tmp_path, zipped):
     file, made = tmp_path / "x.pth", tmp_path / "made"
-    torch.save({"model": {}, "recipe": Malicious(made)}, file, _use_new_zipfile_serialization=zipped)
-    one_line(lambda: read_checkpoint(file), r"x\.pth is refused: it holds (posix|nt|os)\.mkdir")
-    assert not made.exists()
+    for content in (
+        {"model": {}, "recipe": Malicious(made)},
+        {"DeepLab": {"model_state": {}}, "iter": Malicious(made)},
+    ):
+        torch.save(content, file, _use_new_zipfile_serialization=zipped)
+        one_line(lambda: open_weights(file), r"x\.pth is refused: it holds (posix|nt|os)\.mkdir")
+        assert not made.exists()
     torch.load(file, weights_only=False)
     assert made.exists()  # the file would have done it
 

@@ -2,13 +2,88 @@
 
 import pytest
 
+from models import WeightFile
+from models.formats import open_weights
+from utils import checkpoint
 from utils.config import UserError
-from utils.setup import build_network, check_inputs, choose_device, prepare_data
+from utils.setup import build_network, check_inputs, choose_device, prepare_data, settle
 
 
 @pytest.fixture
 def cfg(configure, tmp_path):
-    return configure("gta5_to_city", "stage1_BPL.yml", tmp_path)
+    return settle(configure("gta5_to_city", "stage1_BPL.yml", tmp_path))
+
+
+PBAL = {"arch": "deeplab_pbal", "backbone": "resnet101", "output_stride": 16, "bn_clr": False}
+AUTO = dict.fromkeys((*PBAL, "normalization"), "auto")
+
+
+def settled(cfg, given=(), file=None, alone=False, classes=19):
+    """The model section after `settle`, the user having set `given`."""
+    for key, value in (AUTO | dict(given)).items():
+        setattr(cfg.model, key, value)
+    state = {} if alone else {"classifier.weight": range(classes)}
+    weights = None if file is None else WeightFile("x.pkl", "PBAL", state, file, alone)
+    model = settle(cfg, weights).model
+    return tuple(getattr(model, key) for key in AUTO)
+
+
+def test_settings_follow_the_file_then_the_default(cfg):
+    v2 = ("deeplabv2", "resnet101", 8, False)
+    assert settled(cfg) == (*v2, "auto")
+    assert settled(cfg, {"arch": "deeplab_pbal"}) == ("deeplab_pbal", "resnet101", 16, False, "auto")
+    assert settled(cfg, {}, PBAL | {"normalization": "imagenet"}) == (*PBAL.values(), "imagenet")
+    assert settled(cfg, {"arch": "deeplab_pbal", "output_stride": 16}, PBAL) == (*PBAL.values(), "auto")
+    simclr = {"normalization": "none", "bn_clr": True}
+    assert settled(cfg, {}, simclr, alone=True) == (*v2[:3], True, "none")
+    # A backbone's settings are advice: it may be trained on otherwise.
+    assert settled(cfg, {"normalization": "imagenet", "bn_clr": False}, simclr, alone=True) == (*v2, "imagenet")
+    assert settled(cfg, {"arch": "deeplab_pbal"}, simclr, alone=True) == (*PBAL.values(), "none")
+    assert cfg.model.output_stride == "auto"  # the caller's own is left alone
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("arch", "deeplabv2"),
+        ("backbone", "resnet50"),
+        ("output_stride", 8),
+        ("bn_clr", True),
+        ("normalization", "none"),
+    ],
+)
+def test_contradiction_of_the_file_is_said(cfg, key, value):
+    told = PBAL | {"normalization": "imagenet"}
+    with pytest.raises(UserError, match=rf"x\.pkl \(PBAL\) .*model\.{key}={told[key]}, not {value}"):
+        settled(cfg, {key: value}, told)
+
+
+def test_classes_follow_the_file_where_they_are_auto(cfg):
+    cfg.data.class_set = "auto"
+    for classes in (16, 19):
+        weights = WeightFile("x.pkl", "PBAL", {"classifier.weight": range(classes)})
+        assert len(settle(cfg, weights).classes) == classes
+    with pytest.raises(UserError, match=r"x\.pkl has 7 classes"):
+        settle(cfg, WeightFile("x.pkl", "PBAL", {"classifier.weight": range(7)}))
+
+
+def test_batch_of_one_is_refused_where_pooled_features_are_normalised(cfg):
+    cfg.train.batch_target = 1
+    settled(cfg)
+    with pytest.raises(UserError, match="deeplab_pbal"):
+        settled(cfg, {"arch": "deeplab_pbal"})
+
+
+def test_own_checkpoints_tell_all(cfg, tmp_path):
+    cfg.model.normalization = "none"
+    cfg = settle(cfg)
+    model = build_network(cfg, choose_device(cfg))
+    checkpoint.save_checkpoint(
+        tmp_path / "x.pth", {"model": model.state_dict(), "recipe": checkpoint.recipe(cfg, model)}
+    )
+    told = open_weights(tmp_path / "x.pth").settings
+    assert told == {key: getattr(cfg.model, key) for key in AUTO} and told["normalization"] == "none"
+    (tmp_path / "x.pth").unlink()
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99"])
