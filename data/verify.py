@@ -14,7 +14,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -185,7 +184,6 @@ def contact_sheet(files: Files, cfg: Config, name: str) -> None:
 def main(cfg: Config) -> dict[str, Report]:
     """Check source, target and validation images; raises UserError if anything is wrong with them."""
     prepare_data(cfg)
-    torch.set_num_threads(1)  # the workers are parallel already
     reports: dict[str, Report] = {}
     for name in ("source", "target", "val"):
         section = getattr(cfg.data, name)
