@@ -1,56 +1,82 @@
-"""mIoU of a network on the labelled split of the target domain.
+"""mIoU of a network on a labelled split, or its predictions for any images.
 
     python test.py                                                         distilled model, GTA5 -> Cityscapes
     python test.py checkpoint=bpl                                          another run of the benchmark
     python test.py checkpoint=my.pth batchnorm.statistics=target
     python test.py checkpoint=pretrain_model/published.pkl                 architecture and classes follow from it
     python test.py --config configs/test_from_synthia_to_city.yml          16 and 13 classes from one model
+    python test.py test.flip=true test.scales=[0.75,1,1.25]                averaged predictions
+    python test.py test.window=[1024,1024]                                 sliding window
+    python test.py test.dataset=target data.target.split=train             another labelled split
+    python test.py 'test.images=photos/*.jpg'                              an image, a folder or a glob, without labels
 
-Prints IoU per class and writes metrics.json and panels/ into runs/<benchmark>/test/.
+Prints IoU and accuracy per class and writes metrics.json and panels/ into runs/<benchmark>/test/; for images, or with
+test.export=true, predictions/ in colour, over the image, as train ids and as label ids.
 """
 
 from __future__ import annotations
 
-from data.datasets import build_dataset
+from data.datasets import SegmentationDataset, build_dataset, find_images, label_ids
 from utils import checkpoint
 from utils.config import Config, UserError, run_cli
-from utils.inference import evaluate
+from utils.export import Exporter
+from utils.inference import evaluate, predictions
 from utils.logging import RunLog, show_path
-from utils.metrics import table
+from utils.metrics import class_table, confusion_table
 from utils.setup import check_inputs, choose_device, load_network, prepare_data, settle
-from utils.visual import Gallery, spread
+from utils.visual import Gallery, Worst, spread
 
 
 def main(cfg: Config) -> dict:
-    """Evaluate `checkpoint`; returns what is written to metrics.json."""
+    """Evaluate `checkpoint`; returns what is written to metrics.json, for `test.images` what was predicted."""
     device = choose_device(cfg)
     if (cfg.run_dir / "checkpoints").exists():
         raise UserError(f"{show_path(cfg.run_dir)} is a training run: choose another name= for its test")
     prepare_data(cfg)
     recompute = cfg.batchnorm.statistics == "target"
-    _, weights, target = check_inputs(
-        lambda: build_dataset(cfg.data.val, cfg.classes),
+    section, images = getattr(cfg.data, cfg.test.dataset), cfg.test.images
+    dataset, weights, target = check_inputs(
+        lambda: SegmentationDataset(find_images(images)) if images else build_dataset(section, cfg.classes),
         lambda: checkpoint.find_checkpoint(cfg, cfg.checkpoint, cfg.model.published),
         lambda: build_dataset(cfg.data.target, cfg.classes, with_labels=False) if recompute else None,
     )
     file = checkpoint.open_file(weights)
     cfg = settle(cfg, file)
     model, message = load_network(cfg, file, device, target)
-    val = build_dataset(cfg.data.val, cfg.classes)  # by as many classes as the checkpoint has
+    if not images:
+        dataset = build_dataset(section, cfg.classes)  # by as many classes as the checkpoint has
     log = RunLog(cfg)
     log.say(message)
-    gallery = Gallery(spread(len(val), cfg.test.panels), cfg.classes)
-    scores = evaluate(model, val, cfg.classes, cfg, device, gallery)
-    if gallery.shown:
-        gallery.save(log.folder / "panels" / "test.png")
     result = {
         "checkpoint": str(weights),
         "checkpoint_hash": checkpoint.file_hash(weights),
         "statistics": cfg.batchnorm.statistics,
-        "images": len(val),
-    } | scores
+        "dataset": cfg.test.dataset,
+        "images": len(dataset),
+        "mode": {key: getattr(cfg.test, key) for key in ("flip", "scales", "window", "overlap")},
+    }
+    folder = log.folder / "predictions"
+    export = (
+        [Exporter(folder, dataset, cfg.classes, label_ids(section, cfg.classes))] if images or cfg.test.export else []
+    )
+    if images:
+        for seen in predictions(model, dataset, cfg, device, "predict"):
+            export[0](*seen)
+        log.say(f"{len(dataset)} predictions written to {show_path(folder)}")
+        log.close()
+        return result
+
+    gallery = Gallery(spread(len(dataset), cfg.test.panels), cfg.classes)
+    worst = Worst(cfg.test.panels, [s.name for s in dataset.samples], cfg.classes)
+    scores = evaluate(model, dataset, cfg.classes, cfg, device, gallery, worst, *export)
+    for name, pictures in (("test", gallery), ("worst", worst)):
+        if pictures.shown:
+            pictures.save(log.folder / "panels" / f"{name}.png")
+    result |= scores | {"worst": list(worst.scores.values())}
     checkpoint.write_json(log.folder / "metrics.json", result)
-    log.say(table({"IoU": scores}, cfg.classes))
+    log.say(confusion_table(scores, cfg.classes))
+    log.say("\n".join(["worst images:", *(f"mIoU {w['miou']:6.2f}  {w['image']}" for w in result["worst"])]))
+    log.say(class_table(scores, cfg.classes))
     log.say(f"written to {show_path(log.folder)}")
     log.close()
     return result

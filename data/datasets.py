@@ -5,8 +5,10 @@ A format is a way to list files and an id map; all else is shared. Samples leave
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from glob import glob, has_magic
 from pathlib import Path
 from string import Formatter
 
@@ -32,6 +34,7 @@ HOW_TO_GET = {
     "folder": "point root, images and labels at your files",
 }
 
+IMAGE_ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # of a folder's or a glob's files
 
 # What Pillow and torchvision raise on files that are cut short, of no image format, or claim absurd sizes.
 _UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
@@ -56,6 +59,16 @@ def list_samples(cfg: DatasetConfig, with_labels: bool = True) -> list[Sample]:
     Raises:
         UserError: root is missing, no image is found, labels are wanted but not described or a file is missing.
     """
+    samples, _ = pair_files(cfg, with_labels)
+    missing = [s.label for s in samples if with_labels and not s.label.is_file()]
+    if missing:
+        root = Path(cfg.root)
+        raise UserError(f"{len(missing)} of {len(samples)} labels below {root} are missing, the first is {missing[0]}")
+    return samples
+
+
+def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> tuple[list[Sample], list[Path]]:
+    """As `list_samples`, with labels that may be missing; and the label files that belong to no image."""
     root = Path(cfg.root)
     if not root.is_dir():
         raise UserError(f"no {cfg.format} dataset: {root} does not exist (get it: {HOW_TO_GET[cfg.format]})")
@@ -73,9 +86,36 @@ def list_samples(cfg: DatasetConfig, with_labels: bool = True) -> list[Sample]:
         relative = image.relative_to(root)
         label = root / label_of(relative) if with_labels else None
         samples.append(Sample(image, label, relative.with_suffix("").as_posix()))
-    missing = [s.label for s in samples if with_labels and not s.label.is_file()]
-    if missing:
-        raise UserError(f"{len(missing)} of {len(samples)} labels below {root} are missing, the first is {missing[0]}")
+    if not with_labels:
+        return samples, []
+    # The label of a glob is the glob of the labels.
+    labels = {path for pattern in globs for path in root.glob(label_of(Path(pattern)).as_posix())}
+    return samples, sorted(labels - {s.label for s in samples})
+
+
+def find_images(pattern: str) -> list[Sample]:
+    """Images without labels: one file, all below a folder, or what a glob matches; names are below its fixed part.
+
+    Raises UserError if there is none, or two would have one name.
+    """
+    path = Path(pattern).expanduser()
+    if path.is_file():
+        root, found = path.parent, [path]
+    else:
+        fixed = itertools.takewhile(lambda part: not has_magic(part), path.parts)
+        root, inside = (path, "**/*") if path.is_dir() else (Path(*fixed), None)
+        inside = inside or path.relative_to(root).as_posix()
+        matched = (root / name for name in sorted(glob(inside, root_dir=root, recursive=True)))
+        found = [p for p in matched if p.suffix.lower() in IMAGE_ENDINGS and p.is_file()]
+    if not found:
+        raise UserError(f"no image at {pattern}: a file, a folder or a glob of {', '.join(sorted(IMAGE_ENDINGS))}")
+    samples, first = [], {}
+    for image in found:
+        name = image.relative_to(root).with_suffix("").as_posix()
+        if name in first:
+            raise UserError(f"{first[name]} and {image} would have one name; take them in two calls")
+        first[name] = image
+        samples.append(Sample(image, None, name))
     return samples
 
 
@@ -122,10 +162,16 @@ _LAYOUTS = {"gta5": _gta5, "synthia": _synthia, "cityscapes": _cityscapes, "fold
 
 
 def read_image(path: Path) -> Tensor:
-    """uint8 RGB image (3, H, W), turned as its EXIF entry says; raises UserError naming a file that cannot be decoded."""
+    """uint8 RGB image (3, H, W), turned as its EXIF entry says, without alpha; raises UserError naming a file that
+    cannot be decoded."""
     try:
         with Image.open(path) as picture:
-            pixels = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+            upright = ImageOps.exif_transpose(picture)
+        if upright.mode == "F":
+            raise ValueError("floating-point pixels")
+        if upright.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        pixels = np.array(upright.convert("RGB"))
     except _UNREADABLE as error:
         raise UserError(f"cannot read image {path}: {_first_line(error)}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -160,7 +206,7 @@ class SegmentationDataset(Dataset):
 
     Args:
         samples: files, from `list_samples`; replace their labels to train on another label source.
-        lookup_table: uint8 (65536,), label id on disk -> train id.
+        lookup_table: uint8 (65536,), label id on disk -> train id; not needed without labels.
         size: [width, height] that image and label are brought to, or [] to keep them.
         transform: called as `transform(image, label, rng)`, gives the same two back.
         seed: with the draw's number, decides every random choice: which worker draws it plays no part.
@@ -172,7 +218,7 @@ class SegmentationDataset(Dataset):
     def __init__(
         self,
         samples: list[Sample],
-        lookup_table: np.ndarray,
+        lookup_table: np.ndarray | None = None,
         size: list[int] = (),
         transform: Callable | None = None,
         seed: int = 0,
@@ -192,7 +238,7 @@ class SegmentationDataset(Dataset):
             hw = self.size[::-1]
             image = F.resize(image, hw, antialias=True)
             # Some GTA5 labels differ in size from their image: each is brought to the common size by itself.
-            label = label if label is None else _resize_label(label, hw)
+            label = label if label is None else resize_label(label, hw)
         if label is not None and label.shape != image.shape[1:]:
             raise UserError(
                 f"{sample.image} is {image.shape[2]}x{image.shape[1]}, but its label {sample.label} is "
@@ -204,16 +250,21 @@ class SegmentationDataset(Dataset):
         return item if label is None else item | {"label": label}
 
 
-def _resize_label(label: Tensor, hw: list[int]) -> Tensor:
-    if list(label.shape) == hw:
+def resize_label(label: Tensor, hw: Sequence[int]) -> Tensor:
+    """A label map (H, W) at another size (height, width), by nearest neighbour."""
+    if list(label.shape) == list(hw):
         return label
-    return F.resize(label[None], hw, interpolation=InterpolationMode.NEAREST_EXACT)[0]
+    return F.resize(label[None], list(hw), interpolation=InterpolationMode.NEAREST_EXACT)[0]
+
+
+def label_ids(cfg: DatasetConfig, classes: ClassSet) -> dict[int, str]:
+    """What each label id of a dataset stands for."""
+    return ID_TO_NAME.get(cfg.format) or resolve_id_map(cfg.id_map, classes)
 
 
 def build_dataset(
     cfg: DatasetConfig, classes: ClassSet, with_labels: bool = True, transform: Callable | None = None, seed: int = 0
 ) -> SegmentationDataset:
     """The dataset that a config section describes; see `SegmentationDataset`."""
-    id_to_name = ID_TO_NAME.get(cfg.format) or resolve_id_map(cfg.id_map, classes)
-    table = classes.lookup_table(id_to_name)
+    table = classes.lookup_table(label_ids(cfg, classes))
     return SegmentationDataset(list_samples(cfg, with_labels), table, cfg.size, transform, seed)

@@ -71,6 +71,13 @@ ID_TO_NAME = {
     "synthia": {i: CITYSCAPES_NAMES[t] for i, t in SYNTHIA_TO_TRAIN.items()},
 }
 
+# Every label id that may occur, void ones included; 255 is Cityscapes' -1.
+KNOWN_IDS = {
+    "cityscapes": {*range(34), 255},
+    "gta5": {*range(35), 255},
+    "synthia": set(range(23)),
+}
+
 # SYNTHIA is scored on 16 classes, and older work on 13 of them ("mIoU*").
 _NOT_IN_16 = ("terrain", "truck", "train")
 _NOT_IN_13 = _NOT_IN_16 + ("wall", "fence", "pole")
@@ -101,6 +108,17 @@ class ClassSet:
             if name in self.names:
                 table[label_id] = self.names.index(name)
         return table
+
+    def inverse_table(self, id_to_name: dict[int, str]) -> np.ndarray:
+        """Array of 256 entries: train id -> the first label id of its class, 255 where there is none.
+
+        uint8, or uint16 where a label id needs it.
+        """
+        table = np.full(256, IGNORE, np.uint16)
+        for label_id, name in reversed(id_to_name.items()):
+            if name in self.names:
+                table[self.names.index(name)] = label_id
+        return table if table.max() > 255 else table.astype(np.uint8)
 
 
 def _cityscapes_subset(leave_out: tuple[str, ...], subsets: dict | None = None) -> ClassSet:

@@ -243,6 +243,8 @@ def _check(c: Config) -> None:
         value = getattr(d, key)
         require(len(value) == 2, f"data.{key}={value} must hold two numbers")
         require(key in ("crop", "randaugment") or value[0] <= value[1], f"data.{key}={value} must be [low, high]")
+    require(len(c.test.window) in (0, 2), f"test.window={c.test.window}: [width, height]")
+    require(bool(c.test.scales), "test.scales=[] must hold a number; [1] is the image as it is")
     require(
         t.iterations <= t.horizon,
         f"train.iterations={t.iterations} is beyond train.horizon={t.horizon}, where the learning rate reaches zero",

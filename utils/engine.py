@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -27,15 +28,15 @@ from utils.inference import (
 )
 from utils.logging import RunLog, show_path
 from utils.metrics import table
+from utils.schema import TestConfig
 from utils.setup import build_network, check_inputs, choose_device, prepare_data, settle
 from utils.visual import Gallery, spread
 
 Backward = Callable[..., None]
 
 # Keys that may differ between the two parts of a resumed run: they change where and how fast, not what is learnt.
-HARMLESS = {"runs", "device", "data.workers", "test.batch", "test.panels", "test.flip"} | {
-    f"train.{key}" for key in ("iterations", "log_every", "save_every", "val_every", "panels", "restart")
-}
+HARMLESS = {"runs", "device", "data.workers"} | {f"test.{f.name}" for f in dataclasses.fields(TestConfig)}
+HARMLESS |= {f"train.{key}" for key in ("iterations", "log_every", "save_every", "val_every", "panels", "restart")}
 
 
 class Stage:

@@ -23,23 +23,40 @@ class ConfusionMatrix:
         self.counts = counts if self.counts is None else self.counts + counts
 
     def scores(self, classes: ClassSet) -> dict:
-        """{"miou", "iou": {class: value}, "pixel_accuracy"} and the class set's further averages, in percent,
-        and "pixels" {class: labelled pixels}.
+        """Scores in percent, by name.
 
-        A class that is neither in the labels nor predicted has IoU None and is left out of the averages.
+        Returns:
+            miou: mean of iou; and the class set's further averages of it.
+            iou: {class: intersection over union}.
+            accuracy: {class: share of its pixels that is found}; macc: their mean.
+            pixel_accuracy: share of all labelled pixels that is right.
+            pixels: {class: labelled pixels}.
+            confusion: K rows of K pixel counts, true class by predicted class.
+
+        A class that is neither in the labels nor predicted has IoU None, one that is not in the labels accuracy None;
+        None is left out of the averages.
         """
         counts = self.counts.double().cpu()
-        hit, union = counts.diag(), counts.sum(0) + counts.sum(1) - counts.diag()
-        iou = {name: (100 * hit[k] / union[k]).item() if union[k] > 0 else None for k, name in enumerate(classes.names)}
-        result = {"miou": mean_over(iou, classes.names), "iou": iou}
-        result |= {key: mean_over(iou, names) for key, names in classes.subsets.items()}
-        pixels = dict(zip(classes.names, self.counts.sum(1).tolist()))
-        return result | {"pixel_accuracy": (100 * hit.sum() / counts.sum()).item(), "pixels": pixels}
+        hit, pixels = counts.diag(), counts.sum(1)
+        iou, accuracy = (
+            {name: (100 * hit[k] / of[k]).item() if of[k] > 0 else None for k, name in enumerate(classes.names)}
+            for of in (counts.sum(0) + pixels - hit, pixels)
+        )
+        return {
+            "miou": mean_over(iou, classes.names),
+            "iou": iou,
+            **{key: mean_over(iou, names) for key, names in classes.subsets.items()},
+            "accuracy": accuracy,
+            "macc": mean_over(accuracy, classes.names),
+            "pixel_accuracy": (100 * hit.sum() / counts.sum()).item(),
+            "pixels": dict(zip(classes.names, self.counts.sum(1).tolist())),
+            "confusion": self.counts.tolist(),
+        }
 
 
-def mean_over(iou: dict[str, float | None], names: tuple[str, ...]) -> float:
-    """Mean IoU over some classes, those without pixels left out."""
-    values = [iou[n] for n in names if iou[n] is not None]
+def mean_over(values: dict[str, float | None], names: tuple[str, ...]) -> float:
+    """Mean over some classes, those without pixels left out."""
+    values = [values[n] for n in names if values[n] is not None]
     return sum(values) / len(values) if values else float("nan")
 
 
@@ -57,4 +74,31 @@ def table(columns: dict[str, dict], classes: ClassSet) -> str:
     rows.append("-" * len(rows[0]))
     averages = {"mIoU": "miou", **{key: key for key in classes.subsets}, "pixel accuracy": "pixel_accuracy"}
     rows += [line(title, [s[key] for s in columns.values()]) for title, key in averages.items()]
+    return "\n".join(rows)
+
+
+def class_table(scores: dict, classes: ClassSet) -> str:
+    """IoU, accuracy and pixels of each class, then their averages and the sum of pixels."""
+    width = max(len(n) for n in (*classes.names, "pixel accuracy"))
+
+    def line(name: str, *values: float | int | str | None) -> str:
+        cells = ("-" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in values)
+        return f"{name:{width}}" + "".join(f"{c:>{w}}" for c, w in zip(cells, (8, 10, 14)))
+
+    rows = [line("percent", "IoU", "accuracy", "pixels")]
+    rows += [line(n, scores["iou"][n], scores["accuracy"][n], scores["pixels"][n]) for n in classes.names]
+    rows.append("-" * len(rows[0]))
+    rows.append(line("mean", scores["miou"], scores["macc"], sum(scores["pixels"].values())))
+    rows += [line(key, scores[key]) for key in classes.subsets]
+    return "\n".join([*rows, line("pixel accuracy", "", scores["pixel_accuracy"])])
+
+
+def confusion_table(scores: dict, classes: ClassSet) -> str:
+    """What becomes of each class's pixels, in percent: true classes downwards, predicted ones, by train id, across."""
+    width = max(len(n) for n in classes.names)
+    rows = [f"{'true':{width}}    " + "".join(f"{k:>4}" for k in range(len(classes))) + "  predicted, percent"]
+    for k, (name, counts) in enumerate(zip(classes.names, scores["confusion"])):
+        total = sum(counts)
+        cells = (f"{100 * c / total:4.0f}" if 200 * c >= total > 0 else "   ." for c in counts)
+        rows.append(f"{name:{width}}{k:4}" + "".join(cells))
     return "\n".join(rows)

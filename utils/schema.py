@@ -167,9 +167,15 @@ class DistillConfig:
 
 @dataclass
 class TestConfig:
+    dataset: Literal["val", "source", "target"] = opt("val", "labelled dataset of the benchmark that is scored")
+    images: str = opt("", "predict these instead, without labels: an image, a folder or a glob, e.g. 'photos/**/*.jpg'")
+    export: bool = opt(False, "write the prediction of every image into predictions/; always with test.images")
     flip: bool = opt(False, "average with the prediction of the mirrored image")
+    scales: list[float] = opt([1.0], "average over the image resized by these; [0.5] predicts at half size", least=TINY)
+    window: list[int] = opt([], "sliding window [width, height]; [] = the whole image (as in the literature)", least=32)
+    overlap: float = opt(0.5, "least share of a sliding window that its neighbour sees too", most=0.9)
     batch: int = opt(1, "images predicted at once, in validation and pseudo labels too", least=1)
-    panels: int = opt(8, "images drawn into panels/")
+    panels: int = opt(8, "images drawn into panels/, and as many of the worst")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from data.taxonomy import IGNORE, ClassSet
+from utils.metrics import ConfusionMatrix
 
 
 def colorize(label: Tensor | np.ndarray, classes: ClassSet) -> np.ndarray:
@@ -73,7 +75,33 @@ class Gallery:
 
     def save(self, path: Path) -> np.ndarray:
         """Panel of image | prediction | truth."""
-        return save_panel(path, [self.shown[i] for i in sorted(self.shown)], ["image", "prediction", "truth"])
+        return save_panel(path, list(self.shown.values()), ["image", "prediction", "truth"])
+
+
+class Worst(Gallery):
+    """Collects the images whose own mIoU is lowest.
+
+    Args:
+        count: how many.
+        names: of all images, by dataset index.
+    """
+
+    def __init__(self, count: int, names: list[str], classes: ClassSet):
+        super().__init__([], classes)
+        self.count, self.names = count, names
+        self.scores: dict[int, dict] = {}  # index -> {"image": name, "miou", "pixel_accuracy"}, the worst first
+
+    def __call__(self, index: int, image: Tensor, prediction: Tensor, label: Tensor) -> None:
+        confusion = ConfusionMatrix(len(self.classes))
+        confusion.update(prediction, label)
+        scores = confusion.scores(self.classes)
+        if math.isnan(scores["miou"]):  # no labelled pixel
+            return
+        self.scores[index] = {"image": self.names[index]} | {key: scores[key] for key in ("miou", "pixel_accuracy")}
+        worst = sorted(self.scores, key=lambda i: self.scores[i]["miou"])[: self.count]
+        self.indices = set(worst)
+        super().__call__(index, image, prediction, label)
+        self.scores, self.shown = ({i: kept[i] for i in worst} for kept in (self.scores, self.shown))
 
 
 def spread(length: int, count: int) -> list[int]:

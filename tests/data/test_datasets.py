@@ -9,7 +9,7 @@ from conftest import CUSTOM, HEIGHT, WIDTH
 from PIL import Image
 from scipy.io import savemat
 
-from data.datasets import build_dataset, list_samples, read_image, read_label_ids
+from data.datasets import build_dataset, find_images, list_samples, read_image, read_label_ids
 from data.loaders import whole_images
 from data.taxonomy import CLASS_SETS, IGNORE, custom_class_set
 from utils.config import UserError, guarded
@@ -178,3 +178,40 @@ def test_unreadable_file_is_one_line_from_a_worker_process_too(copied, capsys):
 def test_grey_images_become_colour(tmp_path):
     Image.new("L", (4, 3), 7).save(tmp_path / "grey.png")
     assert torch.equal(read_image(tmp_path / "grey.png"), torch.full((3, 3, 4), 7, dtype=torch.uint8))
+
+
+def test_deep_and_transparent_images_become_8_bit_colour(tmp_path):
+    Image.fromarray(np.array([[0, 255, 256, 65535]], np.uint16)).save(tmp_path / "deep.png")
+    assert read_image(tmp_path / "deep.png").tolist() == [[[0, 0, 1, 255]]] * 3
+    Image.new("RGBA", (4, 3), (1, 2, 3, 0)).save(tmp_path / "clear.png")
+    assert read_image(tmp_path / "clear.png")[:, 0, 0].tolist() == [1, 2, 3]
+    Image.new("F", (4, 3)).save(tmp_path / "float.tif")
+    with pytest.raises(UserError, match=r"cannot read image .*float\.tif: floating-point pixels"):
+        read_image(tmp_path / "float.tif")
+
+
+def test_exif_rotation_is_followed(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: 90 degrees clockwise to be upright
+    Image.new("RGB", (40, 30)).save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").shape == (3, 40, 30)
+
+
+def test_images_of_a_path_a_folder_or_a_glob(tmp_path, monkeypatch):
+    touch(tmp_path, "a/x.JPG", "a/deep/er/y.png", "a/notes.txt", "a/._x.jpg", "b/x.jpg", "[1].png", "a/x[2].png")
+
+    def names(pattern):
+        return [(s.name, s.label) for s in find_images(str(pattern))]
+
+    assert names(tmp_path / "a") == [("deep/er/y", None), ("x", None), ("x[2]", None)]
+    assert names(tmp_path / "*/x.*") == [("a/x", None), ("b/x", None)]
+    assert names(tmp_path / "**/*.png") == [("[1]", None), ("a/deep/er/y", None), ("a/x[2]", None)]
+    assert names(tmp_path / "[1].png") == [("[1]", None)] and names(tmp_path / "a/notes.txt") == [("notes", None)]
+    monkeypatch.chdir(tmp_path)
+    assert names("*/*.JPG") == [("a/x", None)] and names(".") == names(tmp_path)
+    for nothing in ("c", "a/*.gif", "a/*.txt"):
+        with pytest.raises(UserError, match="no image at "):
+            find_images(nothing)
+    touch(tmp_path, "a/x.webp")
+    with pytest.raises(UserError, match=r"a/x\.JPG and a/x\.webp would have one name"):
+        find_images("a")

@@ -46,6 +46,19 @@ def test_custom_class_set():
         custom_class_set(["sky"], [])
 
 
+def test_label_ids_of_train_ids():
+    for dataset in ("cityscapes", "synthia"):
+        classes = CLASS_SETS["cityscapes16"]
+        back = classes.inverse_table(ID_TO_NAME[dataset])
+        assert back.dtype == np.uint8 and (back[16:] == 255).all()
+        assert classes.lookup_table(ID_TO_NAME[dataset])[back[:16]].tolist() == list(range(16))
+    assert CLASS_SETS["cityscapes19"].inverse_table(ID_TO_NAME["cityscapes"])[[0, 9, 18]].tolist() == [7, 22, 33]
+    own = custom_class_set(["sky", "road", "car"], [])
+    assert own.inverse_table({3: "road", 4: "road", 0: "sky"})[:3].tolist() == [0, 3, 255]  # the first; none for car
+    deep = own.inverse_table({300: "sky", 1: "road"})
+    assert deep.dtype == np.uint16 and deep[:3].tolist() == [300, 1, 255]
+
+
 def test_id_map():
     classes = custom_class_set(["sky", "road"], [])
     table = classes.lookup_table(resolve_id_map({4: "road", 300: "sky", 0: "ignore"}, classes))

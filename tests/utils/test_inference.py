@@ -11,6 +11,8 @@ from data.datasets import build_dataset
 from data.loaders import whole_images
 from data.transforms import RandomScaleCropFlip
 from models import build_model
+from utils import inference
+from utils.config import UserError
 from utils.inference import (
     batchnorm_statistics,
     evaluate,
@@ -119,6 +121,96 @@ def test_prediction_is_probability_at_image_size_and_flip_averages():
     first = torch.linspace(-2, 2, 48).sigmoid()  # a line, upsampled, is a line
     torch.testing.assert_close(plain[0, 0, 0], first)
     torch.testing.assert_close(averaged[0, 0, 0], (first + first.flip(0)) / 2)
+
+
+@pytest.fixture(scope="module")
+def deeplab():
+    torch.manual_seed(0)
+    return build_model("deeplabv2", 5, "resnet18", 16).eval()
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return torch.randint(0, 256, (2, 3, 37, 53), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("options", [{"window": [53, 37]}, {"window": [90, 80], "overlap": 0}, {"scales": [1.0]}])
+def test_a_window_of_the_whole_image_and_scale_one_alone_change_nothing(deeplab, photos, options, flip):
+    assert torch.equal(predict(deeplab, photos, flip, **options), predict(deeplab, photos, flip))
+
+
+def test_flip_of_a_mirrored_image_gives_the_mirrored_map(deeplab, photos):
+    assert torch.equal(predict(deeplab, photos.flip(-1), True), predict(deeplab, photos, True).flip(-1))
+    assert not torch.equal(predict(deeplab, photos.flip(-1)), predict(deeplab, photos).flip(-1))
+
+
+def test_scales_are_averaged(deeplab, photos):
+    apart = [predict(deeplab, photos, True, scales=[s], window=[40, 32]) for s in (0.5, 1, 1.7)]
+    together = predict(deeplab, photos, True, scales=[0.5, 1, 1.7], window=[40, 32])
+    torch.testing.assert_close(together, torch.stack(apart).mean(0))
+    torch.testing.assert_close(together.sum(1), torch.ones(2, 37, 53))
+    assert not torch.allclose(apart[0], apart[2], atol=1e-3)
+
+
+class Pixelwise(nn.Module):
+    """A pixel's own colour decides, so that nothing depends on where a window lies; keeps the sizes that it saw."""
+
+    mean, std = (0, 0, 0), (0.1, 0.1, 0.1)
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def forward(self, x):
+        self.sizes.append(tuple(x.shape[2:]))
+        return {"logits": x}
+
+
+@pytest.mark.parametrize("overlap", [0, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("flip", [False, True])
+def test_windows_lie_where_they_were_cut(photos, overlap, flip):
+    model = Pixelwise()
+    found = predict(model, photos, flip, window=[17, 32], overlap=overlap)
+    torch.testing.assert_close(found, predict(model, photos), rtol=0, atol=1e-6)
+    assert set(model.sizes[:-1]) == {(32, 17)}
+    along = {0: 4, 0.3: 5, 0.5: 6, 0.9: 23}[overlap]  # windows of 17 that cover 53 and share so much
+    assert len(model.sizes) - 1 == along * (2 if overlap < 0.9 else 3) * (1 + flip)
+
+
+def test_windows_of_a_scaled_image_stand_for_the_right_part_of_it(photos):
+    large = nn.functional.interpolate(photos[:1, :, :32, :48].float(), scale_factor=2).byte()
+    found = predict(Pixelwise(), large, scales=[0.5], window=[32, 32])
+    whole = predict(Pixelwise(), large, scales=[0.5])
+    assert (found.argmax(1) == whole.argmax(1)).float().mean() > 0.95  # edges of windows are resampled otherwise
+
+
+class Mean(nn.Module):
+    """Its first class is as sure as the view is bright."""
+
+    mean, std = (0, 0, 0), (1, 1, 1)
+
+    def forward(self, x):
+        z = x.mean((1, 2, 3), keepdim=True).expand(-1, 1, *x.shape[2:])
+        return {"logits": torch.cat([z, 0 * z], 1)}
+
+
+def test_where_windows_overlap_their_probabilities_are_averaged():
+    images = torch.zeros(1, 3, 32, 48, dtype=torch.uint8)
+    images[..., 32:] = 255
+    row = predict(Mean(), images, window=[32, 32])[0, 0, 7]
+    dark, half = torch.tensor([0.0, 0.5]).sigmoid()
+    torch.testing.assert_close(row, torch.cat([dark.repeat(16), ((dark + half) / 2).repeat(16), half.repeat(16)]))
+
+
+def test_too_large_an_image_is_named(cfg, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(inference, "predict", full)
+    val = build_dataset(cfg.data.val, cfg.classes)
+    with pytest.raises(UserError, match=r"leftImg8bit\.png \(96x64\) does not fit into .* test\.window"):
+        evaluate(OneLayer(), val, cfg.classes, cfg, CPU)
 
 
 def test_images_of_other_sizes_are_batches_of_their_own(trees, cfg):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.taxonomy import CLASS_SETS, IGNORE, custom_class_set
-from utils.metrics import ConfusionMatrix, table
+from utils.metrics import ConfusionMatrix, class_table, confusion_table, table
 
 THREE = custom_class_set(["a", "b", "c"], [])
 
@@ -26,6 +26,9 @@ def test_scores_by_hand():
     assert scores["miou"] == pytest.approx((25 + 50 + 100 / 3) / 3)
     assert scores["pixel_accuracy"] == pytest.approx(100 * 3 / 6)
     assert scores["pixels"] == {"a": 3, "b": 2, "c": 1}
+    assert scores["accuracy"] == pytest.approx({"a": 100 / 3, "b": 50, "c": 100})
+    assert scores["macc"] == pytest.approx((100 / 3 + 50 + 100) / 3)
+    assert scores["confusion"] == [[1, 0, 2], [1, 1, 0], [0, 0, 1]]
 
 
 def test_class_without_pixels_is_left_out_and_a_false_one_is_zero():
@@ -33,6 +36,7 @@ def test_class_without_pixels_is_left_out_and_a_false_one_is_zero():
     assert scores["iou"] == {"a": 100, "b": None, "c": None} and scores["miou"] == 100
     scores = confusion_of(THREE, ([0, 1], [0, 0])).scores(THREE)
     assert scores["iou"] == {"a": 50, "b": 0, "c": None} and scores["miou"] == 25
+    assert scores["accuracy"] == {"a": 50, "b": None, "c": None} and scores["macc"] == 50  # b is not in the labels
     assert math.isnan(confusion_of(THREE, ([0, 1], [IGNORE, IGNORE])).scores(THREE)["miou"])
 
 
@@ -55,3 +59,22 @@ def test_table_has_a_row_for_each_class_and_average():
     assert rows["road"] == ["100.0", "100.0"] and rows["sky"] == ["-", "-"]
     assert rows["mIoU"] == rows["miou16"] == rows["miou13"] == rows["pixel accuracy"] == ["100.0", "100.0"]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_class_table_names_iou_accuracy_and_pixels():
+    sixteen = CLASS_SETS["cityscapes16"]
+    lines = class_table(confusion_of(sixteen, ([0, 1, 0], [0, 1, 1])).scores(sixteen), sixteen).splitlines()
+    rows = {line[:15].strip(): line[15:].split() for line in lines}
+    assert rows["percent"] == ["IoU", "accuracy", "pixels"]
+    assert rows["road"] == ["50.00", "100.00", "1"] and rows["sidewalk"] == ["50.00", "50.00", "2"]
+    assert rows["sky"] == ["-", "-", "0"] and rows["mean"] == ["50.00", "75.00", "3"]
+    assert rows["miou16"] == rows["miou13"] == ["50.00"] and rows["pixel accuracy"] == ["66.67"]
+
+
+def test_confusion_table_shows_what_becomes_of_a_class():
+    scores = confusion_of(THREE, ([0, 0, 2, 1], [0, 0, 0, 1])).scores(THREE)
+    assert [line.split() for line in confusion_table(scores, THREE).splitlines()[1:]] == [
+        ["a", "0", "67", ".", "33"],
+        ["b", "1", ".", "100", "."],
+        ["c", "2", ".", ".", "."],
+    ]

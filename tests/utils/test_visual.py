@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from data.taxonomy import IGNORE, custom_class_set
-from utils.visual import Gallery, colorize, spread
+from utils.visual import Gallery, Worst, colorize, spread
 
 CLASSES = custom_class_set(["a", "b"], [[10, 20, 30], [40, 50, 60]])
 
@@ -26,6 +26,23 @@ def test_gallery_saves_image_prediction_and_truth_side_by_side(tmp_path):
     rows = [sheet[y] for y in (height // 2 - 40, height - 40)]  # inside the first and the second picture
     for row, grey in zip(rows, (50, 150)):
         assert [row[int(width * x)].tolist() for x in (1 / 6, 1 / 2, 5 / 6)] == [[grey] * 3, [10, 20, 30], [40, 50, 60]]
+
+
+def test_worst_images_are_kept_the_worst_first(tmp_path):
+    worst, image = Worst(2, list("abcde"), CLASSES), torch.zeros(3, 8, 16, dtype=torch.uint8)
+    right = [128, 32, 0, 96, 64]  # pixels
+    for index, count in enumerate(right):
+        prediction = torch.where(torch.arange(128).view(8, 16) < count, 0, 1).byte()
+        label = torch.full((8, 16), IGNORE if index == 2 else 0, dtype=torch.uint8)  # nothing to be wrong about
+        worst(index, image, prediction, label)
+    assert list(worst.scores.values()) == [
+        {"image": "b", "miou": 12.5, "pixel_accuracy": 25},  # the class that is not there has IoU 0
+        {"image": "e", "miou": 25, "pixel_accuracy": 50},
+    ]
+    assert list(worst.shown) == [1, 4] and worst.save(tmp_path / "worst.png").shape[2] == 3
+    nothing = Worst(0, ["a"], CLASSES)
+    nothing(0, image, prediction, torch.zeros(8, 16, dtype=torch.uint8))
+    assert not nothing.shown
 
 
 def test_spread_is_even_without_the_ends():
