@@ -22,7 +22,11 @@ from utils.config import flatten, guarded
 from utils.logging import show_path
 from utils.runs import STAGES, class_set_of, find_runs, read_mapping, title_of
 
-CONTROLS = ("source_only_target_bn", "source_only")  # what a result is held against, the first that is there
+CONTROLS = (
+    "source_only_long",
+    "source_only_target_bn",
+    "source_only",
+)  # what a result is held against, the first that is there
 RESULTS = ("distill/round2", "distill/round1", "distill", "pst", "bpl", "warmup")  # what a page is about, likewise
 OTHER_HUES = ("#4f8f8b", "#b8527e", "#7a8a2e", "#c0643a")
 COLUMNS = {  # of the table of scores
@@ -34,6 +38,8 @@ COLUMNS = {  # of the table of scores
     "running BN": "miou_running",
     "target BN": "miou_target_bn",
     "best": "best_miou",
+    "gap closed from target BN": "gap_closed_from_source_only_target_bn",
+    "gap closed from long": "gap_closed_from_source_only_long",
 }
 OWN_ROWS = {"last": "last checkpoint", "best": "best checkpoint", "test": "test"}  # of the page of one run
 CONFUSIONS = 10  # largest ones that are listed
@@ -100,7 +106,7 @@ class _Page:
             control = _first(CONTROLS, scored)
             if control and control != final:
                 gain = scored[final]["miou"] - scored[control]["miou"]
-                facts.append(("against no adaptation", f"{gain:+.1f}", f"points over {self.title(control)}"))
+                facts.append(("against the source alone", f"{gain:+.1f}", f"points over {self.title(control)}"))
             elif "best" in scored and scored["best"].get("iteration"):
                 facts.append(("best mIoU", f"{scored['best']['miou']:.1f} %", f"at step {scored['best']['iteration']}"))
         for name, manifest in self._manifests()[:1]:
@@ -124,6 +130,8 @@ class _Page:
         lead = "In percent, on the validation images. The last checkpoint of a run was chosen by no target label, "
         lead += "the best one by the labels that it is scored on."
         lead += f" Rarest classes: {escape(', '.join(rarest))}." if rarest else ""
+        if "gap closed from long" in columns:
+            lead += " Gap closed: share of the way from that control to the network with target labels."
         title = "mIoU" if self.alone else "mIoU by stage"
         return _section(title, f'<div class="pair">{chart}{scores}</div>', lead)
 

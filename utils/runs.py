@@ -15,11 +15,11 @@ from utils.config import UserError
 STAGES = {
     "source_only": ("source only", "#8a94a3"),
     "source_only_target_bn": ("source only, target BN", "#5b6675"),
-    "source_only_long": ("source only, long", "#a0784f"),
     "warmup": ("warm-up", "#d08a00"),
     "bpl": ("BPL", "#0d9a6c"),
     "pst": ("PST", "#1f6fc4"),
     "distill": ("distilled", "#8e4fb8"),
+    "source_only_long": ("source only, long", "#a0784f"),
     "labelled_bound": ("with target labels", "#d1495b"),
 }
 

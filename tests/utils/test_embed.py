@@ -1,13 +1,17 @@
 """Compactness and separation of features made by hand; the plane they are drawn on."""
 
+import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+import train_bpl
 from data.taxonomy import IGNORE
-from utils.embed import LEAST_PIXELS, ClassCentres, View, project
+from utils.config import UserError
+from utils.embed import LEAST_PIXELS, ClassCentres, View, project, run
 
 N = LEAST_PIXELS
 
@@ -80,3 +84,23 @@ def test_plane_is_turned_to_match_and_keeps_distances():
     torch.testing.assert_close(
         torch.cdist(prototypes_again, again), torch.cdist(prototypes, points), atol=1e-4, rtol=1e-4
     )
+
+
+def test_command_measures_every_run_and_the_page_shows_it(configure, benchmarks, tmp_path):
+    given = [f"benchmark={benchmarks['day_to_dusk']}", f"runs={tmp_path}", "device=cpu"]
+    folder = tmp_path / "day_to_dusk"
+    with pytest.raises(UserError, match="holds no run"):
+        run(given)
+    train_bpl.main(configure("day_to_dusk", "stage0_warmup.yml", tmp_path))
+    train_bpl.main(configure("day_to_dusk", "stage1_BPL.yml", tmp_path))
+    result = run(given)
+    assert json.loads((folder / "features.json").read_text()) == result and list(result["runs"]) == ["warmup", "bpl"]
+    for numbers in result["runs"].values():
+        assert 0 < numbers["compactness"] <= 1 and 0 <= numbers["separation"] <= 2
+        assert numbers["compactness"] == pytest.approx(sum(numbers["by_class"].values()) / len(numbers["by_class"]))
+    assert Image.open(folder / "features.png").width > 800
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert f"{result['runs']['bpl']['separation']:.3f}" in page
+    assert list(run(given, ["bpl"])["runs"]) == ["bpl"]
+    with pytest.raises(UserError, match="no weights of 'pst'"):
+        run(given, ["pst"])

@@ -179,6 +179,15 @@ def test_runs_come_in_the_order_of_the_stages(folder):
     assert "60.0 %" in " ".join(parsed(write_report(folder)).text)  # a run of the user's own is not the result
 
 
+def test_gain_is_over_the_control_that_was_trained_as_long(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["stages"]["source_only_long"] = scores(58.0) | {"gap_closed_from_source_only_long": None}
+    summary["stages"]["distill"]["gap_closed_from_source_only_long"] = 16.7
+    (folder / "summary.json").write_text(json.dumps(summary))
+    text = " ".join(parsed(write_report(folder)).text)
+    assert "+2.0" in text and "+25.0" not in text and "gap closed from long" in text and "16.7" in text
+
+
 def test_ticks_are_round_and_inside():
     assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
     assert ticks(38.4, 46.5) == [40, 42, 44, 46]
