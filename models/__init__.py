@@ -66,8 +66,11 @@ def build_model(
 
 
 def parameter_groups(model: nn.Module, lr: float, head_factor: float) -> list[dict]:
-    """Optimiser groups as released: the backbone at lr, all else at head_factor * lr; each parameter once."""
+    """Named optimiser groups as released: the backbone at lr, all else at head_factor * lr; each parameter once."""
     backbone = list(model.backbone.parameters())
     inside = {id(p) for p in backbone}
     head = [p for p in model.parameters() if id(p) not in inside]
-    return [{"params": backbone, "lr": lr}, {"params": head, "lr": lr * head_factor}]
+    return [
+        {"name": "backbone", "params": backbone, "lr": lr},
+        {"name": "head", "params": head, "lr": lr * head_factor},
+    ]

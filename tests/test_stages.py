@@ -524,6 +524,8 @@ def test_pipeline_sums_up_every_stage(summary):
     assert rows["source_only_target_bn"]["miou"] == rows["source_only"]["miou_target_bn"]
     panel = Image.open(folder / "panel.png")
     assert panel.width > 7 * 300  # image, five stages, truth
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "mIoU by stage" in page and "data:image/jpeg" in page and (folder / "pst" / "report.html").is_file()
     assert set(lines_of(folder / "source_only")[0]["loss"]) == {"ce_source"}
 
 

@@ -26,8 +26,9 @@ from utils.inference import (
     recompute_batchnorm,
     set_batchnorm_statistics,
 )
-from utils.logging import RunLog, show_path
+from utils.logging import RunLog, peak_memory, show_path
 from utils.metrics import table
+from utils.report import write_report
 from utils.schema import TestConfig
 from utils.setup import build_network, check_inputs, choose_device, prepare_data, settle
 from utils.visual import Gallery, spread
@@ -144,7 +145,8 @@ class _Run:
         while self.iteration < t.iterations:
             self.iteration += 1
             factor = (1 - self.iteration / t.horizon) ** t.power  # the first step is step 1, as released
-            lr = self._set_learning_rates(factor)
+            rates = self._set_learning_rates(factor)
+            lr = next(iter(rates.values()))
             for name, value in self._step(*next(batches)).items():
                 sums[name] = sums.get(name, 0) + value
             since += 1
@@ -156,6 +158,7 @@ class _Run:
                 _refuse_not_finite(losses, self.iteration)
                 rate = since * images_per_step / (time.monotonic() - started)
                 self.log.record(self.iteration, "train", {"loss": losses, "lr": lr, "images_per_second": rate})
+                self.log.watch(self.iteration, {"learning rate": rates, "memory": peak_memory(self.device)})
                 shown = {n: f"{v:.3f}" for n, v in losses.items()} | {"lr": f"{lr:.1e}", "img/s": f"{rate:.1f}"}
                 bar.set_postfix(shown)
                 line = f"step {self.iteration}/{t.iterations}  " + "  ".join(f"{k} {v}" for k, v in shown.items())
@@ -172,7 +175,9 @@ class _Run:
             self.log.say(f"{show_path(self.folder)} is complete; train.restart=true begins anew")
         result = {"last": scores, "best": self.best}
         checkpoint.write_json(result_file, result)
+        self.log.hparams(cfg, result)
         self.log.close()
+        write_report(self.folder)
         return result
 
     def _batches(self, pin: bool) -> Iterator[tuple[dict, dict]]:
@@ -184,13 +189,14 @@ class _Run:
         for pair in zip(source, target):
             yield tuple({k: v.to(self.device, non_blocking=pin) for k, v in batch.items()} for batch in pair)
 
-    def _set_learning_rates(self, factor: float) -> float:
-        """Poly schedule for every group; returns the first group's rate."""
-        for optimizer in self.stage.optimizers.values():
+    def _set_learning_rates(self, factor: float) -> dict[str, float]:
+        """Poly schedule for every group of every optimiser; returns the rates by name, the backbone's first."""
+        rates = {}
+        for name, optimizer in self.stage.optimizers.items():
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
-                group["lr"] = group["initial_lr"] * factor
-        return self.stage.optimizers["model"].param_groups[0]["lr"]
+                rates[group.get("name", name)] = group["lr"] = group["initial_lr"] * factor
+        return rates
 
     def _step(self, source: dict, target: dict) -> dict[str, Tensor]:
         for network in self.stage.networks.values():

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from utils.checkpoint import atomic_write, plain
-from utils.config import ROOT, Config, to_dict
+from utils.config import ROOT, Config, flatten, to_dict
+
+# What TensorBoard calls the entries of metrics.jsonl; None: it has no curve of them.
+PLAIN_NAMES = {
+    "loss": "loss",
+    "iou": "IoU",
+    "accuracy": "accuracy",
+    "miou": "validation/mIoU",
+    "images_per_second": "speed/images per second",
+    "lr": None,  # with the other learning rates
+    "pixels": None,  # the same at every validation
+    "iteration": None,
+}
+HPARAMS = ("model.", "loss.", "train.", "batchnorm.", "pseudo.", "distill.")
 
 
 def git_sha() -> str:
@@ -54,14 +70,27 @@ class RunLog:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
     def record(self, step: int, group: str, values: dict) -> None:
-        """Numbers of one step, into metrics.jsonl and TensorBoard (nested dicts become a/b)."""
+        """Numbers of one step, into metrics.jsonl and, by their plain names, TensorBoard."""
         with open(self.metrics_file, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "group": group, **plain(values)}) + "\n")
-        for key, value in values.items():
-            items = value.items() if isinstance(value, dict) else [("", value)]
-            for sub, number in items:
-                if isinstance(number, float | int):
-                    self.board.add_scalar("/".join(filter(None, (group, key, sub))), number, step)
+        folder = {"val": "validation"}.get(group, group)
+        self.watch(step, {PLAIN_NAMES.get(k, f"{folder}/{k.replace('_', ' ')}"): v for k, v in values.items()})
+
+    def watch(self, step: int, values: dict) -> None:
+        """Numbers for TensorBoard alone: {name: number, or {name: number}}; what is no number is left out."""
+        for name, value in values.items():
+            for sub, number in value.items() if isinstance(value, dict) else [("", value)]:
+                if name and isinstance(number, float | int):
+                    self.board.add_scalar("/".join(filter(None, (name, sub))), number, step)
+
+    def hparams(self, cfg: Config, result: dict) -> None:
+        """What a run was trained with beside what it reached, for TensorBoard's table of runs."""
+        chosen = {"benchmark": cfg.benchmark_name, "stage": cfg.stage, "seed": cfg.seed}
+        for key, value in flatten(to_dict(cfg)).items():
+            if key.startswith(HPARAMS):
+                chosen[key] = value if isinstance(value, bool | float | int) else str(value)
+        reached = {f"final/mIoU {kind}": scores["miou"] for kind, scores in result.items() if scores}
+        self.board.add_hparams(chosen, reached, run_name=".")  # into this run's folder, not one of its own
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """uint8 (H, W, 3) into TensorBoard."""
@@ -70,6 +99,14 @@ class RunLog:
     def close(self) -> None:
         """Flush TensorBoard."""
         self.board.close()
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Most memory in use so far, in GiB: of the GPU by this process, else of the process itself."""
+    if device.type == "cuda":
+        return {"peak GiB on the GPU": torch.cuda.max_memory_allocated(device) / 2**30}
+    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return {"peak GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
 
 def _step_of(line: str) -> float:

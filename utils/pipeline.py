@@ -40,6 +40,7 @@ from utils.engine import fit
 from utils.inference import evaluate
 from utils.logging import show_path
 from utils.metrics import mean_over
+from utils.report import write_report
 from utils.schema import TRAINING_STAGES
 from utils.setup import check_inputs, choose_device, load_network
 from utils.visual import Gallery, save_panel
@@ -86,7 +87,7 @@ def run(overrides: list[str], controls: bool = False) -> dict:
     checkpoint.write_json(folder / "summary.json", summary)
     _panel(tests, final_run, folder / "panel.png")
     print(format_summary(rows))
-    print(f"written to {show_path(folder / 'summary.json')} and {show_path(folder / 'panel.png')}")
+    print(f"written to {show_path(folder / 'summary.json')}, panel.png and {write_report(folder).name} beside it")
     return summary
 
 

@@ -36,13 +36,14 @@ def save_panel(path: Path, rows: list[list[np.ndarray]], captions: list[str], wi
     Returns:
         The sheet, uint8 (H, W, 3).
     """
-    gap, head = 4, 22
+    gap, size = 4, 12 + 2 * len(captions)  # a wide sheet is shrunk to a page: its captions must stay legible
+    head = size + 8
     heights = [round(width * row[0].shape[0] / row[0].shape[1]) for row in rows]
     sheet = Image.new(
         "RGB", (len(captions) * (width + gap) - gap, head + sum(heights) + gap * (len(rows) - 1)), "white"
     )
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(14)
+    font = ImageFont.load_default(size)
     for column, caption in enumerate(captions):
         draw.text((column * (width + gap) + 4, 3), caption, fill="black", font=font)
     top = head
