@@ -171,7 +171,7 @@ def test_scores_of_the_result(finished):
     assert "distill/round2" in metrics["checkpoint"] and metrics["images"] == 5
     assert list(metrics["iou"]) == CLASSES[finished.layout]
     table = (folder / "log.txt").read_text(encoding="utf-8")
-    assert f"{metrics['miou']:.1f}" in table and all(name in table for name in metrics["iou"])
+    assert f"{metrics['miou']:.2f}" in table and all(name in table for name in metrics["iou"])
     assert (folder / "panels" / "test.png").is_file() and (folder / "config.yml").is_file()
     # The same network, statistics and images as in the last validation of the run.
     assert metrics["miou"] == pytest.approx(finished.returned["distill"]["last"]["miou"])
@@ -534,3 +534,5 @@ def test_second_call_of_the_pipeline_does_no_work(summary, monkeypatch):
     forbid_training(monkeypatch)
     monkeypatch.setattr(test, "main", work)
     assert pipeline.run(overrides) == returned
+    with pytest.raises(AssertionError, match="work was done"):  # other modes are other scores
+        pipeline.run([*overrides, "test.flip=true"])
