@@ -27,6 +27,11 @@ from utils.setup import check_inputs, choose_device, load_network, prepare_data,
 from utils.visual import Gallery, Worst, spread
 
 
+def mode(cfg: Config) -> dict:
+    """How images are predicted, for the record."""
+    return {key: getattr(cfg.test, key) for key in ("flip", "scales", "window", "overlap")}
+
+
 def main(cfg: Config) -> dict:
     """Evaluate `checkpoint`; returns what is written to metrics.json, for `test.images` what was predicted."""
     device = choose_device(cfg)
@@ -53,7 +58,7 @@ def main(cfg: Config) -> dict:
         "statistics": cfg.batchnorm.statistics,
         "dataset": cfg.test.dataset,
         "images": len(dataset),
-        "mode": {key: getattr(cfg.test, key) for key in ("flip", "scales", "window", "overlap")},
+        "mode": mode(cfg),
     }
     folder = log.folder / "predictions"
     export = (

@@ -118,11 +118,12 @@ def _test(tests: Config, run_name: str, statistics: str) -> dict:
     """Scores of a run's last checkpoint under one kind of BatchNorm statistics; kept from an earlier call."""
     cfg = copy.deepcopy(tests)
     cfg.checkpoint, cfg.batchnorm.statistics = run_name, statistics
-    cfg.name = f"test/{run_name}_{statistics}"
+    cfg.name, cfg.test.dataset, cfg.test.images = f"test/{run_name}_{statistics}", "val", ""
     before = cfg.run_dir / "metrics.json"
     if before.is_file():
         scores = json.loads(before.read_text())
-        if scores["checkpoint_hash"] == checkpoint.file_hash(checkpoint.find_checkpoint(cfg, run_name)):
+        same = scores["checkpoint_hash"] == checkpoint.file_hash(checkpoint.find_checkpoint(cfg, run_name))
+        if same and scores.get("mode") == test.mode(cfg):
             return scores
     return test.main(cfg)
 
