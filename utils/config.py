@@ -268,11 +268,10 @@ def _check(c: Config) -> None:
     if not backbone.startswith("timm/") and backbone not in RESNETS:
         near = difflib.get_close_matches(backbone, RESNETS, 1, 0)
         raise ConfigError(f"model.backbone={backbone!r} is unknown; nearest is {near[0]!r}, or timm/NAME")
-    start = ("distill.init_round1", c.distill.init_round1) if c.stage == "distill" else ("model.init", c.model.init)
-    require(
-        c.stage not in TRAINING_STAGES or start[1] != "simclr" or backbone in SIMCLR_RESNETS,
-        f"{start[0]}=simclr, but there are no SimCLR weights of model.backbone={backbone}; nearest is imagenet",
-    )
+    start = "distill.init_round1" if c.stage == "distill" else "model.init"
+    simclr = c.stage in TRAINING_STAGES and values[start] == "simclr"
+    said = f"{start}=simclr, but there are no SimCLR weights of model.backbone={backbone}; nearest is imagenet"
+    require(not simclr or backbone in SIMCLR_RESNETS, said)
     variant = c.model.bn_clr is not True or c.model.arch != "deeplab_pbal"
     require(variant, f"model.bn_clr is a variant of deeplabv2, not of model.arch={c.model.arch}")
     require(d.class_set != "auto" or c.stage == "test", "data.class_set=auto is for test.py alone: name the classes")

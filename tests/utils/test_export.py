@@ -17,7 +17,7 @@ from data.taxonomy import CLASS_SETS
 from utils.config import UserError
 from utils.export import KINDS, Exporter
 from utils.inference import evaluate
-from utils.setup import build_network
+from utils.setup import build_network, settle
 
 CPU = torch.device("cpu")
 NINETEEN = CLASS_SETS["cityscapes19"]
@@ -90,7 +90,7 @@ def test_maps_are_of_the_size_of_their_files(configure, trees, tmp_path):
 def weights(configure, tmp_path):
     """A network without training, as a file."""
     cfg = configure("gta5_to_city", "test_from_gta_to_city.yml", tmp_path)
-    torch.save({"model": build_network(cfg, CPU).state_dict(), "recipe": {}}, tmp_path / "weights.pth")
+    torch.save({"model": build_network(settle(cfg), CPU).state_dict(), "recipe": {}}, tmp_path / "weights.pth")
     yield tmp_path / "weights.pth"
     (tmp_path / "weights.pth").unlink()
 
