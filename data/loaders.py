@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_collate
 
-from data.datasets import SegmentationDataset
+from data.datasets import UNREADABLE, SegmentationDataset
+from utils.config import UserError
+from utils.process import leave_signals_to_parent
 
 
 class EndlessSampler(Sampler):
@@ -33,16 +36,34 @@ class EndlessSampler(Sampler):
 def training_batches(
     dataset: SegmentationDataset, batch_size: int, workers: int, start_step: int = 0, pin: bool = False
 ) -> Iterator[dict]:
-    """Endless batches from step `start_step` on: image uint8 (N, 3, H, W), label uint8 (N, H, W) if there are any."""
+    """Endless batches from step `start_step` on: image uint8 (N, 3, H, W), label uint8 (N, H, W) if there are any.
+
+    Where `dataset.skips`, others of the batch stand in for samples that cannot be used, and the batch's entry
+    `UNREADABLE` lists why. Raises UserError if a whole batch is such.
+    """
     sampler = EndlessSampler(len(dataset), dataset.seed, start_step * batch_size)
-    return iter(_loader(dataset, batch_size, workers, sampler, pin_memory=pin))
+    return iter(_loader(dataset, batch_size, workers, sampler, pin_memory=pin, collate_fn=_collate))
+
+
+def _collate(samples: list[dict]) -> dict:
+    good = [s for s in samples if UNREADABLE not in s]
+    problems = [s[UNREADABLE] for s in samples if UNREADABLE in s]
+    if not good:
+        raise UserError(f"no sample of a batch can be used; {problems[0]}")
+    batch = default_collate(list(itertools.islice(itertools.cycle(good), len(samples))))
+    return batch | {UNREADABLE: problems} if problems else batch
 
 
 def whole_images(
     dataset: SegmentationDataset, batch_size: int, workers: int, indices: list[int] | None = None
 ) -> DataLoader:
-    """Every image once, in order, as lists of samples: sizes may differ within a batch."""
-    return _loader(dataset, batch_size, workers, indices, collate_fn=list)
+    """Every image once, in order, as lists of samples: sizes may differ within a batch. Where `dataset.skips`, those
+    that cannot be used are left out."""
+    return _loader(dataset, batch_size, workers, indices, collate_fn=_usable)
+
+
+def _usable(samples: list[dict]) -> list[dict]:
+    return [s for s in samples if UNREADABLE not in s]
 
 
 def _loader(dataset: SegmentationDataset, batch_size: int, workers: int, sampler, **options) -> DataLoader:
@@ -51,11 +72,12 @@ def _loader(dataset: SegmentationDataset, batch_size: int, workers: int, sampler
         batch_size,
         sampler=sampler,
         num_workers=workers,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),  # a loader's start leaves the global random stream, and so a resumed run, alone
         **options,
     )
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)  # workers are parallel already
+    leave_signals_to_parent()

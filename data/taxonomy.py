@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 IGNORE = 255
+UNKNOWN = 254  # stands for label ids that a dataset cannot hold; samples with it are refused
 
 # (name, Cityscapes label id, official colour), in train-id order.
 _CITYSCAPES = (
@@ -69,6 +70,13 @@ ID_TO_NAME = {
     "cityscapes": dict(zip(CITYSCAPES_LABEL_IDS, CITYSCAPES_NAMES)),
     "gta5": dict(zip(CITYSCAPES_LABEL_IDS, CITYSCAPES_NAMES)),
     "synthia": {i: CITYSCAPES_NAMES[t] for i, t in SYNTHIA_TO_TRAIN.items()},
+}
+
+# Every label id that may occur, void ones included; 255 is Cityscapes' -1.
+KNOWN_IDS = {
+    "cityscapes": {*range(34), 255},
+    "gta5": {*range(35), 255},
+    "synthia": set(range(23)),
 }
 
 # SYNTHIA is scored on 16 classes, and older work on 13 of them ("mIoU*").
@@ -127,8 +135,8 @@ def custom_class_set(names: list[str], palette: list[list[int]]) -> ClassSet:
     doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:
         raise ValueError(f"data.class_names holds {doubles[0]!r} twice")
-    if not 2 <= len(names) <= IGNORE:
-        raise ValueError(f"data.class_names must hold 2 to {IGNORE} names for class_set 'custom', not {len(names)}")
+    if not 2 <= len(names) <= UNKNOWN:
+        raise ValueError(f"data.class_names must hold 2 to {UNKNOWN} names for class_set 'custom', not {len(names)}")
     if not palette:
         hues = [(i * 0.618) % 1 for i in range(len(names))]  # golden ratio: neighbours in id differ in hue
         palette = [[int(255 * c) for c in colorsys.hsv_to_rgb(h, 0.75, 0.9)] for h in hues]

@@ -123,8 +123,8 @@ def _read_yaml(path: Path) -> dict:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except Exception as error:  # of a tag that does not fit its value, the loader raises anything
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())[:500]}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -155,7 +155,7 @@ def _override(assignment: str) -> tuple[str, dict]:
         raise _unknown(key, "the command line")
     try:
         value = text if keys[key][0] is str else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+    except Exception:
         raise ConfigError(f"{key}={text!r}: the value is not valid YAML") from None
     for part in reversed(key.split(".")):
         value = {part: value}
@@ -195,11 +195,19 @@ def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
         _apply(_default(Config), delta, where)  # sections of other stages are checked as well
     for run in dict.fromkeys((config.stage, run_name)):  # source_only is a warm-up with deltas of its own
         _apply(config, by_stage.get(run, {}), f"stages.{run} of {benchmark_file}")
+    for key, value in (("runs", config.runs), ("data.toy_root", config.data.toy_root)):
+        if leaves_folder(value):  # who passes a YAML on does not decide where it writes
+            raise ConfigError(f"{key}={value!r} in a YAML must be a relative path without '..'; give it as {key}=…")
     for _, delta in commands:
         _apply(config, delta, "the command line")
     config.benchmark = str(benchmark)
     _check(config)
     return config
+
+
+def leaves_folder(path: str) -> bool:
+    """Whether a path from a file leads out of the folder that it is meant to be below."""
+    return Path(path).is_absolute() or ".." in Path(path).parts
 
 
 def _check(c: Config) -> None:
@@ -262,10 +270,8 @@ def _check(c: Config) -> None:
     rounds = c.distill.rounds
     require(rounds and rounds == sorted(set(rounds)), f"distill.rounds={rounds} must be [1], [2] or [1, 2]")
     for key, value in (("name", c.name), ("pseudo_labels", c.pseudo_labels)):
-        require(
-            not Path(value).is_absolute() and ".." not in Path(value).parts,
-            f"{key}={value!r} must be a folder below runs/<benchmark>",
-        )
+        require(not leaves_folder(value), f"{key}={value!r} must be a folder below runs/<benchmark>")
+    require(c.benchmark_name not in ("", ".", ".."), f"benchmark={c.benchmark!r} names no folder below {c.runs}")
     if not c.model.backbone.startswith("timm/") and c.model.backbone not in RESNETS:
         near = difflib.get_close_matches(c.model.backbone, RESNETS, 1, 0)
         raise ConfigError(f"model.backbone={c.model.backbone!r} is unknown; nearest is {near[0]!r}, or timm/NAME")
@@ -331,12 +337,14 @@ def run_cli(main: Callable[[Config], Any], default_config: str, usage: str, stag
 
 
 def guarded(call: Callable[[], Any], debug: bool = False) -> None:
-    """Run `call`; a `UserError` becomes its message on stderr and its exit status."""
+    """Run `call`; a `UserError` becomes its message on stderr and its exit status, as does what the system refuses."""
     try:
         call()
-    except UserError as error:
+    except (UserError, OSError) as error:  # the latter: no space left, a read-only folder, …
         if debug:
             traceback.print_exc()
+        if isinstance(error, OSError):
+            error = UserError(f"{error.filename or 'the system says'}: {error.strerror or error}")
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)
     except KeyboardInterrupt:
