@@ -13,6 +13,7 @@ from __future__ import annotations
 import http.client
 import pickle
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def read_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         raise ValueError(f"no weights at {path}")
     try:
+        _refuse_damaged(path)
         with torch.serialization.safe_globals(_NUMPY_TYPES):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -73,6 +75,18 @@ def read_checkpoint(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, not a dict of weights")
     return content
+
+
+def _refuse_damaged(path: Path) -> None:
+    """ValueError for an archive whose checksums are wrong, which torch does not look at, or that would unpack to more
+    than its own size."""
+    if not zipfile.is_zipfile(path):
+        return  # torch's format before 1.6 has no checksums
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise ValueError("it is compressed")
+        if damaged := archive.testzip():
+            raise ValueError(f"wrong checksum of {damaged}")
 
 
 def load_weights(model: nn.Module, path: str | Path, may_miss: tuple[str, ...] = ()) -> Loaded:

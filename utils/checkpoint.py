@@ -90,6 +90,13 @@ def recipe(cfg: Config, model: nn.Module) -> dict:
     }
 
 
+def seed_generators(seed: int) -> None:
+    """Start Python's, NumPy's and torch's generators, of every device."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def rng_state() -> dict:
     """States of Python's, NumPy's and torch's generators, as tensors and plain values."""
     version, keys, *rest = np.random.get_state()

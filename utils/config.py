@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from data.taxonomy import resolve_id_map
+from data.taxonomy import ID_TO_NAME, resolve_id_map
 from utils.schema import RESNETS, RUNS, TRAINING_STAGES, Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -230,7 +230,10 @@ def _check(c: Config) -> None:
     try:
         classes = c.classes
         for section in ("data.source.", "data.target.", "data.val."):
-            resolve_id_map(values[f"{section}id_map"], classes)
+            id_to_name = ID_TO_NAME.get(values[f"{section}format"]) or resolve_id_map(values[f"{section}id_map"], classes)
+            untaught = [n for n in classes.names if n not in id_to_name.values()]
+            if untaught and section == "data.source.":
+                raise ValueError(f"format and id_map have no label id for class {untaught[0]!r} of the class set")
     except ValueError as error:
         raise ConfigError(f"{section}{error}") from None
     custom = d.class_set == "custom"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -93,8 +94,8 @@ def fit(cfg: Config, stage_type: type[Stage]) -> dict:
     """
     with alone_in(cfg.run_dir):
         run = _Run(cfg, stage_type)
-        with Interruption() as stop:
-            return run.train(stop)
+        with Interruption() as stop, contextlib.closing(run.batches()) as batches:  # closed: loader processes end
+            return run.train(batches, stop)
 
 
 class _Run:
@@ -126,7 +127,7 @@ class _Run:
         self.iteration, self.last_scores, self.best = 0, None, None
         stage, file = self.stage, self.files.not_finite
         self.step, self.unreadable = GuardedStep(cfg, stage.networks, stage.optimizers, self.device, file), set()
-        torch.manual_seed(cfg.seed)
+        checkpoint.seed_generators(cfg.seed)
         if saved:
             self._restore(saved)
         else:
@@ -158,11 +159,9 @@ class _Run:
                 said += f", {name} too"
         return said
 
-    def train(self, stop: Interruption) -> dict:
+    def train(self, batches: Iterator[tuple[dict, dict]], stop: Interruption) -> dict:
         cfg, t = self.cfg, self.cfg.train
         scores = None
-        pin = self.device.type == "cuda"
-        batches = self._batches(pin) if self.iteration < t.iterations else None
         bar = tqdm(
             total=t.iterations, initial=self.iteration, desc=cfg.name or cfg.stage, dynamic_ncols=True, disable=None
         )
@@ -208,8 +207,9 @@ class _Run:
         self.log.close()
         return result
 
-    def _batches(self, pin: bool) -> Iterator[tuple[dict, dict]]:
-        t, workers = self.cfg.train, self.cfg.data.workers
+    def batches(self) -> Iterator[tuple[dict, dict]]:
+        """Source and target batches from here on, on the device."""
+        t, workers, pin = self.cfg.train, self.cfg.data.workers, self.device.type == "cuda"
         source = training_batches(self.source, t.batch_source, workers, self.iteration, pin)
         target = itertools.repeat({})
         if self.stage.uses_target:
@@ -259,6 +259,7 @@ class _Run:
 
     def _validate_and_save(self, validates: bool) -> dict | None:
         cfg, running = self.cfg, batchnorm_statistics(self.model)
+        rng = checkpoint.rng_state()  # put back below: training must not depend on when it is looked at
         adapted = cfg.batchnorm.statistics == "target"
         if adapted:
             recompute_batchnorm(self.model, self.target, cfg, self.device)
@@ -296,7 +297,7 @@ class _Run:
             "optimizers": {k: v.state_dict() for k, v in self.stage.optimizers.items()},
             "best": self.best,
             "last": self.last_scores,
-            "rng": checkpoint.rng_state(),
+            "rng": rng,
             "step": self.step.state_dict(),
             "unreadable": sorted(self.unreadable),
             "upstream": self.upstream,
@@ -305,6 +306,7 @@ class _Run:
         self.files.save(state)
         self.saved_at = self.iteration
         set_batchnorm_statistics(self.model, running)
+        checkpoint.set_rng_state(rng)
         return scores
 
     def _restore(self, saved: dict) -> None:
