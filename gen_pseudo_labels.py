@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import pseudo_labels as store
-from data.datasets import build_dataset
+from data.datasets import SegmentationDataset, build_dataset
 from data.first_look import look_at
 from data.loaders import whole_images
 from data.taxonomy import IGNORE
@@ -34,15 +34,20 @@ def main(cfg: Config) -> dict:
         return _generate(cfg)
 
 
+def _target(cfg: Config) -> SegmentationDataset:
+    target = build_dataset(cfg.data.target, cfg.classes, with_labels=False)
+    target.skips = cfg.data.on_error == "skip"
+    store.refuse_double_names(target.samples)
+    return look_at(target, "target", cfg)
+
+
 def _generate(cfg: Config) -> dict:
     device = choose_device(cfg)
     prepare_data(cfg)
     target, weights = check_inputs(
-        lambda: look_at(build_dataset(cfg.data.target, cfg.classes, with_labels=False), "target", cfg),
+        lambda: _target(cfg),
         lambda: checkpoint.find_checkpoint(cfg, cfg.checkpoint, cfg.model.published),
     )
-    store.refuse_double_names(target.samples)
-    target.skips = cfg.data.on_error == "skip"
     folder = cfg.run_dir
     asked = {
         "checkpoint": checkpoint.file_hash(weights),

@@ -35,7 +35,8 @@ HOW_TO_GET = {
 }
 
 
-UNREADABLE = "unreadable"  # the entry of a sample that stands for one that cannot be used: why
+UNREADABLE = "unreadable"  # the entry of a sample that cannot be used, or stands for one such: why
+ATTEMPTS = 10  # samples in a row that a draw may skip
 # Formats that are decoded in this process; of others, Pillow hands some to programs (EPS to Ghostscript).
 _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
 
@@ -183,7 +184,8 @@ class SegmentationDataset(Dataset):
         seed: with the draw's number, decides every random choice: which worker draws it plays no part.
 
     Attributes:
-        skips: a sample that cannot be used is {UNREADABLE: why} instead of a UserError.
+        skips: a sample that cannot be used is {UNREADABLE: why} instead of a UserError; of a draw, the next one that
+            can be used with this entry.
 
     An item is asked for as `index`, or as `(index, draw)` by the endless sampler, and is a dict:
         image: uint8 (3, H, W); label: uint8 (H, W) of train ids, all `IGNORE` where there is none; index: int.
@@ -204,7 +206,17 @@ class SegmentationDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
-        index, draw = key if isinstance(key, tuple) else (key, 0)
+        if not isinstance(key, tuple):
+            return self._sample_or_problem(key, 0)
+        (index, draw), problem = key, None
+        for step in range(ATTEMPTS):
+            item = self._sample_or_problem((index + step) % len(self), draw)
+            problem = problem or item.get(UNREADABLE)
+            if UNREADABLE not in item:
+                return item | {UNREADABLE: problem} if problem else item
+        raise UserError(f"{ATTEMPTS} samples in a row cannot be used; {problem}")
+
+    def _sample_or_problem(self, index: int, draw: int) -> dict:
         try:
             return self._sample(index, draw)
         except UserError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 from torch.utils.data import DataLoader, Sampler, default_collate
 
 from data.datasets import UNREADABLE, SegmentationDataset
-from utils.config import UserError
 from utils.process import leave_signals_to_parent
 
 
@@ -38,19 +36,15 @@ def training_batches(
 ) -> Iterator[dict]:
     """Endless batches from step `start_step` on: image uint8 (N, 3, H, W), label uint8 (N, H, W) if there are any.
 
-    Where `dataset.skips`, others of the batch stand in for samples that cannot be used, and the batch's entry
-    `UNREADABLE` lists why. Raises UserError if a whole batch is such.
+    Where `dataset.skips`, the batch's entry `UNREADABLE` lists why samples were replaced.
     """
     sampler = EndlessSampler(len(dataset), dataset.seed, start_step * batch_size)
     return iter(_loader(dataset, batch_size, workers, sampler, pin_memory=pin, collate_fn=_collate))
 
 
 def _collate(samples: list[dict]) -> dict:
-    good = [s for s in samples if UNREADABLE not in s]
-    problems = [s[UNREADABLE] for s in samples if UNREADABLE in s]
-    if not good:
-        raise UserError(f"no sample of a batch can be used; {problems[0]}")
-    batch = default_collate(list(itertools.islice(itertools.cycle(good), len(samples))))
+    problems = [s.pop(UNREADABLE) for s in samples if UNREADABLE in s]
+    batch = default_collate(samples)
     return batch | {UNREADABLE: problems} if problems else batch
 
 

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import yaml
 
 from data.taxonomy import ID_TO_NAME, resolve_id_map
@@ -88,9 +87,9 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
     if hint is float and not isinstance(value, bool):
         try:
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
-    if isinstance(hint, type) and type(value) is hint:
+    if isinstance(hint, type) and type(value) is hint and not (hint is str and "\0" in value):  # no path holds NUL
         return value
     raise ConfigError(f"{key}={value!r} has the wrong type: {_type_name(hint)} is needed")
 
@@ -205,6 +204,13 @@ def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
     return config
 
 
+def _numbers(value: Any) -> list[int | float]:
+    """A number, or those in a nested list."""
+    if isinstance(value, list):
+        return [number for entry in value for number in _numbers(entry)]
+    return [value] if isinstance(value, int | float) else []
+
+
 def leaves_folder(path: str) -> bool:
     """Whether a path from a file leads out of the folder that it is meant to be below."""
     return Path(path).is_absolute() or ".." in Path(path).parts
@@ -220,17 +226,17 @@ def _check(c: Config) -> None:
     t, d = c.train, c.data
     values = flatten(to_dict(c))
     for key, (_, f) in _all_keys().items():
-        numbers = np.array(values[key]).ravel() if isinstance(values[key], int | float | list) else np.array([])
-        if numbers.dtype.kind in "iuf":
-            least, most = f.metadata["least"], f.metadata["most"]
-            inside = np.isfinite(numbers) & (numbers >= least) & (numbers <= most)
-            span = f"in {least:g}..{most:g}" if most < math.inf else f"at least {least:g}" if least else "0 or more"
-            require(inside.all(), f"{key}={values[key]} must be {span.replace('at least 1e-12', 'above 0')}")
+        least, most = f.metadata["least"], f.metadata["most"]
+        inside = all(least <= number <= most and number < math.inf for number in _numbers(values[key]))
+        span = f"in {least:g}..{most:g}" if most < math.inf else f"at least {least:g}" if least else "0 or more"
+        require(inside, f"{key}={values[key]} must be {span.replace('at least 1e-12', 'above 0')}")
     section = ""
     try:
         classes = c.classes
         for section in ("data.source.", "data.target.", "data.val."):
-            id_to_name = ID_TO_NAME.get(values[f"{section}format"]) or resolve_id_map(values[f"{section}id_map"], classes)
+            id_to_name = ID_TO_NAME.get(values[f"{section}format"]) or resolve_id_map(
+                values[f"{section}id_map"], classes
+            )
             untaught = [n for n in classes.names if n not in id_to_name.values()]
             if untaught and section == "data.source.":
                 raise ValueError(f"format and id_map have no label id for class {untaught[0]!r} of the class set")

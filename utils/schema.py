@@ -68,7 +68,7 @@ class DataConfig:
     workers: int = opt(4, "loader processes per domain; 0 loads in the training process")
     check: int = opt(8, "images of each dataset that are read and looked at before training starts; 0 = none")
     on_error: Literal["stop", "skip"] = opt(
-        "stop", "training image or label that cannot be used: end, or take another of the batch in its place"
+        "stop", "training image or label that cannot be used: end, or take the next one in its place"
     )
     max_skipped: int = opt(10, "on_error=skip: different files after which training ends all the same")
     toy_root: str = opt("", "draw the toy cities into this folder on first use; '' = real data")
