@@ -10,26 +10,42 @@ confidence PNGs and manifest.json into runs/<benchmark>/pseudo_labels/; a finish
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 from tqdm import tqdm
 
 from data import pseudo_labels as store
-from data.datasets import build_dataset
+from data.datasets import SegmentationDataset, build_dataset
+from data.first_look import look_at
 from data.loaders import whole_images
 from data.taxonomy import IGNORE
 from utils import checkpoint
-from utils.config import Config, UserError, run_cli
+from utils.config import Config, UserError, run_cli, to_dict
 from utils.inference import predict, same_size_batches
 from utils.logging import show_path
+from utils.process import alone_in
 from utils.setup import check_inputs, choose_device, load_network, prepare_data
 
 
 def main(cfg: Config) -> dict:
     """Write the pseudo labels that `cfg` asks for, unless they are there; returns their manifest."""
+    with alone_in(cfg.run_dir):
+        return _generate(cfg)
+
+
+def _target(cfg: Config) -> SegmentationDataset:
+    target = build_dataset(cfg.data.target, cfg.classes, with_labels=False)
+    target.skips = cfg.data.on_error == "skip"
+    store.refuse_double_names(target.samples)
+    return look_at(target, "target", cfg)
+
+
+def _generate(cfg: Config) -> dict:
     device = choose_device(cfg)
     prepare_data(cfg)
     target, weights = check_inputs(
-        lambda: build_dataset(cfg.data.target, cfg.classes, with_labels=False),
+        lambda: _target(cfg),
         lambda: checkpoint.find_checkpoint(cfg, cfg.checkpoint, cfg.model.published),
     )
     folder = cfg.run_dir
@@ -39,7 +55,7 @@ def main(cfg: Config) -> dict:
         "statistics": cfg.batchnorm.statistics,
         **vars(cfg.pseudo),
     }
-    if (folder / "manifest.json").is_file():
+    if (folder / store.MANIFEST).is_file():
         manifest = store.read_manifest(folder)
         differs = [k for k in asked if manifest.get(k) != asked[k]]
         if not differs:
@@ -57,6 +73,7 @@ def main(cfg: Config) -> dict:
 
     # First pass: predictions and confidences; the thresholds of classes are known at its end.
     histogram = np.zeros((len(cfg.classes), 256), np.int64)
+    written = set()
     progress = tqdm(total=len(target), desc="predict", unit="img", dynamic_ncols=True, disable=None)
     for indices, images, _ in same_size_batches(whole_images(target, cfg.test.batch, cfg.data.workers), device):
         confidence, prediction = predict(model, images, cfg.pseudo.flip, cfg.train.precision).max(1)
@@ -64,22 +81,34 @@ def main(cfg: Config) -> dict:
         np.add.at(histogram, (labels, levels), 1)
         for i, index in enumerate(indices):
             name = target.samples[index].name
+            written.add(name)
             store.write_png(store.confidence_path(folder, name), levels[i])
             store.write_png(store.label_path(folder, name), labels[i])
         progress.update(len(indices))
     progress.close()
+    left_out = [s.name for s in target.samples if s.name not in written]
+    if len(left_out) > cfg.data.max_skipped:
+        raise UserError(
+            f"{len(left_out)} target images cannot be used, more than data.max_skipped={cfg.data.max_skipped}; "
+            f"the first is {left_out[0]}"
+        )
 
     # Second pass: what is below its class's threshold becomes ignore.
     limits = store.thresholds(histogram, cfg.pseudo.threshold, cfg.pseudo.selection, cfg.pseudo.keep)
-    for sample in tqdm(target.samples, desc="select", unit="img", dynamic_ncols=True, disable=None):
-        path = store.label_path(folder, sample.name)
+    for name in tqdm(sorted(written), desc="select", unit="img", dynamic_ncols=True, disable=None):
+        path = store.label_path(folder, name)
         labels = store.read_png(path)
-        unsure = store.read_png(store.confidence_path(folder, sample.name)) < limits[labels]
+        unsure = store.read_png(store.confidence_path(folder, name)) < limits[labels]
         labels[unsure] = IGNORE
         store.write_png(path, labels)
 
     predicted = histogram.sum(1)
     kept = np.array([counts[limit:].sum() for counts, limit in zip(histogram, limits)])
+    if not kept.any():
+        raise UserError(
+            f"no pixel of any class is as sure as pseudo.threshold={cfg.pseudo.threshold}: lower it, or take "
+            "pseudo.selection=class_balanced"
+        )
     manifest = asked | {
         "weights": str(weights),
         "kept": kept.sum() / predicted.sum(),
@@ -87,13 +116,17 @@ def main(cfg: Config) -> dict:
             name: {"threshold": limits[k] / 255, "predicted": int(predicted[k]), "kept": int(kept[k])}
             for k, name in enumerate(cfg.classes.names)
         },
+        "left_out": left_out,
+        "config": to_dict(cfg),
     }
-    checkpoint.write_json(folder / "manifest.json", manifest)
+    if hasattr(os, "sync"):
+        os.sync()  # all labels are on the disk before the manifest says so
+    checkpoint.write_json(folder / store.MANIFEST, manifest)
     print(f"{'class':16} {'share':>7} {'threshold':>9} {'kept':>7}")
     for k, name in enumerate(cfg.classes.names):
         fraction = f"{kept[k] / predicted[k]:7.1%}" if predicted[k] else "      -"
         print(f"{name:16} {predicted[k] / predicted.sum():7.2%} {limits[k] / 255:9.3f} {fraction}")
-    print(f"{len(target)} pseudo labels in {show_path(folder)}: {manifest['kept']:.1%} of all pixels kept")
+    print(f"{len(written)} pseudo labels in {show_path(folder)}: {manifest['kept']:.1%} of all pixels kept")
     return store.read_manifest(folder)
 
 

@@ -5,8 +5,10 @@ A format is a way to list files and an id map; all else is shared. Samples leave
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
@@ -23,7 +25,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from data.taxonomy import ID_TO_NAME, ClassSet, resolve_id_map
+from data.taxonomy import ID_TO_NAME, KNOWN_IDS, UNKNOWN, ClassSet, resolve_id_map
 from utils.config import UserError
 from utils.schema import DatasetConfig
 
@@ -36,8 +38,10 @@ HOW_TO_GET = {
 
 IMAGE_ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # of a folder's or a glob's files
 
-# What Pillow and torchvision raise on files that are cut short, of no image format, or claim absurd sizes.
-_UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+UNREADABLE = "unreadable"  # the entry of a sample that cannot be used, or stands for one such: why
+ATTEMPTS = 10  # samples in a row that a draw may skip
+# Formats that are decoded in this process; of others, Pillow hands some to programs (EPS to Ghostscript).
+_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> tuple[list[Sampl
     if not root.is_dir():
         raise UserError(f"no {cfg.format} dataset: {root} does not exist (get it: {HOW_TO_GET[cfg.format]})")
     globs, label_of = _LAYOUTS[cfg.format](cfg)
+    if any(".." in Path(pattern).parts for pattern in globs):  # names of samples become paths below a run's folder
+        raise UserError(f"images: {globs} must be globs below {root}, without '..'")
     try:
         images = sorted({path for pattern in globs for path in root.glob(pattern)})
     except (NotImplementedError, ValueError) as error:  # an absolute or empty pattern
@@ -165,16 +171,28 @@ def read_image(path: Path) -> Tensor:
     """uint8 RGB image (3, H, W), turned as its EXIF entry says, without alpha; raises UserError naming a file that
     cannot be decoded."""
     try:
-        with Image.open(path) as picture:
+        with _opened(path) as picture:
             upright = ImageOps.exif_transpose(picture)
-        if upright.mode == "F":
-            raise ValueError("floating-point pixels")
-        if upright.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
-            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-        pixels = np.array(upright.convert("RGB"))
-    except _UNREADABLE as error:
+            if upright.mode == "F":
+                raise ValueError("floating-point pixels")
+            if upright.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            pixels = np.array(upright.convert("RGB"))
+    except Exception as error:  # a damaged file fails in every way there is
         raise UserError(f"cannot read image {path}: {_first_line(error)}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The picture, not decoded yet; ValueError for a size that no image has, so that a few bytes cannot fill memory."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        picture = Image.open(path, formats=_FORMATS)
+    with picture:
+        if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{picture.width}x{picture.height} pixels are too many")
+        yield picture
 
 
 def read_label_ids(path: Path) -> np.ndarray:
@@ -183,12 +201,12 @@ def read_label_ids(path: Path) -> np.ndarray:
     Raises UserError naming the file if it cannot be decoded or is a colour picture.
     """
     try:
-        with Image.open(path) as picture:
+        with _opened(path) as picture:
             if picture.mode in ("L", "P", "I;16", "I"):
                 return np.asarray(picture).astype(np.uint16)
         # Pillow cuts 16-bit colour down to 8 bits, which turns every SYNTHIA class into 0.
         ids = decode_image(str(path), mode=ImageReadMode.UNCHANGED)
-    except _UNREADABLE as error:
+    except Exception as error:
         raise UserError(f"cannot read label {path}: {_first_line(error)}") from None
     if ids.dtype != torch.uint16:
         raise UserError(
@@ -198,7 +216,7 @@ def read_label_ids(path: Path) -> np.ndarray:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 class SegmentationDataset(Dataset):
@@ -210,6 +228,10 @@ class SegmentationDataset(Dataset):
         size: [width, height] that image and label are brought to, or [] to keep them.
         transform: called as `transform(image, label, rng)`, gives the same two back.
         seed: with the draw's number, decides every random choice: which worker draws it plays no part.
+
+    Attributes:
+        skips: a sample that cannot be used is {UNREADABLE: why} instead of a UserError; of a draw, the next one that
+            can be used with this entry.
 
     An item is asked for as `index`, or as `(index, draw)` by the endless sampler, and is a dict:
         image: uint8 (3, H, W); label: uint8 (H, W) of train ids, all `IGNORE` where there is none; index: int.
@@ -224,16 +246,34 @@ class SegmentationDataset(Dataset):
         seed: int = 0,
     ):
         self.samples, self.lookup_table, self.size = samples, lookup_table, list(size)
-        self.transform, self.seed = transform, seed
+        self.transform, self.seed, self.skips = transform, seed, False
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
-        index, draw = key if isinstance(key, tuple) else (key, 0)
+        if not isinstance(key, tuple):
+            return self._sample_or_problem(key, 0)
+        (index, draw), problem = key, None
+        for step in range(ATTEMPTS):
+            item = self._sample_or_problem((index + step) % len(self), draw)
+            problem = problem or item.get(UNREADABLE)
+            if UNREADABLE not in item:
+                return item | {UNREADABLE: problem} if problem else item
+        raise UserError(f"{ATTEMPTS} samples in a row cannot be used; {problem}")
+
+    def _sample_or_problem(self, index: int, draw: int) -> dict:
+        try:
+            return self._sample(index, draw)
+        except UserError as error:
+            if not self.skips:
+                raise
+            return {UNREADABLE: str(error)}
+
+    def _sample(self, index: int, draw: int) -> dict:
         sample = self.samples[index]
         image = read_image(sample.image)
-        label = None if sample.label is None else torch.from_numpy(self.lookup_table[read_label_ids(sample.label)])
+        label = None if sample.label is None else self._read_label(sample.label)
         if self.size:
             hw = self.size[::-1]
             image = F.resize(image, hw, antialias=True)
@@ -248,6 +288,18 @@ class SegmentationDataset(Dataset):
             image, label = self.transform(image, label, np.random.default_rng([self.seed, draw, 1]))
         item = {"image": image, "index": index}
         return item if label is None else item | {"label": label}
+
+    def _read_label(self, path: Path) -> Tensor:
+        ids = read_label_ids(path)
+        label = self.lookup_table[ids]
+        if (unknown := label == UNKNOWN).any():
+            raise UserError(f"label {path} holds id {ids[unknown][0]}, which is none of this dataset's")
+        return torch.from_numpy(label)
+
+
+def mark_unknown(table: np.ndarray, known: set[int] | None) -> np.ndarray:
+    """A lookup table with `UNKNOWN` for every label id that is not among the known ones."""
+    return table if known is None else np.where(np.isin(np.arange(len(table)), list(known)), table, np.uint8(UNKNOWN))
 
 
 def resize_label(label: Tensor, hw: Sequence[int]) -> Tensor:
@@ -266,5 +318,6 @@ def build_dataset(
     cfg: DatasetConfig, classes: ClassSet, with_labels: bool = True, transform: Callable | None = None, seed: int = 0
 ) -> SegmentationDataset:
     """The dataset that a config section describes; see `SegmentationDataset`."""
-    table = classes.lookup_table(label_ids(cfg, classes))
+    # A folder's ids that its id_map leaves out are ignored: void has many numbers. `data.verify` names them.
+    table = mark_unknown(classes.lookup_table(label_ids(cfg, classes)), KNOWN_IDS.get(cfg.format))
     return SegmentationDataset(list_samples(cfg, with_labels), table, cfg.size, transform, seed)

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_collate
 
-from data.datasets import SegmentationDataset
+from data.datasets import UNREADABLE, SegmentationDataset
+from utils.process import leave_signals_to_parent
 
 
 class EndlessSampler(Sampler):
@@ -33,16 +34,30 @@ class EndlessSampler(Sampler):
 def training_batches(
     dataset: SegmentationDataset, batch_size: int, workers: int, start_step: int = 0, pin: bool = False
 ) -> Iterator[dict]:
-    """Endless batches from step `start_step` on: image uint8 (N, 3, H, W), label uint8 (N, H, W) if there are any."""
+    """Endless batches from step `start_step` on: image uint8 (N, 3, H, W), label uint8 (N, H, W) if there are any.
+
+    Where `dataset.skips`, the batch's entry `UNREADABLE` lists why samples were replaced.
+    """
     sampler = EndlessSampler(len(dataset), dataset.seed, start_step * batch_size)
-    return iter(_loader(dataset, batch_size, workers, sampler, pin_memory=pin))
+    return iter(_loader(dataset, batch_size, workers, sampler, pin_memory=pin, collate_fn=_collate))
+
+
+def _collate(samples: list[dict]) -> dict:
+    problems = [s.pop(UNREADABLE) for s in samples if UNREADABLE in s]
+    batch = default_collate(samples)
+    return batch | {UNREADABLE: problems} if problems else batch
 
 
 def whole_images(
     dataset: SegmentationDataset, batch_size: int, workers: int, indices: list[int] | None = None
 ) -> DataLoader:
-    """Every image once, in order, as lists of samples: sizes may differ within a batch."""
-    return _loader(dataset, batch_size, workers, indices, collate_fn=list)
+    """Every image once, in order, as lists of samples: sizes may differ within a batch. Where `dataset.skips`, those
+    that cannot be used are left out."""
+    return _loader(dataset, batch_size, workers, indices, collate_fn=_usable)
+
+
+def _usable(samples: list[dict]) -> list[dict]:
+    return [s for s in samples if UNREADABLE not in s]
 
 
 def _loader(dataset: SegmentationDataset, batch_size: int, workers: int, sampler, **options) -> DataLoader:
@@ -51,11 +66,12 @@ def _loader(dataset: SegmentationDataset, batch_size: int, workers: int, sampler
         batch_size,
         sampler=sampler,
         num_workers=workers,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),  # a loader's start leaves the global random stream, and so a resumed run, alone
         **options,
     )
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)  # workers are parallel already
+    leave_signals_to_parent()

@@ -2,7 +2,7 @@
 
     <run>/labels/<image path below root>.png        train ids, IGNORE where the network was unsure
     <run>/confidence/<image path below root>.png    softmax maximum, 0..255
-    <run>/manifest.json                             thresholds, kept fraction per class, checkpoint hash
+    <run>/manifest.json                             the checkpoint and its hash, config, thresholds and counts by class
 
 The manifest is written last: a folder without it is unfinished.
 """
@@ -17,8 +17,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.datasets import SegmentationDataset
+from data.datasets import Sample, SegmentationDataset, mark_unknown
+from data.taxonomy import IGNORE, ClassSet
+from utils.checkpoint import file_hash
 from utils.config import UserError
+from utils.process import LOCK
+
+MANIFEST = "manifest.json"
 
 
 def label_path(folder: Path, name: str) -> Path:
@@ -41,10 +46,20 @@ def clear(folder: Path) -> None:
     """Delete pseudo labels, finished or not; raises UserError if the folder holds anything else."""
     if not folder.exists():
         return
-    foreign = sorted({p.name for p in folder.iterdir()} - {"labels", "confidence", "manifest.json"})
+    foreign = sorted({p.name for p in folder.iterdir()} - {"labels", "confidence", MANIFEST, LOCK})
     if foreign:
         raise UserError(f"{folder} holds {foreign[0]}, which is no pseudo label: choose another name=")
-    shutil.rmtree(folder)
+    (folder / MANIFEST).unlink(missing_ok=True)  # first: what is half deleted is unfinished
+    for kind in ("labels", "confidence"):
+        shutil.rmtree(folder / kind, ignore_errors=True)
+
+
+def refuse_double_names(samples: list[Sample]) -> None:
+    """UserError if two images differ in their endings alone: their pseudo labels would be one file."""
+    first: dict[str, Path] = {}
+    for sample in samples:
+        if (other := first.setdefault(sample.name, sample.image)) != sample.image:
+            raise UserError(f"{other} and {sample.image} would share one pseudo label: rename one of them")
 
 
 def read_png(path: Path) -> np.ndarray:
@@ -78,26 +93,46 @@ def thresholds(histogram: np.ndarray, threshold: float, selection: str, keep: fl
 
 def read_manifest(folder: Path) -> dict:
     """The manifest of finished pseudo labels; raises UserError if there is none or it cannot be read."""
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     try:
-        return json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"no pseudo labels: {path} does not exist; make them with `python gen_pseudo_labels.py` (same benchmark=, "
             f"runs=), or name the run that holds them with pseudo_labels="
         ) from None
-    except ValueError:
-        raise UserError(f"{path} is not valid JSON; delete the folder and make the pseudo labels again") from None
+    except (ValueError, RecursionError):
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise UserError(f"{path} is not valid JSON; delete the folder and make the pseudo labels again")
+    return manifest
 
 
-def attach(target: SegmentationDataset, folder: Path) -> None:
-    """Make a target dataset's pseudo labels its labels.
+def attach(target: SegmentationDataset, folder: Path, classes: ClassSet) -> None:
+    """Make a target dataset's pseudo labels its labels; images that the generator left out are left out here too.
 
-    Raises UserError if they are unfinished or one is missing.
+    Raises:
+        UserError: they are unfinished, one is missing, two images share one, they are of other classes, or the
+            checkpoint that made them has changed since.
     """
-    read_manifest(folder)
-    missing = [s.name for s in target.samples if not label_path(folder, s.name).is_file()]
+    manifest = read_manifest(folder)
+    again = "make them again with `python gen_pseudo_labels.py train.restart=true`"
+    if list(manifest.get("classes", {})) != list(classes.names):
+        raise UserError(f"the pseudo labels in {folder} are of other classes; {again}")
+    weights = Path(manifest.get("weights", ""))
+    if weights.is_file() and file_hash(weights) != manifest.get("checkpoint"):
+        raise UserError(f"the pseudo labels in {folder} are stale: {weights} has been trained on since; {again}")
+    refuse_double_names(target.samples)
+    left_out = set(manifest.get("left_out", []))
+    samples = [s for s in target.samples if s.name not in left_out]
+    missing = [s.name for s in samples if not _is_there(label_path(folder, s.name))]
     if missing:
-        raise UserError(f"{len(missing)} of {len(target)} pseudo labels are missing in {folder}, first {missing[0]}")
-    target.samples = [dataclasses.replace(s, label=label_path(folder, s.name)) for s in target.samples]
-    target.lookup_table = np.arange(256, dtype=np.uint8)  # they are train ids already
+        raise UserError(
+            f"{len(missing)} of {len(samples)} pseudo labels are missing in {folder}, first {missing[0]}; {again}"
+        )
+    target.samples = [dataclasses.replace(s, label=label_path(folder, s.name)) for s in samples]
+    target.lookup_table = mark_unknown(np.arange(2**16).astype(np.uint8), {*range(len(classes)), IGNORE})  # train ids
+
+
+def _is_there(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 IGNORE = 255
+UNKNOWN = 254  # stands for label ids that a dataset cannot hold; samples with it are refused
 
 # (name, Cityscapes label id, official colour), in train-id order.
 _CITYSCAPES = (
@@ -145,8 +146,8 @@ def custom_class_set(names: list[str], palette: list[list[int]]) -> ClassSet:
     doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:
         raise ValueError(f"data.class_names holds {doubles[0]!r} twice")
-    if not 2 <= len(names) <= IGNORE:
-        raise ValueError(f"data.class_names must hold 2 to {IGNORE} names for class_set 'custom', not {len(names)}")
+    if not 2 <= len(names) <= UNKNOWN:
+        raise ValueError(f"data.class_names must hold 2 to {UNKNOWN} names for class_set 'custom', not {len(names)}")
     if not palette:
         hues = [(i * 0.618) % 1 for i in range(len(names))]  # golden ratio: neighbours in id differ in hue
         palette = [[int(255 * c) for c in colorsys.hsv_to_rgb(h, 0.75, 0.9)] for h in hues]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.taxonomy import IGNORE
+from loss.segmentation import summed_cross_entropy
 
 
 def prototype_contrast_loss(feat: Tensor, labels: Tensor, prototypes: Tensor, temperature: float = 0.07) -> Tensor:
@@ -26,4 +26,4 @@ def prototype_contrast_loss(feat: Tensor, labels: Tensor, prototypes: Tensor, te
     prototypes = F.normalize(prototypes.float().flatten(1), dim=1)
     labels = F.interpolate(labels[:, None].float(), size=feat.shape[2:], mode="nearest").long().flatten(1)
     similarity = prototypes @ F.normalize(feat.float().flatten(2), dim=1) / temperature  # (N, K, h*w)
-    return F.cross_entropy(similarity, labels, ignore_index=IGNORE, reduction="sum") / labels.numel()
+    return summed_cross_entropy(similarity, labels) / labels.numel()

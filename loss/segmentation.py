@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data.taxonomy import IGNORE
 from models.deeplab import upsample
+
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of logits (N, K, ...) and labels (N, ...), summed over labelled pixels."""
+    if torch.are_deterministic_algorithms_enabled():  # on GPUs, maps have no deterministic kernel, rows have
+        logits, labels = logits.movedim(1, -1).flatten(0, -2), labels.flatten()
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -20,5 +28,5 @@ def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
         float scalar. Source: CE(z_s, y_s) and CE(z_t, ŷ_t) of every stage.
     """
     labels = labels.long()
-    total = F.cross_entropy(upsample(logits.float(), labels.shape[1:]), labels, ignore_index=IGNORE, reduction="sum")
+    total = summed_cross_entropy(upsample(logits.float(), labels.shape[1:]), labels)
     return total / (labels != IGNORE).sum().clamp(min=1)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,6 +106,7 @@ def read_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         raise ValueError(f"no weights at {path}")
     try:
+        _refuse_damaged(path)
         with torch.serialization.safe_globals(_NUMPY_TYPES):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -120,11 +122,23 @@ def read_checkpoint(path: str | Path) -> dict:
     return content
 
 
+def _refuse_damaged(path: Path) -> None:
+    """ValueError for an archive whose checksums are wrong, which torch does not look at, or that would unpack to more
+    than its own size."""
+    if not zipfile.is_zipfile(path):
+        return  # torch's format before 1.6 has no checksums
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise ValueError("it is compressed")
+        if damaged := archive.testzip():
+            raise ValueError(f"wrong checksum of {damaged}")
+
+
 def open_weights(path: str | Path) -> WeightFile:
     """Read a file of any known format; raises ValueError if it cannot be read or is in none."""
     path, content = Path(path), read_checkpoint(path)
     if "model" in content and "recipe" in content:
-        return _own(path, content)
+        return own_checkpoint(path, content)
     networks = {
         ours: _tensors(path, content[theirs]["model_state"])
         for theirs, ours in _NETWORKS.items()
@@ -156,7 +170,8 @@ def open_weights(path: str | Path) -> WeightFile:
     raise ValueError(f"{path} is in no known format; its keys are {some(list(state))}")
 
 
-def _own(path: Path, content: dict) -> WeightFile:
+def own_checkpoint(path: Path, content: dict) -> WeightFile:
+    """What one of our checkpoints, already read from `path`, holds."""
     recipe = content["recipe"] if isinstance(content["recipe"], dict) else {}
     settings = {key: recipe[key] for key in ("arch", "backbone", "output_stride", "bn_clr") if key in recipe}
     if "mean" in recipe and "std" in recipe:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -18,20 +20,45 @@ from models import WeightFile, load_weights, open_weights
 from models.formats import read_checkpoint
 from models.weights import find_imagenet_weights, find_simclr_weights
 from utils.config import ROOT, Config, UserError
+from utils.process import PARTIAL
 from utils.schema import DEFAULT_BACKBONE
 
 PRETRAINED = ROOT / "pretrain_model"
 
 
-def atomic_write(path: Path, write: Any) -> None:
-    """Call `write(temporary path)`, then put the result in place of `path`: readers see the old file or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def atomic_write(path: Path, write: Any, previous: Path | None = None) -> None:
+    """Call `write(temporary path)`, then put the result in place of `path`: readers see the old file or the new.
+
+    The new file is on the disk before the old one goes; `previous` is where the old one is then kept.
+
+    Raises:
+        UserError: it cannot be written (disk full, read-only folder); the old file is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if previous and path.is_file():
+            os.replace(path, previous)
         os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; what was there before is kept") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring renames to the disk, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def plain(value: object) -> object:
@@ -46,9 +73,11 @@ def write_json(path: Path, content: dict) -> None:
     atomic_write(path, lambda p: p.write_text(json.dumps(plain(content), indent=2) + "\n"))
 
 
-def save_checkpoint(path: Path, content: dict) -> None:
-    """Save a dict of tensors and plain values."""
-    atomic_write(path, lambda p: torch.save(content, p))
+def save_checkpoint(path: Path, content: dict, previous: Path | None = None) -> None:
+    """Save a dict of tensors and plain values; see `atomic_write`."""
+    buffer = io.BytesIO()  # torch.save into a file hides why it could not be written
+    torch.save(content, buffer)
+    atomic_write(path, lambda p: p.write_bytes(buffer.getbuffer()), previous)
 
 
 def recipe(cfg: Config, model: nn.Module) -> dict:
@@ -62,6 +91,13 @@ def recipe(cfg: Config, model: nn.Module) -> dict:
         "mean": list(model.mean),
         "std": list(model.std),
     }
+
+
+def seed_generators(seed: int) -> None:
+    """Start Python's, NumPy's and torch's generators, of every device."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def rng_state() -> dict:
@@ -93,6 +129,62 @@ def file_hash(path: Path) -> str:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()[:16]
+
+
+class RunFiles:
+    """The checkpoints of a run: `last` is where it goes on, `previous` the one before, `best` scored highest."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.last, self.previous, self.best, self.not_finite = (
+            folder / "checkpoints" / f"{name}.pth" for name in ("last", "previous", "best", "not_finite")
+        )
+
+    def there(self) -> bool:
+        """Whether there is a state to go on from."""
+        return self.last.is_file() or self.previous.is_file()
+
+    def clear(self) -> None:
+        """Delete them: killed early, a run that began anew must not resume the old one."""
+        for path in (self.last, self.previous, self.best, self.not_finite):
+            path.unlink(missing_ok=True)
+
+    def save(self, state: dict) -> None:
+        """Write `last`; the one before stays as `previous`."""
+        save_checkpoint(self.last, state, self.previous)
+
+    def read(self) -> tuple[dict, str]:
+        """The newest whole state, and where it is from, with what was passed over.
+
+        Raises:
+            UserError: none can be read.
+        """
+        problems = []
+        for path in (self.last, self.previous):
+            if not path.is_file():
+                problems.append(f"{path} is missing")
+                continue
+            try:
+                state = read(path)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            if {"model", "iteration", "config", "optimizers", "rng"} <= state.keys():
+                return state, f"resumed after step {state['iteration']}" + "".join(
+                    f" from {path}: {problem}" for problem in problems
+                )
+            problems.append(f"{path} is not the state of a training run")
+        raise UserError(f"{'; '.join(problems)}; train.restart=true begins anew")
+
+
+def refuse_changed_upstream(upstream: dict[str, str], name: str) -> None:
+    """UserError if a file that run `name` was started from, {path: hash}, has been made anew since."""
+    for path, digest in upstream.items():
+        if Path(path).is_file() and file_hash(Path(path)) != digest:
+            raise UserError(
+                f"{name} was started from {path}, which has been made anew since: they no longer belong together; "
+                "begin anew with train.restart=true, or give this run a name="
+            )
 
 
 # The stage that makes what a run is started from, and the command for it.

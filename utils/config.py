@@ -19,10 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import yaml
 
-from data.taxonomy import resolve_id_map
+from data.taxonomy import ID_TO_NAME, resolve_id_map
 from utils.schema import DEFAULT_BACKBONE, RESNETS, RUNS, SIMCLR_RESNETS, TRAINING_STAGES, Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,9 +88,9 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
     if hint is float and not isinstance(value, bool):
         try:
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
-    if isinstance(hint, type) and type(value) is hint:
+    if isinstance(hint, type) and type(value) is hint and not (hint is str and "\0" in value):  # no path holds NUL
         return value
     raise ConfigError(f"{key}={value!r} has the wrong type: {_type_name(hint)} is needed")
 
@@ -124,8 +123,8 @@ def _read_yaml(path: Path) -> dict:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except Exception as error:  # of a tag that does not fit its value, the loader raises anything
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())[:500]}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -156,7 +155,7 @@ def _override(assignment: str) -> tuple[str, dict]:
         raise _unknown(key, "the command line")
     try:
         value = text if keys[key][0] is str else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+    except Exception:
         raise ConfigError(f"{key}={text!r}: the value is not valid YAML") from None
     for part in reversed(key.split(".")):
         value = {part: value}
@@ -196,11 +195,26 @@ def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
         _apply(_default(Config), delta, where)  # sections of other stages are checked as well
     for run in dict.fromkeys((config.stage, run_name)):  # source_only is a warm-up with deltas of its own
         _apply(config, by_stage.get(run, {}), f"stages.{run} of {benchmark_file}")
+    for key, value in (("runs", config.runs), ("data.toy_root", config.data.toy_root)):
+        if leaves_folder(value):  # who passes a YAML on does not decide where it writes
+            raise ConfigError(f"{key}={value!r} in a YAML must be a relative path without '..'; give it as {key}=…")
     for _, delta in commands:
         _apply(config, delta, "the command line")
     config.benchmark = str(benchmark)
     _check(config)
     return config
+
+
+def _numbers(value: Any) -> list[int | float]:
+    """A number, or those in a nested list."""
+    if isinstance(value, list):
+        return [number for entry in value for number in _numbers(entry)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def leaves_folder(path: str) -> bool:
+    """Whether a path from a file leads out of the folder that it is meant to be below."""
+    return Path(path).is_absolute() or ".." in Path(path).parts
 
 
 def _check(c: Config) -> None:
@@ -213,17 +227,20 @@ def _check(c: Config) -> None:
     t, d = c.train, c.data
     values = flatten(to_dict(c))
     for key, (_, f) in _all_keys().items():
-        numbers = np.array(values[key]).ravel() if isinstance(values[key], int | float | list) else np.array([])
-        if numbers.dtype.kind in "iuf":
-            least, most = f.metadata["least"], f.metadata["most"]
-            inside = np.isfinite(numbers) & (numbers >= least) & (numbers <= most)
-            span = f"in {least:g}..{most:g}" if most < math.inf else f"at least {least:g}" if least else "0 or more"
-            require(inside.all(), f"{key}={values[key]} must be {span.replace('at least 1e-12', 'above 0')}")
+        least, most = f.metadata["least"], f.metadata["most"]
+        inside = all(least <= number <= most and number < math.inf for number in _numbers(values[key]))
+        span = f"in {least:g}..{most:g}" if most < math.inf else f"at least {least:g}" if least else "0 or more"
+        require(inside, f"{key}={values[key]} must be {span.replace('at least 1e-12', 'above 0')}")
     section = ""
     try:
         classes = c.classes
         for section in ("data.source.", "data.target.", "data.val."):
-            resolve_id_map(values[f"{section}id_map"], classes)
+            id_to_name = ID_TO_NAME.get(values[f"{section}format"]) or resolve_id_map(
+                values[f"{section}id_map"], classes
+            )
+            untaught = [n for n in classes.names if n not in id_to_name.values()]
+            if untaught and section == "data.source.":
+                raise ValueError(f"format and id_map have no label id for class {untaught[0]!r} of the class set")
     except ValueError as error:
         raise ConfigError(f"{section}{error}") from None
     custom = d.class_set == "custom"
@@ -260,10 +277,8 @@ def _check(c: Config) -> None:
     rounds = c.distill.rounds
     require(rounds and rounds == sorted(set(rounds)), f"distill.rounds={rounds} must be [1], [2] or [1, 2]")
     for key, value in (("name", c.name), ("pseudo_labels", c.pseudo_labels)):
-        require(
-            not Path(value).is_absolute() and ".." not in Path(value).parts,
-            f"{key}={value!r} must be a folder below runs/<benchmark>",
-        )
+        require(not leaves_folder(value), f"{key}={value!r} must be a folder below runs/<benchmark>")
+    require(c.benchmark_name not in ("", ".", ".."), f"benchmark={c.benchmark!r} names no folder below {c.runs}")
     backbone = DEFAULT_BACKBONE if c.model.backbone == "auto" else c.model.backbone
     if not backbone.startswith("timm/") and backbone not in RESNETS:
         near = difflib.get_close_matches(backbone, RESNETS, 1, 0)
@@ -337,12 +352,14 @@ def run_cli(main: Callable[[Config], Any], default_config: str, usage: str, stag
 
 
 def guarded(call: Callable[[], Any], debug: bool = False) -> None:
-    """Run `call`; a `UserError` becomes its message on stderr and its exit status."""
+    """Run `call`; a `UserError` becomes its message on stderr and its exit status, as does what the system refuses."""
     try:
         call()
-    except UserError as error:
+    except (UserError, OSError) as error:  # the latter: no space left, a read-only folder, …
         if debug:
             traceback.print_exc()
+        if isinstance(error, OSError):
+            error = UserError(f"{error.filename or 'the system says'}: {error.strerror or error}")
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)
     except KeyboardInterrupt:

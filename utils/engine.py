@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +15,15 @@ from torch.optim import SGD, Optimizer
 from tqdm import tqdm
 
 from data import pseudo_labels
-from data.datasets import build_dataset
-from data.loaders import training_batches
+from data.datasets import SegmentationDataset, build_dataset
+from data.first_look import look_at
+from data.loaders import UNREADABLE, training_batches
 from data.transforms import RandomScaleCropFlip, Views
 from models import parameter_groups
+from models.formats import own_checkpoint
 from utils import checkpoint
 from utils.config import Config, UserError, flatten, to_dict
 from utils.inference import (
-    autocast,
     batchnorm_statistics,
     evaluate,
     recompute_batchnorm,
@@ -28,16 +31,22 @@ from utils.inference import (
 )
 from utils.logging import RunLog, peak_memory, show_path
 from utils.metrics import table
+from utils.process import Interruption, alone_in
 from utils.report import write_report
-from utils.schema import TestConfig
+from utils.schema import DatasetConfig, TestConfig
+from utils.selection import target_free_scores
 from utils.setup import build_network, check_inputs, choose_device, prepare_data, settle
+from utils.step import GuardedStep
 from utils.visual import Gallery, spread
 
 Backward = Callable[..., None]
 
 # Keys that may differ between the two parts of a resumed run: they change where and how fast, not what is learnt.
-HARMLESS = {"runs", "device", "data.workers"} | {f"test.{f.name}" for f in dataclasses.fields(TestConfig)}
-HARMLESS |= {f"train.{key}" for key in ("iterations", "log_every", "save_every", "val_every", "panels", "restart")}
+HARMLESS = {"runs", "device", "data.workers", "data.check"} | {f"test.{f.name}" for f in dataclasses.fields(TestConfig)}
+HARMLESS |= {
+    f"train.{key}"
+    for key in ("iterations", "log_every", "save_every", "val_every", "panels", "restart", "deterministic")
+}
 
 
 class Stage:
@@ -82,112 +91,166 @@ def fit(cfg: Config, stage_type: type[Stage]) -> dict:
     """Train a stage from its start, or from where its run folder says that it stopped.
 
     Returns:
-        Contents of the run's metrics.json: {"last": scores, "best": scores}.
+        Contents of the run's metrics.json: {"last": scores, "best": scores, "best_chosen_by": text}.
 
     Raises:
-        UserError: data or weights are missing, the run folder holds another experiment, a loss is not finite.
+        UserError: data or weights are missing, the run folder is in use or holds another experiment, a loss is not
+            finite, the disk is full.
+        SystemExit: Ctrl-C (130) or SIGTERM (143), after the step in hand and a save.
     """
-    return _Run(cfg, stage_type).train()
+    with alone_in(cfg.run_dir):
+        run = _Run(cfg, stage_type)
+        with Interruption() as stop, contextlib.closing(run.batches()) as batches:  # closed: loader processes end
+            return run.train(batches, stop)
 
 
 class _Run:
     def __init__(self, cfg: Config, stage_type: type[Stage]):
-        self.folder = cfg.run_dir
-        self.last_file, self.best_file = (self.folder / "checkpoints" / f"{n}.pth" for n in ("last", "best"))
+        self.cfg, self.folder, self.files = cfg, cfg.run_dir, checkpoint.RunFiles(cfg.run_dir)
         self.device = choose_device(cfg)
-        saved = checkpoint.read(self.last_file) if self.last_file.is_file() and not cfg.train.restart else None
+        saved, loaded = self.files.read() if self.files.there() and not cfg.train.restart else (None, "random weights")
         if saved:
             _refuse_other_experiment(saved["config"], cfg)
+            checkpoint.refuse_changed_upstream(saved.get("upstream", {}), show_path(self.folder))
         prepare_data(cfg)
-        transform, d, labels = RandomScaleCropFlip(cfg.data), cfg.data, cfg.sibling_run(cfg.pseudo_labels)
+        d, labels = cfg.data, cfg.sibling_run(cfg.pseudo_labels) if stage_type.uses_pseudo_labels else None
         self.source, self.target, self.val, init, _ = check_inputs(
-            lambda: build_dataset(d.source, cfg.classes, True, transform, seed=2 * cfg.seed),
-            lambda: build_dataset(
-                d.target, cfg.classes, stage_type.uses_target_labels, transform, seed=2 * cfg.seed + 1
+            lambda: look_at(self._training_set(d.source, True, 2 * cfg.seed), "source", cfg),
+            lambda: look_at(
+                self._training_set(d.target, stage_type.uses_target_labels, 2 * cfg.seed + 1, labels), "target", cfg
             ),
-            lambda: build_dataset(d.val, cfg.classes, True),
+            lambda: look_at(build_dataset(d.val, cfg.classes, True), "val", cfg),
             lambda: None if saved else checkpoint.find_init(cfg),
-            lambda: pseudo_labels.read_manifest(labels) if stage_type.uses_pseudo_labels else None,
+            lambda: pseudo_labels.read_manifest(labels) if labels else None,
         )
-        if stage_type.uses_pseudo_labels:
-            pseudo_labels.attach(self.target, labels)
-        start = self.last_file if saved else init
-        file = checkpoint.open_file(start) if start else None
+        if saved:
+            self.upstream = saved.get("upstream", {})
+        else:
+            made_from = [path for path in (init, labels and labels / pseudo_labels.MANIFEST) if path]
+            self.upstream = {str(path.resolve()): checkpoint.file_hash(path) for path in made_from}
+        file = own_checkpoint(self.files.last, saved) if saved else checkpoint.open_file(init) if init else None
         self.cfg = cfg = settle(cfg, file)
         self.stage = stage_type(cfg, self.device)
         self.model = self.stage.model
-        loaded = checkpoint.load(self.stage.networks, file, cfg) if init else "random weights"
+        if init:
+            loaded = checkpoint.load(self.stage.networks, file, cfg)
         self.iteration, self.last_scores, self.best = 0, None, None
-        torch.manual_seed(cfg.seed)
+        stage, file = self.stage, self.files.not_finite
+        self.step, self.unreadable = GuardedStep(cfg, stage.networks, stage.optimizers, self.device, file), set()
+        checkpoint.seed_generators(cfg.seed)
         if saved:
             self._restore(saved)
-            loaded = f"resumed after step {self.iteration}"
         else:
-            for file in (self.last_file, self.best_file):  # train.restart: killed early, it must not resume the old run
-                file.unlink(missing_ok=True)
-        self.log = RunLog(cfg, self.iteration)
+            self.files.clear()
+        self.saved_at = self.iteration
+        self.log = RunLog(cfg, self.iteration, saved and saved.get("lengths"))
         self.log.say(
             f"{show_path(self.folder)} on {self.device}: {len(self.source)} source, {len(self.target)} target "
             f"and {len(self.val)} validation images; {loaded}"
         )
 
-    def train(self) -> dict:
+    def _training_set(
+        self, section: DatasetConfig, labelled: bool, seed: int, labels: Path | None = None
+    ) -> SegmentationDataset:
+        cfg = self.cfg
+        dataset = build_dataset(section, cfg.classes, labelled, RandomScaleCropFlip(cfg.data), seed)
+        dataset.skips = cfg.data.on_error == "skip"
+        if labels:
+            pseudo_labels.attach(dataset, labels, cfg.classes)
+        return dataset
+
+    def train(self, batches: Iterator[tuple[dict, dict]], stop: Interruption) -> dict:
         cfg, t = self.cfg, self.cfg.train
         scores = None
-        pin = self.device.type == "cuda"
-        batches = self._batches(pin) if self.iteration < t.iterations else None
         bar = tqdm(
             total=t.iterations, initial=self.iteration, desc=cfg.name or cfg.stage, dynamic_ncols=True, disable=None
         )
-        sums: dict[str, Tensor] = {}
-        since, started = 0, time.monotonic()
+        timed, started = 0, time.monotonic()
         images_per_step = t.batch_source + (t.batch_target if self.stage.uses_target else 0)
         while self.iteration < t.iterations:
+            batch = self._next(batches, stop)
+            if stop.signal:
+                self._leave(stop)
             self.iteration += 1
             factor = (1 - self.iteration / t.horizon) ** t.power  # the first step is step 1, as released
             rates = self._set_learning_rates(factor)
-            lr = next(iter(rates.values()))
-            for name, value in self._step(*next(batches)).items():
-                sums[name] = sums.get(name, 0) + value
-            since += 1
+            if left_out := self.step(self.stage.step, *batch, self.iteration):
+                self.log.say(left_out)
+            timed += 1
             bar.update()
             validates = self.iteration % t.val_every == 0 or self.iteration == t.iterations
             saves = validates or self.iteration % t.save_every == 0
-            if saves or self.iteration % t.log_every == 0:  # losses are looked at before weights are kept
-                losses = {name: (value / since).item() for name, value in sums.items()}
-                _refuse_not_finite(losses, self.iteration)
-                rate = since * images_per_step / (time.monotonic() - started)
-                self.log.record(self.iteration, "train", {"loss": losses, "lr": lr, "images_per_second": rate})
+            if saves or self.iteration % t.log_every == 0:
+                means, lr = self.step.take_means(), next(iter(rates.values()))
+                rate = timed * images_per_step / (time.monotonic() - started)
+                faults = {"skipped_steps": self.step.skipped, "unreadable_files": len(self.unreadable)}
+                entry = means | {"lr": lr, "images_per_second": rate} | {k: v for k, v in faults.items() if v}
+                self.log.record(self.iteration, "train", entry)
                 self.log.watch(self.iteration, {"learning rate": rates, "memory": peak_memory(self.device)})
-                shown = {n: f"{v:.3f}" for n, v in losses.items()} | {"lr": f"{lr:.1e}", "img/s": f"{rate:.1f}"}
+                shown = {n: f"{v:.3f}" for n, v in means["loss"].items()} | {"lr": f"{lr:.1e}", "img/s": f"{rate:.1f}"}
                 bar.set_postfix(shown)
                 line = f"step {self.iteration}/{t.iterations}  " + "  ".join(f"{k} {v}" for k, v in shown.items())
                 self.log.say(line, terminal=bar.disable)
-                sums, since, started = {}, 0, time.monotonic()
+                timed, started = 0, time.monotonic()
             if saves:
                 pause = time.monotonic()
                 scores = self._validate_and_save(validates) or scores
                 started += time.monotonic() - pause
         bar.close()
+        if stop.signal:  # it came while the last step was saved: what is left takes no time, but no stage follows
+            self._leave(stop)
         result_file = self.folder / "metrics.json"
         if scores is None:  # nothing was left to do
             scores = self.last_scores
             self.log.say(f"{show_path(self.folder)} is complete; train.restart=true begins anew")
-        result = {"last": scores, "best": self.best}
+        result = {"last": scores, "best": self.best, "best_chosen_by": f"mIoU on data.val, {len(self.val)} images"}
         checkpoint.write_json(result_file, result)
         self.log.hparams(cfg, result)
         self.log.close()
         write_report(self.folder)
         return result
 
-    def _batches(self, pin: bool) -> Iterator[tuple[dict, dict]]:
-        t, workers = self.cfg.train, self.cfg.data.workers
+    def batches(self) -> Iterator[tuple[dict, dict]]:
+        """Source and target batches from here on, on the device."""
+        t, workers, pin = self.cfg.train, self.cfg.data.workers, self.device.type == "cuda"
         source = training_batches(self.source, t.batch_source, workers, self.iteration, pin)
         target = itertools.repeat({})
         if self.stage.uses_target:
             target = training_batches(self.target, t.batch_target, workers, self.iteration, pin)
         for pair in zip(source, target):
+            for batch in pair:
+                self._count_unreadable(batch.pop(UNREADABLE, []))
             yield tuple({k: v.to(self.device, non_blocking=pin) for k, v in batch.items()} for batch in pair)
+
+    def _next(self, batches: Iterator, stop: Interruption) -> tuple[dict, dict]:
+        try:
+            return next(batches)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            if stop.signal:  # the signal reached them too; no batch is needed any more
+                return {}, {}
+            raise UserError(
+                f"a loader process was ended by the system ({error}): out of memory? Try a smaller data.workers"
+            ) from None
+
+    def _count_unreadable(self, messages: list[str]) -> None:
+        for message in messages:
+            if message not in self.unreadable:
+                self.unreadable.add(message)
+                self.log.say(f"left out ({len(self.unreadable)} so far): {message}")
+        if len(self.unreadable) > self.cfg.data.max_skipped:
+            raise UserError(
+                f"more than data.max_skipped={self.cfg.data.max_skipped} files cannot be used, the last: {messages[-1]}"
+            )
+
+    def _leave(self, stop: Interruption) -> None:
+        """Save and end as a signal asks."""
+        if self.saved_at != self.iteration:
+            self.log.say(f"{stop.name} after step {self.iteration}: saved; started again, the run goes on there")
+            self._validate_and_save(False)
+        self.log.close()
+        stop.obey()
 
     def _set_learning_rates(self, factor: float) -> dict[str, float]:
         """Poly schedule for every group of every optimiser; returns the rates by name, the backbone's first."""
@@ -198,26 +261,9 @@ class _Run:
                 rates[group.get("name", name)] = group["lr"] = group["initial_lr"] * factor
         return rates
 
-    def _step(self, source: dict, target: dict) -> dict[str, Tensor]:
-        for network in self.stage.networks.values():
-            network.train()
-        for optimizer in self.stage.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        terms: dict[str, Tensor] = {}
-
-        def backward(total: Tensor, **named: Tensor) -> None:
-            with torch.autocast(self.device.type, enabled=False):  # gradients take the types of the forward pass
-                total.backward()
-            terms.update({name: value.detach() for name, value in named.items()})
-
-        with autocast(self.device, self.cfg.train.precision):
-            self.stage.step(source, target, backward)
-        for optimizer in self.stage.optimizers.values():
-            optimizer.step()
-        return terms
-
     def _validate_and_save(self, validates: bool) -> dict | None:
         cfg, running = self.cfg, batchnorm_statistics(self.model)
+        rng = checkpoint.rng_state()  # put back below: training must not depend on when it is looked at
         adapted = cfg.batchnorm.statistics == "target"
         if adapted:
             recompute_batchnorm(self.model, self.target, cfg, self.device)
@@ -233,6 +279,7 @@ class _Run:
             gallery = Gallery(spread(len(self.val), cfg.train.panels), cfg.classes)
             scores = evaluate(self.model, self.val, cfg.classes, cfg, self.device, gallery)
             scores["iteration"] = self.iteration
+            scores["target_free"] = target_free_scores(self.model, self.target, cfg, self.device)
             self.last_scores = scores
             self.log.record(self.iteration, "val", scores)
             if gallery.shown:
@@ -245,18 +292,25 @@ class _Run:
                 f"at step {self.best['iteration']})"
             )
             if self.iteration == cfg.train.iterations:
-                self.log.say(table({"last": scores, "best": self.best}, cfg.classes))
+                self.log.say(table({"last": scores, "best on val": self.best}, cfg.classes))
+                self.log.say("best on val: chosen by the labels of data.val that it is measured on; last: by none")
             if better:
-                checkpoint.save_checkpoint(self.best_file, weights)
+                checkpoint.save_checkpoint(self.files.best, weights)
         state = weights | {
             "networks": {k: v.state_dict() for k, v in self.stage.networks.items() if v is not self.model},
             "optimizers": {k: v.state_dict() for k, v in self.stage.optimizers.items()},
             "best": self.best,
             "last": self.last_scores,
-            "rng": checkpoint.rng_state(),
+            "rng": rng,
+            "step": self.step.state_dict(),
+            "unreadable": sorted(self.unreadable),
+            "upstream": self.upstream,
+            "lengths": self.log.sync(),
         }
-        checkpoint.save_checkpoint(self.last_file, state)
+        self.files.save(state)
+        self.saved_at = self.iteration
         set_batchnorm_statistics(self.model, running)
+        checkpoint.set_rng_state(rng)
         return scores
 
     def _restore(self, saved: dict) -> None:
@@ -268,9 +322,11 @@ class _Run:
             for name, state in saved["optimizers"].items():
                 self.stage.optimizers[name].load_state_dict(state)
             checkpoint.set_rng_state(saved["rng"])
+            self.step.load_state_dict(saved["step"])
+            self.unreadable = set(saved["unreadable"])
         except (KeyError, RuntimeError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
-            raise UserError(f"{self.last_file} cannot be resumed ({reason}); train.restart=true begins anew") from None
+            raise UserError(f"{self.files.last} cannot be resumed ({reason}); train.restart=true begins anew") from None
         self.iteration, self.best, self.last_scores = saved["iteration"], saved["best"], saved["last"]
 
 
@@ -283,9 +339,3 @@ def _refuse_other_experiment(saved: dict, cfg: Config) -> None:
             f"{show_path(cfg.run_dir)} holds another experiment ({listed}{', …' if len(changed) > 4 else ''}); "
             "give this one a name=, or begin anew with train.restart=true"
         )
-
-
-def _refuse_not_finite(losses: dict[str, float], iteration: int) -> None:
-    for name, value in losses.items():
-        if not abs(value) < float("inf"):
-            raise UserError(f"loss {name} is {value} by step {iteration}; the last good state is checkpoints/last.pth")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import os
 import resource
 import subprocess
 import sys
@@ -47,26 +47,28 @@ class RunLog:
 
     Args:
         cfg: resolved configuration, saved with git SHA and seed.
-        first_step: entries of metrics.jsonl beyond it, left by an interrupted run, are dropped.
+        first_step: TensorBoard hides events beyond it, left by an interrupted run.
+        lengths: what `sync` gave then; log.txt and metrics.jsonl are cut back to it, and begun anew without.
     """
 
-    def __init__(self, cfg: Config, first_step: int = 0):
+    def __init__(self, cfg: Config, first_step: int = 0, lengths: dict[str, int] | None = None):
         self.folder = cfg.run_dir
         self.folder.mkdir(parents=True, exist_ok=True)
         header = {"git": git_sha(), **to_dict(cfg)}
         text = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
         atomic_write(self.folder / "config.yml", lambda p: p.write_text(text))
-        self.metrics_file = self.folder / "metrics.jsonl"
-        if self.metrics_file.exists():
-            kept = [x for x in self.metrics_file.read_text().splitlines() if _step_of(x) <= first_step]
-            atomic_write(self.metrics_file, lambda p: p.write_text("".join(f"{x}\n" for x in kept)))
-        self.board = SummaryWriter(self.folder, purge_step=first_step + 1 if first_step else None)
+        self.text_file, self.metrics_file = self.folder / "log.txt", self.folder / "metrics.jsonl"
+        for file in (self.text_file, self.metrics_file):
+            if file.exists():
+                length = (lengths or {}).get(file.name, 0)
+                os.truncate(file, min(length, file.stat().st_size))
+        self.board = SummaryWriter(self.folder, purge_step=first_step + 1)
 
     def say(self, message: str, terminal: bool = True) -> None:
         """A line with the time in log.txt, and on the terminal, above any progress bar."""
         if terminal:
             tqdm.write(message)
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+        with open(self.text_file, "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
     def record(self, step: int, group: str, values: dict) -> None:
@@ -96,6 +98,16 @@ class RunLog:
         """uint8 (H, W, 3) into TensorBoard."""
         self.board.add_image(name, picture, step, dataformats="HWC")
 
+    def sync(self) -> dict[str, int]:
+        """Bring everything to the disk; gives the lengths of log.txt and metrics.jsonl in bytes."""
+        self.board.flush()
+        lengths = {}
+        for path in (self.text_file, self.metrics_file):
+            with open(path, "ab") as file:
+                os.fsync(file.fileno())
+                lengths[path.name] = file.tell()
+        return lengths
+
     def close(self) -> None:
         """Flush TensorBoard."""
         self.board.close()
@@ -107,13 +119,6 @@ def peak_memory(device: torch.device) -> dict[str, float]:
         return {"peak GiB on the GPU": torch.cuda.max_memory_allocated(device) / 2**30}
     unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
     return {"peak GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return math.inf  # a line cut short by a kill
 
 
 def show_path(path: Path) -> str:

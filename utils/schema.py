@@ -70,6 +70,11 @@ class DataConfig:
     )
     cutout: float = opt(0.25, "distillation's strong view: side of the hole as a share of the crop's; 0 = none", most=1)
     workers: int = opt(4, "loader processes per domain; 0 loads in the training process")
+    check: int = opt(8, "images of each dataset that are read and looked at before training starts; 0 = none")
+    on_error: Literal["stop", "skip"] = opt(
+        "stop", "training image or label that cannot be used: end, or take the next one in its place"
+    )
+    max_skipped: int = opt(10, "on_error=skip: different files after which training ends all the same")
     toy_root: str = opt("", "draw the toy cities into this folder on first use; '' = real data")
 
 
@@ -134,6 +139,11 @@ class TrainConfig:
     save_every: int = opt(1000, "steps between writes of checkpoints/last.pth", least=1)
     log_every: int = opt(20, "steps between log lines", least=1)
     panels: int = opt(4, "validation images drawn into panels/ at each validation")
+    on_nonfinite: Literal["stop", "skip"] = opt(
+        "stop", "a loss or gradient that is not finite: end, or leave the step out; the weights are untouched in both"
+    )
+    max_skipped: int = opt(10, "on_nonfinite=skip: steps left out after which training ends all the same")
+    deterministic: bool = opt(False, "bit-equal runs on one machine, by slower kernels where need be")
     restart: bool = opt(False, "begin anew although the run folder holds a run; else it is resumed")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,15 @@ from utils.schema import DEFAULT_ARCH, DEFAULT_BACKBONE, TRAINING_STAGES
 
 
 def choose_device(cfg: Config) -> torch.device:
-    """The device that `device=` names; raises UserError if this machine has none such."""
+    """The device that `device=` names; raises UserError if this machine has none such.
+
+    Sets what `train.deterministic` asks for too: it must be done before the device is used.
+    """
+    exact = cfg.train.deterministic
+    if exact:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable with a fixed workspace alone
+    torch.use_deterministic_algorithms(exact)
+    torch.backends.cudnn.benchmark = False
     name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)

@@ -56,14 +56,14 @@ def test_attached_labels_are_train_ids_as_they_stand(trees, tmp_path):
     with pytest.raises(
         UserError, match=r"manifest\.json does not exist; make them with `python gen_pseudo_labels\.py`"
     ):
-        store.attach(target, tmp_path)
+        store.attach(target, tmp_path, CLASS_SETS["cityscapes19"])
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
-        store.attach(target, tmp_path)
-    (tmp_path / "manifest.json").write_text(json.dumps({}))
-    store.attach(target, tmp_path)
+        store.attach(target, tmp_path, CLASS_SETS["cityscapes19"])
+    (tmp_path / "manifest.json").write_text(json.dumps({"classes": dict.fromkeys(CLASS_SETS["cityscapes19"].names)}))
+    store.attach(target, tmp_path, CLASS_SETS["cityscapes19"])
     for i, labels in written.items():
         np.testing.assert_array_equal(target[i]["label"], labels)
     store.label_path(tmp_path, target.samples[3].name).unlink()
     with pytest.raises(UserError, match=f"1 of 5 pseudo labels are missing .* first {target.samples[3].name}"):
-        store.attach(target, tmp_path)
+        store.attach(target, tmp_path, CLASS_SETS["cityscapes19"])

@@ -1,0 +1,111 @@
+"""What keeps a run alone in its folder, and lets it end in order."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from utils.config import UserError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: runs are not kept apart there
+    fcntl = None
+
+LOCK = ".lock"
+PARTIAL = ".partial"  # ending of files that are being written
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run folder, which is made if need be, and taken away again if nothing was written into it.
+
+    The lock belongs to this process alone, not to its loader processes, and ends with it however it ends: there is
+    nothing to clean up after a kill. Leftovers of half-written files are deleted.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a+", encoding="utf-8") as file:
+        _lock(file, folder)
+        try:
+            for leftover in folder.rglob(f".*{PARTIAL}"):
+                leftover.unlink(missing_ok=True)
+            yield
+        finally:
+            if [path.name for path in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+                with contextlib.suppress(OSError):  # another run's folder stands beside it
+                    for path in made:
+                        path.rmdir()
+
+
+def _lock(file, folder: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        # A POSIX record lock: unlike flock, forked loader processes that outlive a kill by seconds do not keep it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # a file system without locks
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        raise UserError(f"{folder} is in use by {holder}: wait for it, or give this run another name=") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+
+
+class Interruption:
+    """Ctrl-C and SIGTERM inside a `with` block: the first is noted in `signal`, a second ends the process at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._before: dict = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and background jobs have it
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            raise SystemExit(128 + number)
+        self.signal = number
+        # Not print: the handler may have interrupted one.
+        os.write(2, b"\nending after this step and a save; once more ends at once\n")
+
+    @property
+    def name(self) -> str:
+        """Of the signal that came."""
+        return signal.Signals(self.signal).name
+
+    def obey(self) -> None:
+        """Leave with the conventional status, 130 or 143, if a signal came."""
+        if self.signal:
+            raise SystemExit(128 + self.signal)
+
+
+def leave_signals_to_parent() -> None:
+    """For loader processes: a Ctrl-C or SIGTERM to the whole group must not take the batches away under a last step."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's own way to end them

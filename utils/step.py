@@ -1,0 +1,119 @@
+"""One training step: gradients, the look at whether they are finite, the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from utils import checkpoint
+from utils.config import Config, UserError, to_dict
+from utils.inference import autocast
+from utils.logging import show_path
+
+
+class GuardedStep:
+    """Steps whose update is made only if every loss and gradient is finite.
+
+    Args:
+        cfg: `train.on_nonfinite` says what happens otherwise.
+        networks, optimizers: by name; all of them are stepped together.
+        file: where the batch, the networks and the config of a bad step are kept.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        networks: dict[str, nn.Module],
+        optimizers: dict[str, Optimizer],
+        device: torch.device,
+        file: Path,
+    ):
+        self.cfg, self.networks, self.optimizers, self.device, self.file = cfg, networks, optimizers, device, file
+        self.skipped = 0
+        self._sums: dict[str, dict[str, float]] = {"loss": {}, "grad_norm": {}}  # since the last line of the log
+        self._count = 0
+
+    def __call__(self, losses: Callable[..., None], source: dict, target: dict, iteration: int) -> str:
+        """Make one step.
+
+        Args:
+            losses: `Stage.step`.
+            iteration: the step's number.
+
+        Returns:
+            A line about the step if it was left out, else "".
+
+        Raises:
+            UserError: a loss or gradient is not finite, and too many have been already; no weight has been changed.
+        """
+        for network in self.networks.values():
+            network.train()
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        rng = checkpoint.rng_state()
+        # A bad forward pass spoils running statistics too; where training goes on, they are put back.
+        skips = self.cfg.train.on_nonfinite == "skip"
+        buffers = [(b, b.clone()) for n in self.networks.values() for b in n.buffers()] if skips else []
+        terms: dict[str, Tensor] = {}
+
+        def backward(total: Tensor, **named: Tensor) -> None:
+            with torch.autocast(self.device.type, enabled=False):  # gradients take the types of the forward pass
+                total.backward()
+            terms.update({name: value.detach() for name, value in named.items()})
+
+        with autocast(self.device, self.cfg.train.precision):
+            losses(source, target, backward)
+        gradients = {k: [p.grad for p in n.parameters() if p.grad is not None] for k, n in self.networks.items()}
+        norms = {k: get_total_norm(g) for k, g in gradients.items() if g}
+        # The step's one wait for the device, for all numbers in one copy, with only the update left to be queued:
+        # the host has to know before weights are touched.
+        values = torch.stack([v.float() for v in (*terms.values(), *norms.values())]).tolist()
+        numbers = {"loss": dict(zip(terms, values)), "grad_norm": dict(zip(norms, values[len(terms) :]))}
+        if not all(map(math.isfinite, values)):
+            said = self._keep(numbers, {"source": source, "target": target, "rng": rng}, iteration)
+            for buffer, before in buffers:
+                buffer.copy_(before)
+            return said
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        self._count += 1
+        for kind, entries in numbers.items():
+            for name, value in entries.items():
+                self._sums[kind][name] = self._sums[kind].get(name, 0) + value
+        return ""
+
+    def _keep(self, numbers: dict, batch: dict, iteration: int) -> str:
+        t = self.cfg.train
+        kinds = {"loss": "loss {}", "grad_norm": "gradient of {}"}
+        bad = [(kinds[k].format(n), v) for k, entries in numbers.items() for n, v in entries.items()]
+        name, value = next((n, v) for n, v in bad if not math.isfinite(v))
+        networks = {k: v.state_dict() for k, v in self.networks.items()}
+        content = numbers | batch | {"step": iteration, "networks": networks, "config": to_dict(self.cfg)}
+        checkpoint.save_checkpoint(self.file, content)
+        self.skipped += 1
+        said = f"{name} is {value} in step {iteration}; batch, networks and config are in {show_path(self.file)}"
+        if t.on_nonfinite == "stop":
+            raise UserError(f"{said}; nothing was updated; a lower train.lr, or train.on_nonfinite=skip, may help")
+        if self.skipped > t.max_skipped:
+            raise UserError(f"{said}; train.max_skipped={t.max_skipped} steps were left out before")
+        return f"{said}; step left out, {self.skipped} so far"
+
+    def take_means(self) -> dict[str, dict[str, float]]:
+        """{"loss": {term: mean}, "grad_norm": {network: mean}} since the last call, empty where no step counted."""
+        means = {kind: {k: v / self._count for k, v in sums.items()} for kind, sums in self._sums.items()}
+        self._sums, self._count = {"loss": {}, "grad_norm": {}}, 0
+        return means
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs to log the same numbers."""
+        return {"sums": self._sums, "count": self._count, "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Undo `state_dict`."""
+        self._sums, self._count, self.skipped = state["sums"], state["count"], state["skipped"]
