@@ -21,6 +21,8 @@ from utils.step import GuardedStep
 class TinyNetwork(nn.Module):
     """As DeepLabV2 from outside, with everything a run has to carry over: BatchNorm, dropout, two parameter groups."""
 
+    arch = "deeplabv2"
+
     def __init__(self, num_classes):
         super().__init__()
         self.backbone = nn.Sequential(nn.Conv2d(3, 8, 7, 8, 3), nn.BatchNorm2d(8), nn.ReLU())

@@ -200,12 +200,14 @@ class _Run:
         if stop.signal:  # it came while the last step was saved: what is left takes no time, but no stage follows
             self._leave(stop)
         result_file = self.folder / "metrics.json"
-        if scores is None:  # nothing was left to do
+        trained = scores is not None
+        if not trained:
             scores = self.last_scores
             self.log.say(f"{show_path(self.folder)} is complete; train.restart=true begins anew")
         result = {"last": scores, "best": self.best, "best_chosen_by": f"mIoU on data.val, {len(self.val)} images"}
         checkpoint.write_json(result_file, result)
-        self.log.hparams(cfg, result)
+        if trained:
+            self.log.hparams(cfg, result)
         self.log.close()
         write_report(self.folder)
         return result

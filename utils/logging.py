@@ -91,8 +91,8 @@ class RunLog:
         for key, value in flatten(to_dict(cfg)).items():
             if key.startswith(HPARAMS):
                 chosen[key] = value if isinstance(value, bool | float | int) else str(value)
-        reached = {f"final/mIoU {kind}": scores["miou"] for kind, scores in result.items() if scores}
-        self.board.add_hparams(chosen, reached, run_name=".")  # into this run's folder, not one of its own
+        reached = {f"final/mIoU {kind}": result[kind]["miou"] for kind in ("last", "best") if result[kind]}
+        self.board.add_hparams(chosen, reached, run_name=".", global_step=result["last"]["iteration"])  # into this run's folder, not one of its own
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """uint8 (H, W, 3) into TensorBoard."""
