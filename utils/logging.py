@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from utils.checkpoint import atomic_write, plain
-from utils.config import ROOT, Config, to_dict
+from utils.config import ROOT, Config, UserError, to_dict
 
 
 def git_sha() -> str:
@@ -52,13 +52,11 @@ class RunLog:
         """A line with the time in log.txt, and on the terminal, above any progress bar."""
         if terminal:
             tqdm.write(message)
-        with open(self.text_file, "a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+        _append(self.text_file, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
 
     def record(self, step: int, group: str, values: dict) -> None:
         """Numbers of one step, into metrics.jsonl and TensorBoard (nested dicts become a/b)."""
-        with open(self.metrics_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "group": group, **plain(values)}) + "\n")
+        _append(self.metrics_file, json.dumps({"step": step, "group": group, **plain(values)}))
         for key, value in values.items():
             items = value.items() if isinstance(value, dict) else [("", value)]
             for sub, number in items:
@@ -82,6 +80,14 @@ class RunLog:
     def close(self) -> None:
         """Flush TensorBoard."""
         self.board.close()
+
+
+def _append(path: Path, line: str) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; the last checkpoint is kept") from None
 
 
 def show_path(path: Path) -> str:
