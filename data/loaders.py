@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler, default_collate
 
 from data.datasets import UNREADABLE, SegmentationDataset
-from utils.process import leave_signals_to_parent
+from utils.process import leave_signals_to
 
 
 class EndlessSampler(Sampler):
@@ -66,12 +68,12 @@ def _loader(dataset: SegmentationDataset, batch_size: int, workers: int, sampler
         batch_size,
         sampler=sampler,
         num_workers=workers,
-        worker_init_fn=_start_worker,
+        worker_init_fn=functools.partial(_start_worker, os.getpid()),
         generator=torch.Generator(),  # a loader's start leaves the global random stream, and so a resumed run, alone
         **options,
     )
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(parent: int, worker: int) -> None:
     torch.set_num_threads(1)  # workers are parallel already
-    leave_signals_to_parent()
+    leave_signals_to(parent)

@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from utils.checkpoint import atomic_write, plain
-from utils.config import ROOT, Config, flatten, to_dict
+from utils.config import ROOT, Config, UserError, flatten, to_dict
 
 # What TensorBoard calls the entries of metrics.jsonl; None: it has no curve of them.
 PLAIN_NAMES = {
@@ -68,13 +68,11 @@ class RunLog:
         """A line with the time in log.txt, and on the terminal, above any progress bar."""
         if terminal:
             tqdm.write(message)
-        with open(self.text_file, "a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+        _append(self.text_file, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
 
     def record(self, step: int, group: str, values: dict) -> None:
         """Numbers of one step, into metrics.jsonl and, by their plain names, TensorBoard."""
-        with open(self.metrics_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "group": group, **plain(values)}) + "\n")
+        _append(self.metrics_file, json.dumps({"step": step, "group": group, **plain(values)}))
         folder = {"val": "validation"}.get(group, group)
         self.watch(step, {PLAIN_NAMES.get(k, f"{folder}/{k.replace('_', ' ')}"): v for k, v in values.items()})
 
@@ -92,7 +90,9 @@ class RunLog:
             if key.startswith(HPARAMS):
                 chosen[key] = value if isinstance(value, bool | float | int) else str(value)
         reached = {f"final/mIoU {kind}": result[kind]["miou"] for kind in ("last", "best") if result[kind]}
-        self.board.add_hparams(chosen, reached, run_name=".", global_step=result["last"]["iteration"])  # into this run's folder, not one of its own
+        self.board.add_hparams(
+            chosen, reached, run_name=".", global_step=result["last"]["iteration"]
+        )  # into this run's folder, not one of its own
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """uint8 (H, W, 3) into TensorBoard."""
@@ -119,6 +119,14 @@ def peak_memory(device: torch.device) -> dict[str, float]:
         return {"peak GiB on the GPU": torch.cuda.max_memory_allocated(device) / 2**30}
     unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
     return {"peak GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+
+
+def _append(path: Path, line: str) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; the last checkpoint is kept") from None
 
 
 def show_path(path: Path) -> str:

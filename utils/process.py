@@ -103,8 +103,13 @@ class Interruption:
             raise SystemExit(128 + self.signal)
 
 
-def leave_signals_to_parent() -> None:
-    """For loader processes: a Ctrl-C or SIGTERM to the whole group must not take the batches away under a last step."""
+def leave_signals_to(parent: int) -> None:
+    """For loader processes: a Ctrl-C or SIGTERM to the whole group must not take the batches away under a last step.
+
+    They watch over their parent themselves, but for one that was killed before they began: it is looked for here.
+    """
+    if os.getppid() != parent:
+        os._exit(1)
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -169,3 +169,16 @@ def test_distillation_of_equal_networks_is_zero_and_the_teacher_has_no_gradient(
     loss.backward()
     assert abs(loss.item()) < 1e-6 and student.grad.abs().max() < 1e-7  # float32 rounding of the logarithms
     assert teacher.grad is None
+
+
+def test_deterministic_form_is_the_same_sum(golden):
+    feat, logits, prototypes, labels = golden["inputs"]
+    values = []
+    for exact in (False, True):
+        torch.use_deterministic_algorithms(exact)
+        terms = segmentation_loss(logits, labels), prototype_contrast_loss(feat, labels, prototypes.flatten(1))
+        torch.use_deterministic_algorithms(False)
+        gradients = torch.autograd.grad(sum(terms), (feat, logits))
+        values.append([*terms, *gradients])
+    for plain, exact in zip(*values):
+        torch.testing.assert_close(plain, exact)
