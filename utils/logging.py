@@ -90,9 +90,8 @@ class RunLog:
             if key.startswith(HPARAMS):
                 chosen[key] = value if isinstance(value, bool | float | int) else str(value)
         reached = {f"final/mIoU {kind}": result[kind]["miou"] for kind in ("last", "best") if result[kind]}
-        self.board.add_hparams(
-            chosen, reached, run_name=".", global_step=result["last"]["iteration"]
-        )  # into this run's folder, not one of its own
+        # Into this run's folder, not one of its own; at the last step, so that a resumed run replaces it.
+        self.board.add_hparams(chosen, reached, run_name=".", global_step=result["last"]["iteration"])
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """uint8 (H, W, 3) into TensorBoard."""

@@ -58,28 +58,29 @@ def test_share_of_the_gap():
     assert gap_closed(rows, "pst", "long") is None
 
 
-def test_seeds_and_controls_by_the_pipeline(benchmarks, tmp_path, monkeypatch):
-    """Two seeds of the whole chain with controls; only the bound opens target training labels."""
-    opened = []
-    read = datasets.read_label_ids
+def test_controls_by_the_pipeline(benchmarks, tmp_path, monkeypatch):
+    """A seed of the whole chain with controls; only the bound opens target training labels."""
+    opened, fitted = [], []
+    read, fit = datasets.read_label_ids, pipeline.fit
     monkeypatch.setattr(datasets, "read_label_ids", lambda path: opened.append(str(path)) or read(path))
-    fitted = []
-    fit = pipeline.fit
     monkeypatch.setattr(pipeline, "fit", lambda cfg, stage: fitted.append(len(opened)) or fit(cfg, stage))
-    given = [f"benchmark={benchmarks['gta5_to_city']}", f"runs={tmp_path}", "device=cpu", "data.workers=0"]
-    result = pipeline.run_seeds(given, [3, 4], controls=True)
-    folder = tmp_path / "gta5_to_city"
-    assert result == json.loads((folder / "seeds.json").read_text())
-    rows = [json.loads((tmp_path / f"seed{seed}/gta5_to_city/summary.json").read_text())["stages"] for seed in (3, 4)]
-    assert list(rows[0])[-2:] == ["source_only_long", "labelled_bound"]
-    a, b = (row["pst"]["miou"] for row in rows)
-    assert result["stages"]["pst"]["miou"]["mean"] == pytest.approx((a + b) / 2)
-    assert result["stages"]["pst"]["miou"]["std"] == pytest.approx(abs(a - b) / 2**0.5)
-    assert set(result["stages"]["pst"]["iou"]["road"]) == {"mean", "std"}
-    train_labels = [i for i, path in enumerate(opened) if "/gtFine/train/" in path]
-    long, bound = fitted[:2]
-    assert train_labels and not [i for i in train_labels if i < bound]  # of the first seed, all before the bound
-    assert long < bound
+    given = [f"benchmark={benchmarks['gta5_to_city']}", f"runs={tmp_path}", "device=cpu", "distill.rounds=[1]"]
+    result = pipeline.run_seeds(given, [3], controls=True)
+    assert result == json.loads((tmp_path / "gta5_to_city" / "seeds.json").read_text())
+    rows = json.loads((tmp_path / "seed3" / "gta5_to_city" / "summary.json").read_text())["stages"]
+    assert list(rows)[-2:] == ["source_only_long", "labelled_bound"]
+    assert result["stages"]["pst"]["miou"] == {"mean": rows["pst"]["miou"], "std": 0}
+    _, bound = fitted
+    of_target = [i for i, path in enumerate(opened) if "/gtFine/train/" in path]
+    assert of_target and min(of_target) >= bound
+
+
+def test_mean_and_deviation_over_seeds():
+    a, b = ({"pst": {"miou": m, "rarest": ["car"], "best_miou": None, "iou": {"car": m}}} for m in (40.0, 43.0))
+    row = pipeline.over_seeds([a, b])["pst"]
+    assert row["miou"] == row["iou"]["car"] == {"mean": 41.5, "std": pytest.approx(3 / 2**0.5)}
+    assert row["rarest"] == ["car"] and row["best_miou"] is None
+    assert "41.5 ± 2.1" in pipeline.format_summary({"pst": row})
 
 
 @pytest.mark.parametrize("given", ["controls=yes", "seeds=0,x", "seeds=1,1", "seeds="])
