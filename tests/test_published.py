@@ -91,7 +91,7 @@ def test_four_released_steps(configure, weights, tmp_path, monkeypatch, stage, s
     overrides = (*AS_RELEASED, *overrides, f"model.init={weights}", "model.backbone=auto", "model.output_stride=auto")
     cfg = configure("gta5_to_city", file, tmp_path / "runs", *overrides)
     # Pseudo labels come with the batches.
-    monkeypatch.setattr(pseudo_labels, "attach", lambda target, folder: None)
+    monkeypatch.setattr(pseudo_labels, "attach", lambda *args: None)
     write_json(cfg.sibling_run(cfg.pseudo_labels) / "manifest.json", {})
     script.main(cfg)
 
