@@ -99,12 +99,15 @@ class RunLog:
 
     def sync(self) -> dict[str, int]:
         """Bring everything to the disk; gives the lengths of log.txt and metrics.jsonl in bytes."""
-        self.board.flush()
         lengths = {}
-        for path in (self.text_file, self.metrics_file):
-            with open(path, "ab") as file:
-                os.fsync(file.fileno())
-                lengths[path.name] = file.tell()
+        try:
+            self.board.flush()
+            for path in (self.text_file, self.metrics_file):
+                with open(path, "ab") as file:
+                    os.fsync(file.fileno())
+                    lengths[path.name] = file.tell()
+        except OSError as error:
+            raise _cannot_write(self.folder, error) from None
         return lengths
 
     def close(self) -> None:
@@ -125,7 +128,11 @@ def _append(path: Path, line: str) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.write(f"{line}\n")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; the last checkpoint is kept") from None
+        raise _cannot_write(path, error) from None
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path}: {error.strerror}; the last checkpoint is kept")
 
 
 def show_path(path: Path) -> str:
