@@ -1,0 +1,57 @@
+"""How fast this code is on this machine, and how much memory it takes: each optimisation beside its plain form.
+
+    python -m utils.benchmark                          every section but the plan, at sizes that fit the machine
+    python -m utils.benchmark losses data              some of them: losses, data, step, eval, scaling
+    python -m utils.benchmark step benchmark=toy       by a benchmark's own network and sizes
+    python -m utils.benchmark plan benchmark=gta5_to_cityscapes    memory that a recipe needs, and settings that fit
+
+Variants run in turn within one process; each row gives median, minimum and maximum, the factor to the first row (the
+plain form), and the peak memory of tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import platform
+
+import torch
+
+from utils.config import ROOT, Config, ConfigError, guarded, load_config
+from utils.setup import choose_device
+
+SECTIONS = {"losses": "losses", "data": "data", "step": "step", "eval": "evaluation", "scaling": "scaling"}
+OTHERS = {"plan": "plan"}
+
+
+def _hardware(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"torch {torch.__version__}, {device} ({name}), {os.cpu_count()} CPU cores ({capability})"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of the user's mistakes too")
+    parser.add_argument("words", nargs="*", metavar="section or key=value", help="see above and train_bpl.py --help")
+    args = parser.parse_args()
+
+    def call() -> None:
+        overrides = [w for w in args.words if "=" in w]
+        known = SECTIONS | OTHERS
+        sections = [w for w in args.words if "=" not in w] or list(SECTIONS)
+        if unknown := [s for s in sections if s not in known]:
+            raise ConfigError(f"unknown section {unknown[0]!r}; known are {', '.join(known)}")
+        cfg: Config = load_config(ROOT / "configs" / "stage1_BPL.yml", overrides)
+        device = choose_device(cfg)
+        print(_hardware(device) + "\n")
+        for section in sections:
+            importlib.import_module(f"utils.benchmark.{known[section]}").run(cfg, device)
+
+    guarded(call, args.debug)
+
+
+if __name__ == "__main__":
+    main()
