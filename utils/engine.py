@@ -22,7 +22,7 @@ from data.transforms import RandomScaleCropFlip, Views
 from models import parameter_groups
 from models.formats import own_checkpoint
 from utils import checkpoint
-from utils.config import Config, UserError, flatten, to_dict
+from utils.config import Config, UserError, default_config, flatten, to_dict
 from utils.inference import (
     batchnorm_statistics,
     evaluate,
@@ -333,7 +333,8 @@ class _Run:
 
 
 def _refuse_other_experiment(saved: dict, cfg: Config) -> None:
-    old, new = flatten(saved), flatten(to_dict(cfg))
+    defaults = flatten(to_dict(default_config()))  # of keys that are newer than the run
+    old, new = defaults | flatten(saved), flatten(to_dict(cfg))
     changed = [k for k in new if k not in HARMLESS and new[k] not in (old.get(k), "auto")]  # auto: as it was
     if changed:
         listed = ", ".join(f"{k}: {old.get(k)} -> {new[k]}" for k in changed[:4])
