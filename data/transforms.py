@@ -157,7 +157,8 @@ def _jittered(image: Tensor, params: dict) -> Tensor:
     )
     for i in params["fn_idx"]:
         operation, amount = operations[i]
-        image = operation(image, amount)
+        if amount is not None:  # None: its range holds "unchanged" alone
+            image = operation(image, amount)
     return image
 
 
