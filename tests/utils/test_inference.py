@@ -207,7 +207,7 @@ def test_too_large_an_image_is_named(cfg, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(inference, "predict", full)
+    monkeypatch.setattr(inference, "predict_labels", full)
     val = build_dataset(cfg.data.val, cfg.classes)
     with pytest.raises(UserError, match=r"leftImg8bit\.png \(96x64\) does not fit into .* test\.window"):
         evaluate(OneLayer(), val, cfg.classes, cfg, CPU)
