@@ -22,8 +22,8 @@ from models import upsample
 from utils.config import Config, UserError
 from utils.metrics import ConfusionMatrix
 
-# Of logits at image size that are worked on at once: on a CPU they stay in its caches, a GPU has few kernels to start.
-STRIP_BYTES = (2 * 2**20, 64 * 2**20)
+# Of logits at image size that are worked on at once, (CPU, GPU): caches hold the one, few kernels are started for the other.
+STRIP_BYTES = (8 * 2**20, 64 * 2**20)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
