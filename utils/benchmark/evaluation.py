@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from data.pseudo_labels import Beside, write_png
 from data.taxonomy import IGNORE
 from models import build_model, upsample
-from utils.benchmark.timing import compare, report, seconds_of
+from utils.benchmark.timing import compare, report
 from utils.config import Config
 from utils.inference import normalized, predict_labels
 from utils.metrics import ConfusionMatrix
@@ -39,9 +39,9 @@ class Given(nn.Module):
 
 def run(cfg: Config, device: torch.device) -> None:
     """Print what evaluation and pseudo labels cost behind a network (K = 19, 2048x1024, logits at stride 8), and with one
-    in front; and what share of that the network is.
+    in front, each with the network's own part as the last row.
 
-    On a CPU the networks see a sixteenth of the area, to be done within a minute; all shares scale with the area.
+    On a CPU the networks see a sixteenth of the area, to be done within a minute.
     """
     size = SIZE if device.type == "cuda" else tuple(side // 4 for side in SIZE)
     _compare(Given(_logits(device)), "nothing", SIZE, device, 5, True)
@@ -64,24 +64,19 @@ def _compare(
     image = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8, generator=random).to(device)
     label = torch.randint(0, CLASSES + 1, (1, *size), dtype=torch.uint8, generator=random).to(device)
     label[label == CLASSES] = IGNORE
-    with torch.no_grad():
-        alone = min(seconds_of(lambda: model(normalized(image, model)), device) for _ in range(2))
 
-    def print_share(passes: int, timings: dict) -> None:
-        if not isinstance(model, Given):
-            shares = ", ".join(f"{key} {passes * alone / t.median:.0%}" for key, t in timings.items())
-            print(f"the network's share: {shares}\n")
+    def network(passes: int) -> None:
+        for _ in range(passes):
+            with torch.no_grad():
+                model(normalized(image, model))
 
     what = f"{size[1]}x{size[0]}, network: {name}"
-    timings = compare(_evaluations(model, image, label), device, repeats)
-    report(f"evaluation of one image, {what}", timings, 1)
-    print_share(1, timings)
-    if not pseudo_labels:
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        timings = compare(_pseudo_labels(model, image, Path(folder)), device, repeats)
-    report(f"pseudo labels of {IMAGES} images, {what}", timings, IMAGES)
-    print_share(2 * IMAGES, timings)
+    variants = _evaluations(model, image, label) | {"network alone": lambda: network(1)}
+    report(f"evaluation of one image, {what}", compare(variants, device, repeats), 1)
+    if pseudo_labels:
+        with tempfile.TemporaryDirectory() as folder:
+            variants = _pseudo_labels(model, image, Path(folder)) | {"network alone": lambda: network(2 * IMAGES)}
+            report(f"pseudo labels of {IMAGES} images, {what}", compare(variants, device, repeats), IMAGES)
 
 
 def _probabilities(model: nn.Module, image: Tensor, mirrored: bool = False) -> Tensor:
