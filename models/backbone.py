@@ -32,14 +32,17 @@ def statistics_kept(*networks: nn.Module) -> Iterator[None]:
 
     For backward passes through networks with checkpointing: a batch would be counted again when it is computed again.
     """
-    norms = [m for n in networks for m in n.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+    norms = [
+        m for n in networks for m in n.modules() if isinstance(m, _BatchNorm) and m.num_batches_tracked is not None
+    ]
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, _, count in before:  # by weight 0: without running statistics at all, a layer would save other tensors
+        norm.momentum, norm.num_batches_tracked = 0.0, torch.zeros_like(count)
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, count in before:
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def _recomputed(stage: nn.Sequential, x: Tensor) -> Tensor:
