@@ -20,9 +20,9 @@ FEATURES, LABELS = (64, 112), (512, 896)  # a crop of the released recipe at str
 def plain_bidirectional(feat: Tensor, logits: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
     """`bidirectional_prototype_loss` as one writes the equation down, as releases have it: pixels as rows, all
     normalised."""
-    rows = F.normalize(feat.float().permute(0, 2, 3, 1).reshape(-1, feat.shape[1]), dim=1)
-    cost = 1 - rows @ F.normalize(prototypes.float(), dim=1).T  # (N*h*w, K)
-    scores = logits.float().permute(0, 2, 3, 1).reshape(-1, logits.shape[1])
+    rows = F.normalize(feat.permute(0, 2, 3, 1).reshape(-1, feat.shape[1]), dim=1)
+    cost = 1 - rows @ F.normalize(prototypes, dim=1).T  # (N*h*w, K)
+    scores = logits.permute(0, 2, 3, 1).reshape(-1, logits.shape[1])
     s2t = (scores.softmax(1) * cost).sum(1).mean()
     t2s = (scores.softmax(0) * cost).sum(0).mean()
     return s2t, t2s
@@ -30,11 +30,11 @@ def plain_bidirectional(feat: Tensor, logits: Tensor, prototypes: Tensor) -> tup
 
 def plain_contrast(feat: Tensor, labels: Tensor, prototypes: Tensor, temperature: float = 0.07) -> Tensor:
     """`prototype_contrast_loss` as one writes the equation down: pixels as rows, labels one-hot."""
-    rows = F.normalize(feat.float().permute(0, 2, 3, 1).reshape(-1, feat.shape[1]), dim=1)
-    similarity = rows @ F.normalize(prototypes.float(), dim=1).T / temperature
+    rows = F.normalize(feat.permute(0, 2, 3, 1).reshape(-1, feat.shape[1]), dim=1)
+    similarity = rows @ F.normalize(prototypes, dim=1).T / temperature
     labels = F.interpolate(labels[:, None].float(), size=feat.shape[2:], mode="nearest").long().flatten()
     labelled = labels != IGNORE
-    one_hot = F.one_hot(labels.where(labelled, 0), len(prototypes)).float() * labelled[:, None]
+    one_hot = F.one_hot(labels.where(labelled, 0), len(prototypes)).to(rows.dtype) * labelled[:, None]
     return -(one_hot * similarity.log_softmax(1)).sum() / len(rows)
 
 
