@@ -26,9 +26,19 @@ from utils.metrics import ConfusionMatrix
 STRIP_BYTES = (8 * 2**20, 64 * 2**20)
 
 
+def default_precision(device: torch.device) -> str:
+    """What `train.precision=auto` stands for: half precision where the device computes in it natively."""
+    if device.type != "cuda":
+        return "float32"
+    with torch.cuda.device(device):
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Forward passes in `precision`; losses cast to float32 themselves."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    """Forward passes in `precision`, a value of `train.precision`; losses cast to float32 themselves."""
+    precision = default_precision(device) if precision == "auto" else precision
+    half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
+    return torch.autocast(device.type, half, enabled=half is not None)
 
 
 def normalized(images: Tensor, model: nn.Module) -> Tensor:
