@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from loss.cosine import cosine_map
 
 
 def bidirectional_prototype_loss(feat: Tensor, logits: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,11 +24,9 @@ def bidirectional_prototype_loss(feat: Tensor, logits: Tensor, prototypes: Tenso
     Returns:
         (s2t, t2s), float scalars in [0, 2]. Gradient reaches feat and logits, and prototypes unless detached.
     """
-    prototypes = F.normalize(prototypes.float().flatten(1), dim=1)
-    logits = logits.float().flatten(2)
-    cosine = prototypes @ F.normalize(feat.float().flatten(2), dim=1)  # (N, K, h*w)
-    cost = 1 - cosine
-    s2t = (logits.softmax(1) * cost).sum(1).mean()
+    cosine = cosine_map(feat, prototypes.flatten(1))  # (N, K, h*w)
+    logits = logits.to(cosine.dtype).flatten(2)
+    s2t = 1 - (logits.softmax(1) * cosine).sum(1).mean()  # softmaxes sum to 1
     over_pixels = logits.transpose(0, 1).flatten(1).softmax(1)  # (K, N*h*w)
-    t2s = (over_pixels * cost.transpose(0, 1).flatten(1)).sum(1).mean()
+    t2s = 1 - (over_pixels * cosine.transpose(0, 1).flatten(1)).sum(1).mean()
     return s2t, t2s

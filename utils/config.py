@@ -266,6 +266,10 @@ def _check(c: Config) -> None:
         t.iterations <= t.horizon,
         f"train.iterations={t.iterations} is beyond train.horizon={t.horizon}, where the learning rate reaches zero",
     )
+    for key in ("batch_source", "batch_target"):
+        batch = getattr(t, key)
+        even = batch % t.accumulate == 0
+        require(even, f"train.{key}={batch} cannot be split into train.accumulate={t.accumulate} equal parts")
     require(
         not (c.stage in TRAINING_STAGES and c.batchnorm.statistics == "saved"),
         "batchnorm.statistics=saved is for test.py and gen_pseudo_labels.py; training takes running or target",

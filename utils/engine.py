@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 import time
@@ -35,7 +36,7 @@ from utils.process import Interruption, alone_in
 from utils.report import write_report
 from utils.schema import DatasetConfig, TestConfig
 from utils.selection import target_free_scores
-from utils.setup import build_network, check_inputs, choose_device, prepare_data, settle
+from utils.setup import build_network, check_inputs, choose_device, compile_networks, prepare_data, settle
 from utils.step import GuardedStep
 from utils.visual import Gallery, spread
 
@@ -45,7 +46,10 @@ Backward = Callable[..., None]
 HARMLESS = {"runs", "device", "data.workers", "data.check"} | {f"test.{f.name}" for f in dataclasses.fields(TestConfig)}
 HARMLESS |= {
     f"train.{key}"
-    for key in ("iterations", "log_every", "save_every", "val_every", "panels", "restart", "deterministic")
+    for key in (
+        *("iterations", "log_every", "save_every", "val_every", "panels", "restart", "deterministic"),
+        *("checkpointing", "compile"),
+    )
 }
 
 
@@ -107,11 +111,14 @@ def fit(cfg: Config, stage_type: type[Stage]) -> dict:
 class _Run:
     def __init__(self, cfg: Config, stage_type: type[Stage]):
         self.cfg, self.folder, self.files = cfg, cfg.run_dir, checkpoint.RunFiles(cfg.run_dir)
-        self.device = choose_device(cfg)
         saved, loaded = self.files.read() if self.files.there() and not cfg.train.restart else (None, "random weights")
         if saved:
             _refuse_other_experiment(saved["config"], cfg)
             checkpoint.refuse_changed_upstream(saved.get("upstream", {}), show_path(self.folder))
+            if cfg.train.precision == "auto":  # as it was, on another device too
+                cfg = copy.deepcopy(cfg)
+                cfg.train.precision = saved["config"]["train"]["precision"]
+        self.device = choose_device(cfg)
         prepare_data(cfg)
         d, labels = cfg.data, cfg.sibling_run(cfg.pseudo_labels) if stage_type.uses_pseudo_labels else None
         self.source, self.target, self.val, init, _ = check_inputs(
@@ -142,6 +149,8 @@ class _Run:
             self._restore(saved)
         else:
             self.files.clear()
+        if cfg.train.compile:
+            compile_networks(stage.networks, self.device)
         self.saved_at = self.iteration
         self.log = RunLog(cfg, self.iteration, saved and saved.get("lengths"))
         self.log.say(
@@ -183,7 +192,8 @@ class _Run:
             if saves or self.iteration % t.log_every == 0:
                 means, lr = self.step.take_means(), next(iter(rates.values()))
                 rate = timed * images_per_step / (time.monotonic() - started)
-                faults = {"skipped_steps": self.step.skipped, "unreadable_files": len(self.unreadable)}
+                faults = {"skipped_steps": self.step.skipped, "float16_overflows": self.step.overflows}
+                faults["unreadable_files"] = len(self.unreadable)
                 entry = means | {"lr": lr, "images_per_second": rate} | {k: v for k, v in faults.items() if v}
                 self.log.record(self.iteration, "train", entry)
                 self.log.watch(self.iteration, {"learning rate": rates, "memory": peak_memory(self.device)})
@@ -263,6 +273,7 @@ class _Run:
                 rates[group.get("name", name)] = group["lr"] = group["initial_lr"] * factor
         return rates
 
+    @torch.compiler.set_stance("force_eager")  # what is compiled are the shapes of training
     def _validate_and_save(self, validates: bool) -> dict | None:
         cfg, running = self.cfg, batchnorm_statistics(self.model)
         rng = checkpoint.rng_state()  # put back below: training must not depend on when it is looked at

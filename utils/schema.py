@@ -134,7 +134,21 @@ class TrainConfig:
     )
     batch_source: int = opt(4, "source crops a step (as released)", least=1)
     batch_target: int = opt(4, "target crops a step (as released)", least=1)
-    precision: Literal["float32", "bfloat16"] = opt("float32", "autocast type of the forward passes")
+    precision: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = opt(
+        "auto",
+        "of the forward passes (losses are float32); auto = bfloat16 on GPUs that have it, float16 with loss scaling on "
+        "older ones, float32 on CPUs; tf32 = float32 with TF32 products on GPUs",
+    )
+    accumulate: int = opt(
+        1,
+        "parts that each batch is split into, for less memory: gradients are averaged, cross-entropy is exact; "
+        "BatchNorm, and BPL's softmax over pixels, see one part at a time",
+        least=1,
+    )
+    checkpointing: bool = opt(
+        False, "compute the backbone's activations again in the backward pass: much less memory, a third more time"
+    )
+    compile: bool = opt(False, "torch.compile of the networks that are trained: minutes at the start, faster steps")
     val_every: int = opt(1000, "steps between validations (as released)", least=1)
     save_every: int = opt(1000, "steps between writes of checkpoints/last.pth", least=1)
     log_every: int = opt(20, "steps between log lines", least=1)
