@@ -103,7 +103,8 @@ def recipe(cfg: Config, model: nn.Module) -> dict:
 
 def seed_generators(seed: int) -> None:
     """Start Python's, NumPy's and torch's generators, of every device; each process of a run has streams of its own."""
-    seed += distributed.rank()
+    if distributed.rank():
+        seed = int(np.random.SeedSequence([seed, distributed.rank()]).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -383,10 +383,10 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> None:
     except KeyboardInterrupt:
         _say_and_leave("interrupted", 130)
     except Exception as error:
-        if debug or not distributed.others_are_gone(error):
-            distributed.first_to_say()  # Python, by a traceback
+        if distributed.world_size() == 1:
             raise
-        _say_and_leave(f"error: {distributed.GONE}", 1)
+        gone = distributed.others_are_gone(error) and not debug
+        _say_and_leave(f"error: {distributed.GONE}" if gone else traceback.format_exc(), 1)
 
 
 def _say_and_leave(line: str, status: int) -> None:

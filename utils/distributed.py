@@ -24,7 +24,9 @@ from utils.config import UserError
 
 MEET = timedelta(minutes=2)  # until all processes have met
 SLOW = timedelta(hours=1)  # that one may let the others wait: for a download, or a file system
-BEAT, SILENCE = 2.0, 30.0  # seconds between signs of life, and without one until a process counts as gone
+# Seconds between signs of life, and without one until a process counts as gone: before torchrun, which gives those that
+# are left 30 seconds, ends them without a word.
+BEAT, SILENCE = 2.0, 20.0
 GRACE = 10.0  # seconds that a process may take to end by itself once the run has
 
 GONE = "a process of this run has ended or cannot be reached; the same command started again resumes the run"
@@ -122,7 +124,9 @@ class _Watch(threading.Thread):
                 beats, before = self.store.add(self.neighbour, 0), beats
                 if self.store.add("ended", 0):
                     ended = ended or now
-            except RuntimeError:
+            except RuntimeError:  # who keeps the store has ended: with the run, or before it
+                if self.done.wait(BEAT):
+                    return
                 heard = 0.0
             else:
                 heard = now if beats != before else heard
@@ -234,11 +238,6 @@ def average(tensors: Sequence[Tensor]) -> None:
             tensor.copy_(mean.view(tensor.shape))
 
 
-def average_statistics(networks: dict[str, nn.Module]) -> None:
-    """Running statistics become their means over the processes. Where BatchNorm is synchronised they are equal before."""
-    average([b for n in networks.values() for b in n.buffers() if b.is_floating_point()])
-
-
 def same_weights(networks: dict[str, nn.Module]) -> None:
     """Every process takes the first one's parameters and buffers."""
     if world_size() > 1:
@@ -287,7 +286,7 @@ def shared(value: Tensor) -> Tensor:
 def synchronized(network: nn.Module, device: torch.device) -> nn.Module:
     """The network with BatchNorm over the global batch: on GPUs, where torch has it. Keys of the state dict stay.
 
-    On CPUs each process normalises by its own part of the batch.
+    On CPUs each process normalises by its own part of the batch; running statistics are means over the processes.
     """
     if world_size() == 1 or device.type != "cuda":
         return network

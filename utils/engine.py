@@ -276,7 +276,6 @@ class _Run:
 
     @torch.compiler.set_stance("force_eager")  # what is compiled are the shapes of training
     def _validate_and_save(self, validates: bool) -> dict | None:
-        distributed.average_statistics(self.stage.networks)
         cfg, running = self.cfg, batchnorm_statistics(self.model)
         rng = checkpoint.rng_states()  # put back below: training must not depend on when it is looked at
         adapted = cfg.batchnorm.statistics == "target"

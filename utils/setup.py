@@ -38,8 +38,8 @@ def choose_device(cfg: Config) -> torch.device:
     try:
         device = torch.device(_device_name(cfg))
         torch.empty(1, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # where collectives and random streams are by default
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"device={cfg.device} cannot be used: {reason}") from None

@@ -24,8 +24,8 @@ from utils.logging import show_path
 class GuardedStep:
     """Steps whose update is made only if every loss and gradient is finite.
 
-    Of several processes, each has its part of the batch: gradients and losses are means over them, so that all make
-    the same update, or none.
+    Of several processes, each has its part of the batch: gradients, losses and running statistics are means over them,
+    so that all make the same update, or none, and any number of processes can go on from there.
 
     In float16, losses are scaled up so that small gradients do not vanish. Gradients that overflow are then no fault:
     the step is left out, counted in `overflows`, and the scale goes down.
@@ -93,7 +93,8 @@ class GuardedStep:
         # every part), in buckets that it lays out anew after a start: sums of three and more would round otherwise than
         # in a run that was never stopped.
         terms = {name: value.float() for name, value in terms.items()}
-        distributed.average([*itertools.chain(*gradients.values()), *terms.values()])
+        statistics = [b for n in self.networks.values() for b in n.buffers() if b.is_floating_point()]
+        distributed.average([*itertools.chain(*gradients.values()), *terms.values(), *statistics])
         if self.scaler.is_enabled():
             for optimizer in self.optimizers.values():
                 self.scaler.unscale_(optimizer)

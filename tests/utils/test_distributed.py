@@ -248,7 +248,7 @@ def test_an_error_is_said_once_and_ends_all(two, ranks):
 
 
 def test_torchrun_refuses_a_batch_that_does_not_divide(benchmarks, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "train_bpl.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_bpl.py"]
     command += [f"benchmark={benchmarks[LAYOUT]}", f"runs={tmp_path}", "device=cpu", "train.batch_target=3"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     said = [line for line in ended.stderr.splitlines() if line.startswith("error")]
