@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
-from tqdm import tqdm
 
 from data.datasets import SegmentationDataset
 from data.loaders import whole_images
 from data.taxonomy import ClassSet
 from models import upsample
+from utils import distributed
 from utils.config import Config, UserError
+from utils.logging import progress
 from utils.metrics import ConfusionMatrix
 
 # Of logits at image size that are worked on at once, (CPU, GPU): caches hold the one, few kernels are started for the other.
@@ -230,6 +231,8 @@ def predictions(
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
     """(index, image uint8 (3, H, W), prediction uint8 (H, W), label uint8 (H, W) or None) of every image, in order.
 
+    Several processes share the images.
+
     Args:
         model: in eval mode.
         cfg: `test` says how to predict.
@@ -239,8 +242,9 @@ def predictions(
         UserError: an image cannot be read, or is too large for the device.
     """
     t = cfg.test
-    loader = whole_images(dataset, t.batch, cfg.data.workers)
-    with tqdm(total=len(dataset), desc=doing, unit="img", leave=False, dynamic_ncols=True, disable=None) as progress:
+    mine = distributed.deal(len(dataset), t.batch)
+    loader = whole_images(dataset, t.batch, cfg.data.workers, mine)
+    with progress(total=len(mine), desc=doing, unit="img", leave=False) as bar:
         for indices, images, labels in same_size_batches(loader, device):
             try:
                 found, _ = predict_labels(model, images, t.flip, cfg.train.precision, t.scales, t.window, t.overlap)
@@ -252,7 +256,7 @@ def predictions(
                 ) from None
             for i, index in enumerate(indices):
                 yield index, images[i], found[i], None if labels is None else labels[i]
-            progress.update(len(indices))
+            bar.update(len(indices))
 
 
 def evaluate(
@@ -266,7 +270,8 @@ def evaluate(
     """Scores of a network on a labelled dataset; see `ConfusionMatrix.scores`.
 
     Args:
-        see: each is called with (index, image, prediction, label) of each image, e.g. to draw it.
+        see: each is called with (index, image, prediction, label) of each image, e.g. to draw it. Several processes
+            share the images; the scores are those of all, and a `see` that has a method `gather` has seen all.
     """
     was_training = model.training
     model.eval()
@@ -276,6 +281,10 @@ def evaluate(
         for look in see:
             look(index, image, prediction, label)
     model.train(was_training)
+    confusion.gather(device)
+    for look in see:
+        if hasattr(look, "gather"):
+            look.gather()
     return confusion.scores(classes)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from data.taxonomy import ClassSet
+from utils import distributed
 
 
 class ConfusionMatrix:
@@ -21,6 +22,12 @@ class ConfusionMatrix:
         rows = label.long().clamp_(max=k)  # ignored pixels have a row of their own: to leave them out, one would wait
         counts = torch.bincount(rows.mul_(k).add_(prediction).flatten(), minlength=(k + 1) * k)[: k * k].view(k, k)
         self.counts = counts if self.counts is None else self.counts.add_(counts)
+
+    def gather(self, device: torch.device) -> None:
+        """Add up the counts of all processes, some of which may have none."""
+        if self.counts is None:
+            self.counts = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=device)
+        self.counts = distributed.total(self.counts.contiguous())
 
     def scores(self, classes: ClassSet) -> dict:
         """Scores in percent, by name.
