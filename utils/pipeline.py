@@ -33,7 +33,7 @@ import train_bpl
 import train_pst
 from data.datasets import build_dataset
 from data.taxonomy import IGNORE, ClassSet
-from utils import checkpoint
+from utils import checkpoint, distributed
 from utils.config import ROOT, Config, ConfigError, guarded, load_config
 from utils.controls import control_runs, gap_closed
 from utils.engine import fit
@@ -183,6 +183,7 @@ def _panel(cfg: Config, runs: dict[str, str], path: Path) -> None:
             gains[index] += sign * ((prediction == label).sum() / (label != IGNORE).sum().clamp(min=1)).item()
 
         evaluate(model, val, cfg.classes, cfg, device, see)
+    gains = sum(distributed.gathered(gains))
     ranked = np.argsort(-gains, kind="stable")
     chosen = ranked[np.linspace(0, len(val) - 1, min(5, len(val))).round().astype(int)]
     val.samples = [val.samples[i] for i in chosen]

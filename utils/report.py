@@ -19,6 +19,7 @@ import numpy as np
 from utils.charts import Bar, Line, bars, chips, heat_map, line_chart, picture, table, tiles
 from utils.checkpoint import atomic_write
 from utils.config import flatten, guarded
+from utils.distributed import is_main
 from utils.logging import show_path
 from utils.runs import ABLATION, STAGES, class_set_of, find_runs, read_mapping, title_of
 
@@ -313,8 +314,10 @@ class _Page:
 
 def write_report(folder: Path) -> Path:
     """Write `folder`/report.html and return its path; raises UserError if the folder holds no run."""
-    page, path = _Page(folder).html(), folder / "report.html"
-    atomic_write(path, lambda p: p.write_text(page, encoding="utf-8"))
+    path = folder / "report.html"
+    if is_main():
+        page = _Page(folder).html()
+        atomic_write(path, lambda p: p.write_text(page, encoding="utf-8"))
     return path
 
 
