@@ -65,7 +65,7 @@ def _load(stage: str, overrides: list[str]) -> Config:
 
 
 def _made_from(cfg: Config, stages: dict[str, Config]) -> list[Config]:
-    """Those of `stages` that must be run before `cfg`, in order."""
+    """Those of `stages` that must be run before `cfg`, in order; one may be named twice."""
     starts = {cfg.model.init, cfg.checkpoint} | ({"pseudo_labels"} if cfg.stage == "pst" else set())
     names, steps = list(stages), []
     for i, name in enumerate(names):
@@ -74,22 +74,32 @@ def _made_from(cfg: Config, stages: dict[str, Config]) -> list[Config]:
     return steps
 
 
-def planned(overrides: list[str], row: str, own: list[str]) -> list[Config]:
+def own_stages(overrides: list[str]) -> dict[str, Config]:
+    """The benchmark's own stages, in order."""
+    return {stage: _load(stage, overrides) for stage in BY_STAGE}
+
+
+def planned(stages: dict[str, Config], overrides: list[str], row: str, own: list[str]) -> list[Config]:
     """The runs that a row of the table needs, in order, its own last.
 
     Where the variant's keys change nothing, that is the benchmark's own run of the stage.
+
+    Args:
+        stages: `own_stages(overrides)`.
+        row: "bpl" or "bpl/<variant>", likewise the other stages.
+        own: the variant's keys.
     """
     stage, _, name = row.partition("/")
-    stages = {s: _load(s, overrides) for s in BY_STAGE}
-    cfg = _load(stage, [*overrides, *own])
-    if cfg == stages[stage]:
-        return [*_made_from(cfg, stages), cfg]
-    cfg.name = f"{ABLATION}/{row}"
-    labels = _load("pseudo_labels", [*overrides, *(o for o in own if o.startswith("pseudo."))])
-    if stage == "pst" and labels != stages["pseudo_labels"]:
+    of_labels = [o for o in own if stage == "pst" and o.startswith("pseudo.")]
+    cfg = _load(stage, [*overrides, *(o for o in own if o not in of_labels)])
+    labels = _load("pseudo_labels", [*overrides, *of_labels]) if of_labels else stages["pseudo_labels"]
+    other_labels = labels != stages["pseudo_labels"]
+    if other_labels or cfg != stages[stage]:
+        cfg.name = f"{ABLATION}/{row}"
+    if other_labels:
         labels.name = cfg.pseudo_labels = f"{ABLATION}/pseudo_labels/{name}"
-        stages["pseudo_labels"] = labels
-    return [*_made_from(cfg, stages), cfg]
+    steps = [*_made_from(cfg, stages | {"pseudo_labels": labels}), cfg]
+    return list({step.run_dir: step for step in steps}.values())
 
 
 def run(overrides: list[str], seeds: list[int], variants: Path = VARIANTS) -> dict:
@@ -97,10 +107,11 @@ def run(overrides: list[str], seeds: list[int], variants: Path = VARIANTS) -> di
     rows, base = read_variants(variants), _load("bpl", overrides)
     plans = []  # every config is checked before the first run starts
     for seed in seeds:
-        seeded, plan = [*overrides, f"seed={seed}", f"runs={base.runs}/seed{seed}"], {}
+        seeded = [*overrides, f"seed={seed}", f"runs={base.runs}/seed{seed}"]
+        stages, plan = own_stages(seeded), {}
         for row, own in rows.items():
             try:
-                plan[row] = planned(seeded, row, own)
+                plan[row] = planned(stages, seeded, row, own)
             except ConfigError as error:
                 raise ConfigError(f"{show_path(variants)}: {row}: {error}" if own else str(error)) from None
         plans.append((plan, load_config(TESTS, [*seeded, f"benchmark={base.benchmark}"])))
