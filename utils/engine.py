@@ -35,7 +35,15 @@ from utils.process import Interruption, alone_in
 from utils.report import write_report
 from utils.schema import DatasetConfig, TestConfig
 from utils.selection import target_free_scores
-from utils.setup import build_network, check_inputs, choose_device, compile_networks, prepare_data, settle
+from utils.setup import (
+    build_network,
+    check_inputs,
+    choose_device,
+    compile_networks,
+    prepare_data,
+    refuse_unusable_backbone,
+    settle,
+)
 from utils.step import GuardedStep
 from utils.visual import Gallery, spread
 
@@ -97,10 +105,12 @@ def fit(cfg: Config, stage_type: type[Stage]) -> dict:
         Contents of the run's metrics.json: {"last": scores, "best": scores, "best_chosen_by": text}.
 
     Raises:
+        ConfigError: the network that model.backbone names cannot be built.
         UserError: data or weights are missing, the run folder is in use or holds another experiment, a loss is not
             finite, the disk is full.
         SystemExit: Ctrl-C (130) or SIGTERM (143), after the step in hand and a save.
     """
+    refuse_unusable_backbone(cfg)
     with alone_in(cfg.run_dir):
         run = _Run(cfg, stage_type)
         with Interruption() as stop, contextlib.closing(run.batches()) as batches:  # closed: loader processes end

@@ -42,7 +42,7 @@ from utils.logging import show_path
 from utils.metrics import mean_over
 from utils.report import write_report
 from utils.schema import TRAINING_STAGES
-from utils.setup import check_inputs, choose_device, load_network
+from utils.setup import check_inputs, choose_device, load_network, refuse_unusable_backbone
 from utils.visual import Gallery, save_panel
 
 # (stage, its script, its config, what sets it apart), in order.
@@ -106,7 +106,8 @@ def stage_rows(stage: str, run_name: str, cfg: Config, metrics: dict, tests: Con
 
 
 def first_weights(cfg: Config) -> None:
-    """Raise UserError now if a stage to come cannot start because a file of pretrained weights is missing."""
+    """Raise UserError now if a stage to come cannot start for want of a network or a file of pretrained weights."""
+    refuse_unusable_backbone(cfg)
     if cfg.stage == "distill":
         cfg = distill.round_config(cfg, cfg.distill.rounds[0])
     done = (cfg.run_dir / "checkpoints" / "last.pth").is_file()
