@@ -119,7 +119,7 @@ def build_network(cfg: Config, device: torch.device) -> nn.Module:
             model.backbone.set_checkpointing()
     except ValueError as error:
         raise UserError(str(error)) from None
-    # Convolutions of every kind are at least as fast in this layout, depthwise ones on a CPU by a third.
+    # In float32, convolutions are at least as fast in this layout: an EfficientNet-Lite0's step takes 15 % less on a CPU.
     return model.to(device, memory_format=torch.channels_last)
 
 
