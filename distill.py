@@ -38,14 +38,16 @@ class Distillation(Stage):
 
     def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
         weight = self.cfg.loss
-        ce = segmentation_loss(self.model(self.views.strong(source["image"]))["logits"], source["label"])
+        logits = self.model(self.views.strong(source["image"]))["logits"]
+        ce = segmentation_loss(logits, source["label"], source.get("labelled"))
+        del logits
         backward(ce, ce_source=ce)
 
         view = self.views.distill(target["image"])
         with torch.no_grad():
             teacher_logits = self.teacher(renormalize(view, self.model, self.teacher))["logits"]
         logits = self.model(view)["logits"]
-        ce = segmentation_loss(logits, target["label"])
+        ce = segmentation_loss(logits, target["label"], target.get("labelled"))
         kl = distillation_loss(logits, teacher_logits, weight.distill_form)
         backward(weight.pseudo_ce * ce + weight.distill * kl, ce_target=ce, distill=kl)
 

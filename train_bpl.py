@@ -36,9 +36,10 @@ class BPL(Stage):
 
     def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
         weight = self.cfg.loss
-        out_s = self.model(self.views.strong(source["image"]))
-        ce = segmentation_loss(out_s["logits"], source["label"])
+        logits_s = self.model(self.views.strong(source["image"]))["logits"]
+        ce = segmentation_loss(logits_s, source["label"], source.get("labelled"))
         backward(ce, ce_source=ce)
+        logits_s = logits_s.detach()  # nothing of the source's graph stays
         if not self.uses_target:
             return
 
@@ -46,7 +47,7 @@ class BPL(Stage):
         total, terms = 0, {}
         if self.discriminator:
             size = target["image"].shape[2:]
-            maps_s, maps_t = (upsample(out["logits"].float(), size).softmax(1) for out in (out_s, out_t))
+            maps_t = upsample(out_t["logits"].float(), size).softmax(1)
             self.discriminator.requires_grad_(False)  # it only judges here
             terms["adversarial"] = generator_loss(self.discriminator(maps_t), weight.gan)
             total = total + weight.adversarial * terms["adversarial"]
@@ -59,7 +60,8 @@ class BPL(Stage):
 
         if self.discriminator:
             self.discriminator.requires_grad_(True)
-            judged = (self.discriminator(maps.detach()) for maps in (maps_s, maps_t))
+            maps_s = upsample(logits_s.float(), size).softmax(1)
+            judged = (self.discriminator(maps) for maps in (maps_s, maps_t.detach()))
             d_loss = discriminator_loss(*judged, weight.gan)
             backward(d_loss, discriminator=d_loss)
 

@@ -33,18 +33,19 @@ class PST(Stage):
             self.optimizers["model"].add_param_group({"params": self.projection.parameters(), "lr": head_lr})
 
     def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
+        self._learn("source", source, 1.0, backward)
+        self._learn("target", target, self.cfg.loss.pseudo_ce, backward)
+
+    def _learn(self, domain: str, batch: dict[str, Tensor], ce_weight: float, backward: Backward) -> None:
+        """One domain's losses; nothing of its graph is left when the other's begins."""
         weight = self.cfg.loss
-        for domain, batch, ce_weight in (("source", source, 1.0), ("target", target, weight.pseudo_ce)):
-            out = self.model(self.views.strong(batch["image"]))
-            ce = segmentation_loss(out["logits"], batch["label"])
-            feat, prototypes = out["feat"], classifier_prototypes(self.model.classifier, not weight.prototype_gradient)
-            if self.projection:
-                feat, prototypes = self.projection(feat, prototypes)
-            contrast = prototype_contrast_loss(feat, batch["label"], prototypes, weight.temperature)
-            backward(
-                ce_weight * ce + weight.contrast * contrast,
-                **{f"ce_{domain}": ce, f"contrast_{domain}": contrast},
-            )
+        out = self.model(self.views.strong(batch["image"]))
+        ce = segmentation_loss(out["logits"], batch["label"], batch.get("labelled"))
+        feat, prototypes = out["feat"], classifier_prototypes(self.model.classifier, not weight.prototype_gradient)
+        if self.projection:
+            feat, prototypes = self.projection(feat, prototypes)
+        contrast = prototype_contrast_loss(feat, batch["label"], prototypes, weight.temperature)
+        backward(ce_weight * ce + weight.contrast * contrast, **{f"ce_{domain}": ce, f"contrast_{domain}": contrast})
 
 
 def main(cfg: Config) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from loss.cosine import cosine_map
 from loss.segmentation import summed_cross_entropy
 
 
@@ -23,7 +24,6 @@ def prototype_contrast_loss(feat: Tensor, labels: Tensor, prototypes: Tensor, te
         float scalar. M counts all pixels of the map, ignored ones included (as released): an image with few
         pseudo labels pulls less.
     """
-    prototypes = F.normalize(prototypes.float().flatten(1), dim=1)
-    labels = F.interpolate(labels[:, None].float(), size=feat.shape[2:], mode="nearest").long().flatten(1)
-    similarity = prototypes @ F.normalize(feat.float().flatten(2), dim=1) / temperature  # (N, K, h*w)
+    labels = F.interpolate(labels[:, None].byte(), size=feat.shape[2:], mode="nearest").long().flatten(1)
+    similarity = cosine_map(feat, prototypes.flatten(1)) / temperature  # (N, K, h*w)
     return summed_cross_entropy(similarity, labels) / labels.numel()

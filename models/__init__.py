@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from models.backbone import NORMALIZATIONS
+from models.backbone import NORMALIZATIONS, statistics_kept
 from models.deeplab import DeepLabPBAL, DeepLabV2, upsample
 from models.discriminator import PatchDiscriminator
 from models.formats import WeightFile, open_weights
@@ -20,6 +20,7 @@ __all__ = [
     "load_weights",
     "open_weights",
     "parameter_groups",
+    "statistics_kept",
     "upsample",
 ]
 

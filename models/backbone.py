@@ -6,8 +6,14 @@ Every backbone maps (N, 3, H, W) to {"low": layer1's output at stride 4, "out": 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
+import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NORMALIZATIONS = {  # mean and std of images in [0, 1], by the name that model.normalization has for them
@@ -15,6 +21,35 @@ NORMALIZATIONS = {  # mean and std of images in [0, 1], by the name that model.n
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
+
+
+SEGMENT = 3  # blocks that are computed again together: in a ResNet-101, the fewest activations at once
+
+
+@contextlib.contextmanager
+def statistics_kept(*networks: nn.Module) -> Iterator[None]:
+    """Inside, training-mode BatchNorm leaves its running statistics alone.
+
+    For backward passes through networks with checkpointing: a batch would be counted again when it is computed again.
+    """
+    norms = [
+        m for n in networks for m in n.modules() if isinstance(m, _BatchNorm) and m.num_batches_tracked is not None
+    ]
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, _, count in before:  # by weight 0: without running statistics at all, a layer would save other tensors
+        norm.momentum, norm.num_batches_tracked = 0.0, torch.zeros_like(count)
+    try:
+        yield
+    finally:
+        for norm, momentum, count in before:
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def _recomputed(stage: nn.Sequential, x: Tensor) -> Tensor:
+    """`stage(x)`, of which only the inputs of every few blocks are kept for the backward pass."""
+    for start in range(0, len(stage), SEGMENT):
+        x = checkpoint(stage[start : start + SEGMENT], x, use_reentrant=False)
+    return x
 
 
 class ResNet(nn.Module):
@@ -36,16 +71,25 @@ class ResNet(nn.Module):
         self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
         self.channels, self.low_channels = net.fc.in_features, net.fc.in_features // 8
+        self.checkpointing = False
         self.maxpool.ceil_mode = caffe
         stride3, dilation3, dilation4 = {8: (1, 2, 4), 16: (2, 1, 2)}[output_stride]
         _set_geometry(self.layer2, 2, [1], caffe)
         _set_geometry(self.layer3, stride3, [dilation3], caffe)
         _set_geometry(self.layer4, 1, list(last_dilations) or [dilation4], caffe)
 
+    def set_checkpointing(self) -> None:
+        """Compute activations again in the backward pass, which then belongs inside `statistics_kept`."""
+        self.checkpointing = True
+
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """float (N, 3, H, W) -> {"low": (N, low_channels, ~H/4, ~W/4), "out": (N, channels, ~H/os, ~W/os)}."""
-        low = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
-        return {"low": low, "out": self.layer4(self.layer3(self.layer2(low)))}
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        maps = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = _recomputed(stage, x) if self.checkpointing and torch.is_grad_enabled() else stage(x)
+            maps.append(x)
+        return {"low": maps[0], "out": x}
 
 
 def _set_geometry(stage: nn.Sequential, stride: int, dilations: list[int], caffe: bool) -> None:
@@ -95,6 +139,13 @@ class TimmBackbone(nn.Module):
         self.channels, self.low_channels = channels[-1], channels[self.low_index]
         data = timm.get_pretrained_cfg(name)
         self.mean, self.std = (tuple(data.mean), tuple(data.std)) if data else (IMAGENET_MEAN, IMAGENET_STD)
+
+    def set_checkpointing(self) -> None:
+        """As `ResNet.set_checkpointing`, in the way that timm has for the network; ValueError if it has none."""
+        try:
+            self.net.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError):
+            raise ValueError("train.checkpointing: timm offers none for this model.backbone") from None
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """As `ResNet.forward`."""

@@ -113,7 +113,7 @@ def work(*args, **kwargs):
 def forbid_training(monkeypatch):
     for stage_type in (train_bpl.BPL, train_pst.PST, distill.Distillation):
         monkeypatch.setattr(stage_type, "step", work)
-    monkeypatch.setattr(gen_pseudo_labels, "predict", work)
+    monkeypatch.setattr(gen_pseudo_labels, "predict_labels", work)
 
 
 @pytest.mark.parametrize("run", list(TERMS))
@@ -415,7 +415,8 @@ def train(configure, runs, *overrides):
 
 @pytest.mark.parametrize("way", ["killed", "extended"])
 def test_two_and_two_steps_are_four_steps(configure, runs, monkeypatch, way):
-    expected = train(configure, runs / "at_once")
+    given = () if way == "killed" else ("train.accumulate=2", "train.checkpointing=true")
+    expected = train(configure, runs / "at_once", *given)
     if way == "killed":  # in the fourth step, after the third was logged and the second saved
         step, calls = train_bpl.BPL.step, []
 
@@ -430,13 +431,13 @@ def test_two_and_two_steps_are_four_steps(configure, runs, monkeypatch, way):
             train(configure, runs / "in_parts")
         monkeypatch.undo()
     else:
-        train(configure, runs / "in_parts", "train.iterations=2")
+        train(configure, runs / "in_parts", "train.iterations=2", *given)
     torch.rand(7)  # the new process would be elsewhere in its stream
-    assert train(configure, runs / "in_parts") == expected
+    assert train(configure, runs / "in_parts", *given) == expected
     folders = [runs / kind / "gta5_to_city" / "bpl" for kind in ("at_once", "in_parts")]
     assert lines_of(folders[0]) == lines_of(folders[1])
     once, parts = (read(folder / "checkpoints" / "last.pth") for folder in folders)
-    for key in ("model", "running_statistics", "networks", "optimizers", "rng", "best", "iteration"):
+    for key in ("model", "running_statistics", "networks", "optimizers", "rng", "best", "iteration", "step"):
         assert same(once[key], parts[key]), key
 
 
@@ -477,11 +478,20 @@ def test_target_statistics_stand_in_the_checkpoint_and_running_ones_beside(confi
     assert scores["saved"]["iou"] != scores["running"]["iou"]
 
 
-def test_precision_changes_the_losses_little(configure, runs):
-    train(configure, runs, "train.iterations=1")
-    train(configure, runs, "train.iterations=1", "train.precision=bfloat16", "name=half")
-    exact, half = (lines_of(runs / "gta5_to_city" / name)[0]["loss"] for name in ("bpl", "half"))
-    assert half == pytest.approx(exact, rel=0.05) and half != exact  # bfloat16 has eight bits
+def test_precision_is_settled_and_stays_and_changes_the_losses_little(configure, runs):
+    folder, given = runs / "gta5_to_city", {"auto": "auto", "bfloat16": "bfloat16", "float16": "float16"}
+    for name, precision in given.items():
+        train(configure, runs, "train.iterations=1", f"train.precision={precision}", f"name={name}")
+    exact, *half = (lines_of(folder / name)[0]["loss"] for name in given)
+    for losses in half:
+        assert losses == pytest.approx(exact, rel=0.05) and losses != exact  # bfloat16 has eight bits
+
+    train(configure, runs, "train.iterations=2", "name=bfloat16")  # auto: as it was
+    for name, precision in (("auto", "float32"), ("bfloat16", "bfloat16")):
+        assert yaml.safe_load((folder / name / "config.yml").read_text("utf-8"))["train"]["precision"] == precision
+        assert read(folder / name / "checkpoints" / "last.pth")["config"]["train"]["precision"] == precision
+    with pytest.raises(UserError, match=r"another experiment \(train\.precision: bfloat16 -> float32\)"):
+        train(configure, runs, "train.precision=float32", "name=bfloat16")
 
 
 def test_diverging_training_stops_with_a_line(configure, runs):

@@ -26,7 +26,9 @@ class LabelledBound(Stage):
 
     def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
         for domain, batch in (("source", source), ("target", target)):
-            ce = segmentation_loss(self.model(self.views.strong(batch["image"]))["logits"], batch["label"])
+            logits = self.model(self.views.strong(batch["image"]))["logits"]
+            ce = segmentation_loss(logits, batch["label"], batch.get("labelled"))
+            del logits
             backward(ce, **{f"ce_{domain}": ce})
 
 

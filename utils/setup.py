@@ -14,40 +14,51 @@ from data import toy
 from data.datasets import SegmentationDataset
 from data.taxonomy import CLASS_SETS
 from models import OUTPUT_STRIDE, WeightFile, build_model
-from utils import checkpoint
+from utils import checkpoint, distributed
 from utils.config import Config, UserError
-from utils.inference import recompute_batchnorm, set_batchnorm_statistics
+from utils.inference import default_precision, recompute_batchnorm, set_batchnorm_statistics
 from utils.schema import DEFAULT_ARCH, DEFAULT_BACKBONE, TRAINING_STAGES
+
+
+def _device_name(cfg: Config) -> str:
+    name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return distributed.own_gpu(name) if name.startswith("cuda") else name
 
 
 def choose_device(cfg: Config) -> torch.device:
     """The device that `device=` names; raises UserError if this machine has none such.
 
-    Sets what `train.deterministic` asks for too: it must be done before the device is used.
+    Sets what `train.deterministic` and `train.precision` ask for too: it must be done before the device is used.
     """
     exact = cfg.train.deterministic
     if exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable with a fixed workspace alone
     torch.use_deterministic_algorithms(exact)
     torch.backends.cudnn.benchmark = False
-    name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(_device_name(cfg))
         torch.empty(1, device=device)
-        return device
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # where collectives and random streams are by default
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"device={cfg.device} cannot be used: {reason}") from None
+    tf32 = cfg.train.precision == "tf32" and device.type == "cuda"
+    # The older of torch's two interfaces: torch.compile of torch 2.11 refuses to run where the newer was used.
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    return device
 
 
 def prepare_data(cfg: Config) -> None:
     """Draw the toy cities where the benchmark asks for them."""
     if cfg.data.toy_root:
-        toy.generate(cfg.data.toy_root)
+        with distributed.main_first():
+            toy.generate(cfg.data.toy_root)
 
 
 def settle(cfg: Config, file: WeightFile | None = None) -> Config:
-    """A copy of the configuration with every `auto` of network and classes decided.
+    """A copy of the configuration with every `auto` of network, classes and precision decided.
 
     What the file tells of its network holds; a setting of the user's own that contradicts it is an error, unless the
     file is a backbone alone, whose settings are advice. Where neither says anything, the default does.
@@ -71,18 +82,19 @@ def settle(cfg: Config, file: WeightFile | None = None) -> Config:
     m.backbone = DEFAULT_BACKBONE if m.backbone == "auto" else m.backbone
     m.output_stride = OUTPUT_STRIDE[m.arch] if m.output_stride == "auto" else m.output_stride
     m.bn_clr = m.bn_clr is True
+    t = cfg.train
+    t.precision = default_precision(torch.device(_device_name(cfg))) if t.precision == "auto" else t.precision
     if cfg.data.class_set == "auto" and file:
         fitting = [name for name, classes in CLASS_SETS.items() if len(classes) == file.num_classes]
         if not fitting:
             raise UserError(f"{file.path} has {file.num_classes} classes: name them with benchmark= or data.class_set=")
         cfg.data.class_set = fitting[0]
-    if (
-        cfg.stage in TRAINING_STAGES
-        and m.arch == "deeplab_pbal"
-        and 1 in (cfg.train.batch_source, cfg.train.batch_target)
-    ):
+    on_gpu = _device_name(cfg).startswith("cuda")  # where BatchNorm is over the parts of all processes
+    parts = t.accumulate * (1 if on_gpu else distributed.world_size())
+    if cfg.stage in TRAINING_STAGES and m.arch == "deeplab_pbal" and parts in (t.batch_source, t.batch_target):
         raise UserError(
-            "model.arch=deeplab_pbal normalises pooled features over the batch: train.batch_* must be 2 or more"
+            "model.arch=deeplab_pbal normalises pooled features over the batch: train.batch_* must be 2 or more, and "
+            "with train.accumulate, or several processes on a CPU, 2 or more in each part"
         )
     return cfg
 
@@ -93,10 +105,27 @@ def build_network(cfg: Config, device: torch.device) -> nn.Module:
     torch.manual_seed(cfg.seed)
     try:
         model = build_model(m.arch, len(cfg.classes), m.backbone, m.output_stride, m.dropout, m.normalization, m.bn_clr)
+        if cfg.train.checkpointing:
+            model.backbone.set_checkpointing()
     except ValueError as error:
         raise UserError(str(error)) from None
     # Convolutions of every kind are at least as fast in this layout, depthwise ones on a CPU by a third.
     return model.to(device, memory_format=torch.channels_last)
+
+
+def compile_networks(networks: dict[str, nn.Module], device: torch.device) -> None:
+    """torch.compile in place: names and state dicts stay as they are. Compilation itself happens in the first step.
+
+    Raises:
+        UserError: this machine has no compiler for the device.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # of many kinds: no C++ compiler, no Triton, headers that are missing, …
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"train.compile=true, but torch.compile does not work on {device} here: {reason}") from None
+    for network in networks.values():
+        network.compile()
 
 
 def load_network(

@@ -1,7 +1,9 @@
-"""One training step: gradients, the look at whether they are finite, the update."""
+"""One training step: the batch in parts, gradients, the look at whether they are finite, the update."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from utils import checkpoint
+from data.taxonomy import IGNORE
+from models import statistics_kept
+from utils import checkpoint, distributed
 from utils.config import Config, UserError, to_dict
 from utils.inference import autocast
 from utils.logging import show_path
@@ -20,8 +24,14 @@ from utils.logging import show_path
 class GuardedStep:
     """Steps whose update is made only if every loss and gradient is finite.
 
+    Of several processes, each has its part of the batch: gradients, losses and running statistics are means over them,
+    so that all make the same update, or none, and any number of processes can go on from there.
+
+    In float16, losses are scaled up so that small gradients do not vanish. Gradients that overflow are then no fault:
+    the step is left out, counted in `overflows`, and the scale goes down.
+
     Args:
-        cfg: `train.on_nonfinite` says what happens otherwise.
+        cfg: settled; `train.on_nonfinite` says what happens otherwise, `train.accumulate` in how many parts.
         networks, optimizers: by name; all of them are stepped together.
         file: where the batch, the networks and the config of a bad step are kept.
     """
@@ -35,7 +45,8 @@ class GuardedStep:
         file: Path,
     ):
         self.cfg, self.networks, self.optimizers, self.device, self.file = cfg, networks, optimizers, device, file
-        self.skipped = 0
+        self.skipped = self.overflows = 0
+        self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.train.precision == "float16")
         self._sums: dict[str, dict[str, float]] = {"loss": {}, "grad_norm": {}}  # since the last line of the log
         self._count = 0
 
@@ -43,40 +54,63 @@ class GuardedStep:
         """Make one step.
 
         Args:
-            losses: `Stage.step`.
+            losses: `Stage.step`, called for each part of the batch; parts with labels have an entry `labelled`, see
+                `segmentation_loss`.
             iteration: the step's number.
 
         Returns:
             A line about the step if it was left out, else "".
 
         Raises:
-            UserError: a loss or gradient is not finite, and too many have been already; no weight has been changed.
+            UserError: a loss or gradient is not finite, and too many have been already, or float16's range does not
+                hold the gradients at any scale; no weight has been changed.
         """
+        t = self.cfg.train
         for network in self.networks.values():
             network.train()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         rng = checkpoint.rng_state()
         # A bad forward pass spoils running statistics too; where training goes on, they are put back.
-        skips = self.cfg.train.on_nonfinite == "skip"
+        skips = t.on_nonfinite == "skip"
         buffers = [(b, b.clone()) for n in self.networks.values() for b in n.buffers()] if skips else []
         terms: dict[str, Tensor] = {}
 
         def backward(total: Tensor, **named: Tensor) -> None:
-            with torch.autocast(self.device.type, enabled=False):  # gradients take the types of the forward pass
-                total.backward()
-            terms.update({name: value.detach() for name, value in named.items()})
+            recomputes = statistics_kept(*self.networks.values()) if t.checkpointing else contextlib.nullcontext()
+            # Gradients take the types of the forward pass.
+            with torch.autocast(self.device.type, enabled=False), recomputes:
+                self.scaler.scale(total / t.accumulate).backward()
+            for name, value in named.items():
+                share = value.detach() / t.accumulate
+                terms[name] = terms[name] + share if name in terms else share
 
-        with autocast(self.device, self.cfg.train.precision):
-            losses(source, target, backward)
+        with autocast(self.device, t.precision):
+            for parts in zip(_split(source, t.accumulate), _split(target, t.accumulate)):
+                losses(*parts, backward)
         gradients = {k: [p.grad for p in n.parameters() if p.grad is not None] for k, n in self.networks.items()}
+        # One exchange after all backward passes. DistributedDataParallel would have one in each of them (source, target,
+        # every part), in buckets that it lays out anew after a start: sums of three and more would round otherwise than
+        # in a run that was never stopped.
+        terms = {name: value.float() for name, value in terms.items()}
+        statistics = [b for n in self.networks.values() for b in n.buffers() if b.is_floating_point()]
+        distributed.average([*itertools.chain(*gradients.values()), *terms.values(), *statistics])
+        if self.scaler.is_enabled():
+            for optimizer in self.optimizers.values():
+                self.scaler.unscale_(optimizer)
         norms = {k: get_total_norm(g) for k, g in gradients.items() if g}
         # The step's one wait for the device, for all numbers in one copy, with only the update left to be queued:
         # the host has to know before weights are touched.
-        values = torch.stack([v.float() for v in (*terms.values(), *norms.values())]).tolist()
+        values = torch.stack([*terms.values(), *norms.values()]).tolist()
         numbers = {"loss": dict(zip(terms, values)), "grad_norm": dict(zip(norms, values[len(terms) :]))}
-        if not all(map(math.isfinite, values)):
-            said = self._keep(numbers, {"source": source, "target": target, "rng": rng}, iteration)
+        finite = [all(map(math.isfinite, kind.values())) for kind in (numbers["loss"], numbers["grad_norm"])]
+        if self.scaler.is_enabled():
+            self.scaler.update()  # by what unscale_ has seen, on the device
+            if finite == [True, False]:
+                return self._overflow(iteration)
+        if not all(finite):
+            parts = {"source": distributed.joined(source), "target": distributed.joined(target)}
+            said = self._keep(numbers, parts | {"rng": rng}, iteration)
             for buffer, before in buffers:
                 buffer.copy_(before)
             return said
@@ -87,6 +121,18 @@ class GuardedStep:
             for name, value in entries.items():
                 self._sums[kind][name] = self._sums[kind].get(name, 0) + value
         return ""
+
+    def _overflow(self, iteration: int) -> str:
+        self.overflows += 1
+        scale = self.scaler.get_scale()
+        if scale < 1:
+            raise UserError(
+                f"gradients of step {iteration} overflow float16 even at a loss scale of {2 * scale:g}; nothing was "
+                "updated; train.precision=bfloat16, tf32 or float32 has the range"
+            )
+        return (
+            f"step {iteration} left out: gradients overflow float16; loss scale now {scale:g}, {self.overflows} so far"
+        )
 
     def _keep(self, numbers: dict, batch: dict, iteration: int) -> str:
         t = self.cfg.train
@@ -112,8 +158,30 @@ class GuardedStep:
 
     def state_dict(self) -> dict:
         """What a resumed run needs to log the same numbers."""
-        return {"sums": self._sums, "count": self._count, "skipped": self.skipped}
+        return {
+            "sums": self._sums,
+            "count": self._count,
+            "skipped": self.skipped,
+            "overflows": self.overflows,
+            "scaler": self.scaler.state_dict(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Undo `state_dict`."""
         self._sums, self._count, self.skipped = state["sums"], state["count"], state["skipped"]
+        self.overflows = state.get("overflows", 0)  # runs from before float16 have none
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def _split(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
+    """The batch in equal parts; what the labelled pixels of each count by is the same for all, in every process."""
+    if not batch:
+        return [batch] * parts
+    chunks = {key: value.chunk(parts) for key, value in batch.items()}
+    split = [dict(zip(chunks, values)) for values in zip(*chunks.values())]
+    if "label" in batch:
+        labelled = (batch["label"] != IGNORE).sum().float() / parts
+        distributed.average([labelled])
+        split = [part | {"labelled": labelled} for part in split]
+    return split

@@ -1,10 +1,20 @@
 """Networks: shapes, geometry of every block, optimiser groups, prototypes."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from models import PatchDiscriminator, Projection, build_model, classifier_prototypes, parameter_groups, upsample
+from models import (
+    PatchDiscriminator,
+    Projection,
+    build_model,
+    classifier_prototypes,
+    parameter_groups,
+    statistics_kept,
+    upsample,
+)
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
@@ -142,6 +152,40 @@ def test_timm_backbone():
     with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 .*stride") as error:
         build_model("deeplabv2", 7, "timm/vit_tiny_patch16_224", 8)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "timm/tf_efficientnet_lite0"])
+def test_checkpointing_keeps_less_and_changes_nothing(backbone):
+    if backbone.startswith("timm/"):
+        pytest.importorskip("timm")
+    torch.manual_seed(0)
+    plain = build_model("deeplabv2", 5, backbone, 16).train()
+    again = copy.deepcopy(plain)
+    again.backbone.set_checkpointing()
+    x, kept, logits = torch.randn(2, 3, 64, 64), [], []
+    for model in (plain, again):
+        torch.manual_seed(1)  # dropout
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+            logits.append(model(x)["logits"])
+        kept.append(sum(saved))
+        with statistics_kept(model):
+            logits[-1].square().mean().backward()
+    assert kept[1] < 0.6 * kept[0] and torch.equal(*logits)
+    for a, b in zip(plain.parameters(), again.parameters()):
+        assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad)
+    assert all(map(torch.equal, plain.buffers(), again.buffers()))
+    assert again.backbone.state_dict().keys() == plain.backbone.state_dict().keys()
+    norms = [m for m in again.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(m.momentum > 0 and m.num_batches_tracked == 1 for m in norms)
+
+
+def test_network_without_checkpointing_of_its_own_is_refused():
+    pytest.importorskip("timm")
+    model = build_model("deeplabv2", 5, "timm/resnet18", 16)
+    model.backbone.net = nn.Identity()
+    with pytest.raises(ValueError, match=r"train\.checkpointing: timm offers none"):
+        model.backbone.set_checkpointing()
 
 
 @pytest.mark.parametrize(("size", "patches"), [((32, 64), (1, 2)), ((96, 160), (3, 5))])
