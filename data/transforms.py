@@ -96,8 +96,10 @@ class RandomScaleCropFlip:
 
 
 class Views:
-    """Network inputs from uint8 batches, on the batch's device. Random numbers are drawn on the host, and numbers go to
-    the device as arguments: nothing here waits for a GPU.
+    """Network inputs from uint8 batches, on the batch's device.
+
+    Random numbers are drawn on the host and go to a GPU as arguments of its kernels: but for RandAugment's sharpness,
+    which brings its filter along, nothing here waits for it.
 
     Args:
         cfg: strengths of the strong view.
