@@ -22,7 +22,7 @@ from utils import checkpoint
 from utils.config import Config, UserError, run_cli
 from utils.engine import Backward, Stage, fit
 from utils.schema import ModelConfig
-from utils.setup import load_network
+from utils.setup import load_network, refuse_unusable_backbone
 
 
 class Distillation(Stage):
@@ -74,6 +74,7 @@ def round_config(cfg: Config, number: int) -> Config:
 def main(cfg: Config) -> dict:
     """Run the rounds asked for; returns the metrics of the last one."""
     metrics = {}
+    refuse_unusable_backbone(cfg)  # before the teacher labels
     first = cfg.sibling_run(f"{cfg.name or cfg.stage}/round1") / "checkpoints" / f"{cfg.which}.pth"
     if cfg.distill.rounds[0] == 2 and not first.is_file():
         raise UserError(f"distill.rounds=[2] learns from round 1's result, but there is no {first}; run rounds [1, 2]")

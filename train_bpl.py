@@ -55,7 +55,7 @@ class BPL(Stage):
             prototypes = classifier_prototypes(self.model.classifier)
             s2t, t2s = bidirectional_prototype_loss(out_t["feat"], out_t["logits"], prototypes)
             terms |= {"s2t": s2t, "t2s": t2s}
-            total = total + weight.bidirectional * (s2t + t2s)
+            total = total + weight.bidirectional * {"both": s2t + t2s, "s2t": s2t, "t2s": t2s}[weight.directions]
         backward(total, **terms)
 
         if self.discriminator:

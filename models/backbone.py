@@ -7,6 +7,7 @@ Every backbone maps (N, 3, H, W) to {"low": layer1's output at stride 4, "out": 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -127,6 +128,7 @@ class TimmBackbone(nn.Module):
             self.net = timm.create_model(name, features_only=True, output_stride=output_stride, pretrained=False)
         except Exception as error:  # timm's networks refuse in many ways
             reason = str(error).strip().split("\n")[0]
+            reason = "timm cannot dilate it" if "output_stride" in reason or not reason else reason
             raise ValueError(
                 f"model.backbone=timm/{name} cannot give features at stride {output_stride}: {reason}"
             ) from None
@@ -151,6 +153,13 @@ class TimmBackbone(nn.Module):
         """As `ResNet.forward`."""
         features = self.net(x)
         return {"low": features[self.low_index], "out": features[-1]}
+
+
+@functools.lru_cache
+def check_backbone(name: str, output_stride: int) -> None:
+    """Raise ValueError if `build_backbone` would, which for timm's networks only building shows."""
+    if name.startswith("timm/"):
+        build_backbone(name, output_stride)
 
 
 def build_backbone(name: str, output_stride: int, **resnet_options) -> nn.Module:

@@ -62,8 +62,18 @@ _SIMCLR_BLOCK = {  # behind net.<stage>.blocks.<i>.
     "projection.shortcut.": "downsample.0.",
     "projection.bn.0.": "downsample.1.",
 }
+_LITE0_BLOCKS = (1, 2, 2, 3, 3, 4, 1)  # in each of timm's stages; the file counts through
+_LITE0_PARTS = {  # of a block; the first one expands nothing, and timm counts its parts from there
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+_LITE0_FIRST = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_LITE0_CLASSIFIER = ("_conv_head.", "_bn1.", "_fc.")
 _NETWORKS = {"FCDiscriminator": "discriminator"}  # further networks of published files
-EFFICIENTNET = "EfficientNet-Lite0 ImageNet"
 
 
 @dataclass
@@ -162,8 +172,8 @@ def open_weights(path: str | Path) -> WeightFile:
         return WeightFile(path, "SimCLRv2", _rename(state, _simclr_names(state)), simclr, backbone_alone=True)
     state = _tensors(path, content)
     if "_conv_stem.weight" in state:
-        state = {k: v for k, v in state.items() if not k.startswith(("_conv_head", "_bn1", "_fc"))}
-        return WeightFile(path, EFFICIENTNET, state, backbone_alone=True)
+        state = {k: v for k, v in state.items() if not k.startswith(_LITE0_CLASSIFIER)}
+        return WeightFile(path, "EfficientNet-Lite0 ImageNet", _rename(state, _lite0_names()), backbone_alone=True)
     if "conv1.weight" in state and "layer1.0.conv1.weight" in state:
         state = _rename(_without_fc(state), _RESNET)
         return WeightFile(path, "torchvision ImageNet", state, {"normalization": "imagenet"}, backbone_alone=True)
@@ -222,6 +232,16 @@ def _simclr_names(state: dict[str, Tensor]) -> dict[str, str]:
     names = dict(_SIMCLR_STEM)
     for block, stage, i in {m.groups() for m in map(re.compile(r"(net\.(\d)\.blocks\.(\d+)\.)").match, state) if m}:
         names |= {block + theirs: f"backbone.layer{stage}.{i}.{ours}" for theirs, ours in _SIMCLR_BLOCK.items()}
+    return names
+
+
+def _lite0_names() -> dict[str, str]:
+    """Prefixes of EfficientNet-Lite0's file -> ours, by timm's names of tf_efficientnet_lite0."""
+    names = {"_conv_stem.": "backbone.net.conv_stem.", "_bn0.": "backbone.net.bn1."}
+    places = [(stage, i) for stage, blocks in enumerate(_LITE0_BLOCKS) for i in range(blocks)]
+    for number, (stage, i) in enumerate(places):
+        for theirs, ours in (_LITE0_PARTS if number else _LITE0_FIRST).items():
+            names[f"_blocks.{number}.{theirs}."] = f"backbone.net.blocks.{stage}.{i}.{ours}."
     return names
 
 

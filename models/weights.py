@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from models.formats import EFFICIENTNET, WeightFile, open_weights, some
+from models.formats import WeightFile, open_weights, some
 
 
 @dataclass
@@ -52,8 +52,6 @@ def load_weights(model: nn.Module, file: str | Path | WeightFile, may_differ: tu
     """
     file = file if isinstance(file, WeightFile) else open_weights(file)
     own, state = model.state_dict(), dict(file.state)
-    if file.format == EFFICIENTNET:
-        state = _as_timm(file, list(own))
     for key, value in own.items():  # files older than these counters lack them
         if key.endswith(".num_batches_tracked") and key.replace("num_batches_tracked", "running_mean") in state:
             state.setdefault(key, torch.zeros_like(value))
@@ -83,16 +81,6 @@ def load_weights(model: nn.Module, file: str | Path | WeightFile, may_differ: tu
         raise ValueError(f"{file.path} ({file.format}) does not fit the model: {'; '.join(words + problems)}")
     model.load_state_dict(fits, strict=False)
     return Loaded(file.format, len(fits), [k for k in own if k not in fits], "; ".join(words))
-
-
-def _as_timm(file: WeightFile, keys: list[str]) -> dict[str, Tensor]:
-    """EfficientNet-Lite0's tensors: file and timm's tf_efficientnet_lite0 list the same in the same order."""
-    names = [k for k in keys if k.startswith("backbone.")]
-    if len(names) != len(file.state):
-        raise ValueError(
-            f"{file.path} holds EfficientNet-Lite0 ({len(file.state)} tensors); the model's backbone has {len(names)}"
-        )
-    return dict(zip(names, file.state.values()))
 
 
 def find_imagenet_weights(backbone: str, folder: Path) -> Path:

@@ -32,7 +32,8 @@ from loss import (
 from models import build_model, upsample
 from utils import checkpoint, pipeline
 from utils.checkpoint import read
-from utils.config import UserError
+from utils.config import UserError, to_dict
+from utils.engine import _refuse_other_experiment
 from utils.inference import predict
 from utils.setup import load_network, settle
 
@@ -237,6 +238,16 @@ def test_another_experiment_is_not_resumed(finished, configure, key):
         train_bpl.main(cfg)
 
 
+def test_a_key_newer_than_the_run_counts_as_its_default(configure, runs):
+    cfg = configure("gta5_to_city", "stage1_BPL.yml", runs)
+    saved = to_dict(cfg)
+    del saved["loss"]["directions"]
+    _refuse_other_experiment(saved, cfg)
+    cfg.loss.directions = "s2t"
+    with pytest.raises(UserError, match="directions: both -> s2t"):
+        _refuse_other_experiment(saved, cfg)
+
+
 @one_layout
 def test_other_pseudo_labels_are_refused_until_they_are_to_be_replaced(finished, configure):
     changes = ("name=pseudo_labels_again", "pseudo.flip=false")
@@ -306,10 +317,10 @@ def compare_step(stage, expected_of):
             assert (p.grad - expected).norm() <= 1e-4 * expected.norm()  # float32, summed in another order
 
 
-@pytest.mark.parametrize("gan", ["bce", "ls"])
-def test_equation_of_bpl(configure, runs, gan):
+@pytest.mark.parametrize(("gan", "directions"), [("bce", "both"), ("ls", "s2t"), ("bce", "t2s")])
+def test_equation_of_bpl(configure, runs, gan, directions):
     weights = ("loss.adversarial=0.3", "loss.bidirectional=0.7")
-    weights = (*weights, f"loss.gan={gan}")
+    weights = (*weights, f"loss.gan={gan}", f"loss.directions={directions}")
     stage = train_bpl.BPL(settle(configure("gta5_to_city", "stage1_BPL.yml", runs, *weights)), torch.device("cpu"))
 
     def expected_of(source, target):
@@ -320,7 +331,8 @@ def test_equation_of_bpl(configure, runs, gan):
         prototypes = stage.model.classifier.weight.detach().flatten(1)
         terms["s2t"], terms["t2s"] = bidirectional_prototype_loss(out_t["feat"], out_t["logits"], prototypes)
         terms["discriminator"] = discriminator_loss(stage.discriminator(maps_s), stage.discriminator(maps_t), gan)
-        total = terms["ce_source"] + 0.3 * terms["adversarial"] + 0.7 * (terms["s2t"] + terms["t2s"])
+        learnt = [terms["s2t"], terms["t2s"]] if directions == "both" else [terms[directions]]
+        total = terms["ce_source"] + 0.3 * terms["adversarial"] + 0.7 * sum(learnt)
         return {"model": total, "discriminator": terms["discriminator"]}, terms
 
     compare_step(stage, expected_of)

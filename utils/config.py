@@ -118,7 +118,8 @@ def _apply(config: Any, delta: dict, where: str, prefix: str = "") -> None:
             setattr(config, name, _coerce(value, hint, key))
 
 
-def _read_yaml(path: Path) -> dict:
+def read_yaml(path: Path) -> dict:
+    """The mapping that a YAML file holds, {} of an empty one; ConfigError if it holds anything else."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -162,6 +163,11 @@ def _override(assignment: str) -> tuple[str, dict]:
     return key, value
 
 
+def default_config() -> Config:
+    """Every key at its default."""
+    return _default(Config)
+
+
 def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
     """The checked configuration of one stage.
 
@@ -172,15 +178,15 @@ def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
     Raises:
         ConfigError: unknown key, wrong type, impossible combination, unreadable file.
     """
-    config = _default(Config)
+    config = default_config()
     stage_file = Path(stage_file)
-    stage_delta = _read_yaml(stage_file)
+    stage_delta = read_yaml(stage_file)
     commands = [_override(o) for o in overrides]
     chosen = {key: next(iter(value.values())) for key, value in commands if key in ("benchmark", "stage", "name")}
     benchmark = chosen.get("benchmark") or stage_delta.get("benchmark") or config.benchmark
     _apply(config, stage_delta, str(stage_file))
     benchmark_file = _find_benchmark(str(benchmark))
-    benchmark_delta = _read_yaml(benchmark_file)
+    benchmark_delta = read_yaml(benchmark_file)
     by_stage = benchmark_delta.pop("stages", None) or {}
     _apply(config, benchmark_delta, str(benchmark_file))
     if not isinstance(by_stage, dict):
@@ -192,7 +198,7 @@ def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
             raise ConfigError(f"unknown {where}; nearest is {difflib.get_close_matches(str(run), RUNS, 1, 0)[0]!r}")
         if not isinstance(delta, dict):
             raise ConfigError(f"{where} is a section, not {delta!r}")
-        _apply(_default(Config), delta, where)  # sections of other stages are checked as well
+        _apply(default_config(), delta, where)  # sections of other stages are checked as well
     for run in dict.fromkeys((config.stage, run_name)):  # source_only is a warm-up with deltas of its own
         _apply(config, by_stage.get(run, {}), f"stages.{run} of {benchmark_file}")
     for key, value in (("runs", config.runs), ("data.toy_root", config.data.toy_root)):
@@ -317,7 +323,7 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def _key_help() -> str:
-    default = flatten(to_dict(_default(Config)))
+    default = flatten(to_dict(default_config()))
     lines = ["keys, with their defaults before any YAML:"]
     for key, (hint, f) in _all_keys().items():
         why = f.metadata["help"]

@@ -22,7 +22,7 @@ from data.transforms import RandomScaleCropFlip, Views
 from models import parameter_groups
 from models.formats import own_checkpoint
 from utils import checkpoint, distributed
-from utils.config import Config, UserError, flatten, to_dict
+from utils.config import Config, UserError, default_config, flatten, to_dict
 from utils.inference import (
     batchnorm_statistics,
     evaluate,
@@ -35,7 +35,15 @@ from utils.process import Interruption, alone_in
 from utils.report import write_report
 from utils.schema import DatasetConfig, TestConfig
 from utils.selection import target_free_scores
-from utils.setup import build_network, check_inputs, choose_device, compile_networks, prepare_data, settle
+from utils.setup import (
+    build_network,
+    check_inputs,
+    choose_device,
+    compile_networks,
+    prepare_data,
+    refuse_unusable_backbone,
+    settle,
+)
 from utils.step import GuardedStep
 from utils.visual import Gallery, spread
 
@@ -97,10 +105,12 @@ def fit(cfg: Config, stage_type: type[Stage]) -> dict:
         Contents of the run's metrics.json: {"last": scores, "best": scores, "best_chosen_by": text}.
 
     Raises:
+        ConfigError: the network that model.backbone names cannot be built.
         UserError: data or weights are missing, the run folder is in use or holds another experiment, a loss is not
             finite, the disk is full.
         SystemExit: Ctrl-C (130) or SIGTERM (143), after the step in hand and a save.
     """
+    refuse_unusable_backbone(cfg)
     with alone_in(cfg.run_dir):
         run = _Run(cfg, stage_type)
         with Interruption() as stop, contextlib.closing(run.batches()) as batches:  # closed: loader processes end
@@ -345,7 +355,8 @@ class _Run:
 
 
 def _refuse_other_experiment(saved: dict, cfg: Config) -> None:
-    old, new = flatten(saved), flatten(to_dict(cfg))
+    defaults = flatten(to_dict(default_config()))  # of keys that are newer than the run
+    old, new = defaults | flatten(saved), flatten(to_dict(cfg))
     changed = [k for k in new if k not in HARMLESS and new[k] not in (old.get(k), "auto")]  # auto: as it was
     if changed:
         listed = ", ".join(f"{k}: {old.get(k)} -> {new[k]}" for k in changed[:4])

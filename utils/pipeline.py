@@ -42,7 +42,7 @@ from utils.logging import show_path
 from utils.metrics import mean_over
 from utils.report import write_report
 from utils.schema import TRAINING_STAGES
-from utils.setup import check_inputs, choose_device, load_network
+from utils.setup import check_inputs, choose_device, load_network, refuse_unusable_backbone
 from utils.visual import Gallery, save_panel
 
 # (stage, its script, its config, what sets it apart), in order.
@@ -62,7 +62,7 @@ def run(overrides: list[str], controls: bool = False) -> dict:
     # Every config is checked before the first stage starts.
     configs = {stage: load_config(ROOT / "configs" / file, [*overrides, *own]) for stage, _, file, own in STEPS}
     benchmark = f"benchmark={configs['bpl'].benchmark}"  # named in any case: the tests' file has one of its own
-    check_inputs(*(lambda cfg=cfg: _first_weights(cfg) for cfg in configs.values()))
+    check_inputs(*(lambda cfg=cfg: first_weights(cfg) for cfg in configs.values()))
     tests = load_config(ROOT / "configs" / "test_from_gta_to_city.yml", [*overrides, benchmark])
     final_run = {}
     rows: dict[str, dict] = {}
@@ -74,11 +74,11 @@ def run(overrides: list[str], controls: bool = False) -> dict:
             continue
         name = cfg.name or cfg.stage
         final_run[stage] = f"{name}/round{cfg.distill.rounds[-1]}" if stage == "distill" else name
-        rows |= _rows(stage, final_run[stage], cfg, metrics, tests)
+        rows |= stage_rows(stage, final_run[stage], cfg, metrics, tests)
     if controls:
         for name, cfg, stage_type in control_runs(configs):
             print(f"== {name}", flush=True)
-            rows |= _rows(name, name, cfg, fit(cfg, stage_type), tests)
+            rows |= stage_rows(name, name, cfg, fit(cfg, stage_type), tests)
         for base in ("source_only_target_bn", "source_only_long"):
             for stage, row in rows.items():
                 row[f"gap_closed_from_{base}"] = gap_closed(rows, stage, base)
@@ -91,7 +91,7 @@ def run(overrides: list[str], controls: bool = False) -> dict:
     return summary
 
 
-def _rows(stage: str, run_name: str, cfg: Config, metrics: dict, tests: Config) -> dict[str, dict]:
+def stage_rows(stage: str, run_name: str, cfg: Config, metrics: dict, tests: Config) -> dict[str, dict]:
     """The summary's row of a trained stage, under both kinds of BatchNorm statistics; source-only has a second one."""
     own = cfg.batchnorm.statistics
     other = "target" if own == "running" else "running"
@@ -105,8 +105,9 @@ def _rows(stage: str, run_name: str, cfg: Config, metrics: dict, tests: Config) 
     return rows
 
 
-def _first_weights(cfg: Config) -> None:
-    """Raise UserError now if a stage to come cannot start because a file of pretrained weights is missing."""
+def first_weights(cfg: Config) -> None:
+    """Raise UserError now if a stage to come cannot start for want of a network or a file of pretrained weights."""
+    refuse_unusable_backbone(cfg)
     if cfg.stage == "distill":
         cfg = distill.round_config(cfg, cfg.distill.rounds[0])
     done = (cfg.run_dir / "checkpoints" / "last.pth").is_file()
@@ -151,11 +152,16 @@ def format_summary(rows: dict[str, dict]) -> str:
         "target BN": "miou_target_bn",
         "best": "best_miou",
     }
-    gaps = {"gap from BN": "gap_closed_from_source_only_target_bn", "from long": "gap_closed_from_source_only_long"}
-    columns |= {title: key for title, key in gaps.items() if any(row.get(key) is not None for row in rows.values())}
-    lines = [f"{'mIoU in percent':24}" + "".join(f"{title:>12}" for title in columns)]
+    where_there = {
+        "gap from BN": "gap_closed_from_source_only_target_bn",
+        "from long": "gap_closed_from_source_only_long",
+        "over own": "over_own",
+    }
+    columns |= {title: key for title, key in where_there.items() if any(row.get(key) is not None for row in rows.values())}
+    width = max(24, *map(len, rows))
+    lines = [f"{'mIoU in percent':{width}}" + "".join(f"{title:>12}" for title in columns)]
     for stage, row in rows.items():
-        lines.append(f"{stage:24}" + "".join(f"{_cell(row.get(key)):>12}" for key in columns.values()))
+        lines.append(f"{stage:{width}}" + "".join(f"{_cell(row.get(key)):>12}" for key in columns.values()))
     lines.append("mIoU: the last checkpoint, as its stage validates it; best: the highest on the validation labels")
     if "from long" in columns:
         lines.append(
@@ -221,7 +227,7 @@ def over_seeds(summaries: list[dict]) -> dict:
     return {"mean": mean(summaries), "std": stdev(summaries) if len(summaries) > 1 else 0.0}
 
 
-def _own_keys(overrides: list[str]) -> tuple[list[str], bool, list[int]]:
+def own_keys(overrides: list[str]) -> tuple[list[str], bool, list[int]]:
     """The overrides without the pipeline's own keys, and the values of these."""
     controls, seeds, others = False, [], []
     for assignment in overrides:
@@ -250,7 +256,7 @@ def main() -> None:
     args = parser.parse_args()
 
     def call() -> None:
-        overrides, controls, seeds = _own_keys(args.overrides)
+        overrides, controls, seeds = own_keys(args.overrides)
         run_seeds(overrides, seeds, controls) if seeds else run(overrides, controls)
 
     guarded(call, args.debug)

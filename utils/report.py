@@ -21,7 +21,7 @@ from utils.checkpoint import atomic_write
 from utils.config import flatten, guarded
 from utils.distributed import is_main
 from utils.logging import show_path
-from utils.runs import STAGES, class_set_of, find_runs, read_mapping, title_of
+from utils.runs import ABLATION, STAGES, class_set_of, find_runs, read_mapping, title_of
 
 CONTROLS = (
     "source_only_long",
@@ -230,7 +230,8 @@ class _Page:
             used = "pseudo_labels" in run.config and run.config.get("stage") in ("pst", "distill")
             paths = [root / str(run.config["pseudo_labels"]) / "manifest.json"] if used else []
         else:
-            root, paths = self.folder, self.folder.rglob("manifest.json")
+            root = self.folder
+            paths = [p for p in root.rglob("manifest.json") if ABLATION not in p.relative_to(root).parts]
         names = sorted((p.parent.relative_to(root).as_posix() for p in paths), key=lambda n: ("/" in n, n))
         found = [(title_of(n), read_mapping(root / n / "manifest.json")) for n in names]
         return [(n, m) for n, m in found if isinstance(m.get("kept"), float) and m.get("classes")]

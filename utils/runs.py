@@ -22,6 +22,7 @@ STAGES = {
     "source_only_long": ("source only, long", "#a0784f"),
     "labelled_bound": ("with target labels", "#d1495b"),
 }
+ABLATION = "ablation"  # folder of the runs that `utils.ablate` makes, beside a benchmark's own
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _place(name: str) -> tuple[int, str]:
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """The run that a folder is, or the training runs below it, in the order of the stages.
+    """The run that a folder is, or the training runs below it without an ablation's, in the order of the stages.
 
     Raises UserError if there is none.
     """
@@ -79,7 +80,7 @@ def find_runs(folder: Path) -> list[Run]:
         config = read_mapping(folder / "config.yml", yaml.safe_load)
         name = str(config.get("name") or config.get("stage") or folder.name)
         return [_read_run(folder, name)]
-    found = [p.parent for p in folder.rglob("metrics.jsonl")]
+    found = [p.parent for p in folder.rglob("metrics.jsonl") if ABLATION not in p.relative_to(folder).parts]
     if not found:
         raise UserError(f"{folder} holds no run: name runs/<benchmark> or a run's folder in it")
     names = sorted((f.relative_to(folder).as_posix() for f in found), key=_place)

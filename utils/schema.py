@@ -107,6 +107,9 @@ class LossConfig:
     adversarial: float = opt(0.01, "weight of output-space alignment (as released); 0 trains without adversary")
     gan: Literal["bce", "ls"] = opt("bce", "adversary: binary cross-entropy (as released) | least squares (ProDA)")
     bidirectional: float = opt(0.1, "weight of each of the two prototype terms (as released); 0 = warm-up")
+    directions: Literal["both", "s2t", "t2s"] = opt(
+        "both", "which of the two are learnt: pixels over classes (s2t), classes over pixels (t2s); for ablations"
+    )
     pseudo_ce: float = opt(1.0, "weight of cross-entropy on pseudo labels (as released)")
     contrast: float = opt(1.0, "weight of prototypical contrast, each domain (as released)")
     temperature: float = opt(0.07, "tau of prototypical contrast (as released)", least=TINY)

@@ -14,8 +14,9 @@ from data import toy
 from data.datasets import SegmentationDataset
 from data.taxonomy import CLASS_SETS
 from models import OUTPUT_STRIDE, WeightFile, build_model
+from models.backbone import check_backbone
 from utils import checkpoint, distributed
-from utils.config import Config, UserError
+from utils.config import Config, ConfigError, UserError
 from utils.inference import default_precision, recompute_batchnorm, set_batchnorm_statistics
 from utils.schema import DEFAULT_ARCH, DEFAULT_BACKBONE, TRAINING_STAGES
 
@@ -99,6 +100,15 @@ def settle(cfg: Config, file: WeightFile | None = None) -> Config:
     return cfg
 
 
+def refuse_unusable_backbone(cfg: Config) -> None:
+    """ConfigError if there is no network of the name that `model.backbone` gives, or it cannot be dilated."""
+    m = cfg.model
+    try:
+        check_backbone(m.backbone, 16 if m.output_stride == "auto" else m.output_stride)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
 def build_network(cfg: Config, device: torch.device) -> nn.Module:
     """The network of a settled configuration, with random weights; raises UserError if it cannot be built."""
     m = cfg.model
@@ -156,11 +166,16 @@ def load_network(
 
 
 def check_inputs(*checks: Callable[[], object]) -> list:
-    """Run every check, then raise one UserError with the messages of all that failed: the user sees all at once."""
+    """Run every check, then raise one UserError with the messages of all that failed: the user sees all at once.
+
+    A ConfigError is raised alone: what else is missing follows from another configuration.
+    """
     results, problems = [], []
     for check in checks:
         try:
             results.append(check())
+        except ConfigError:
+            raise
         except UserError as error:
             problems.append(str(error))
     if problems:

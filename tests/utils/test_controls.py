@@ -86,5 +86,5 @@ def test_mean_and_deviation_over_seeds():
 @pytest.mark.parametrize("given", ["controls=yes", "seeds=0,x", "seeds=1,1", "seeds="])
 def test_own_keys_are_checked(given):
     with pytest.raises(ConfigError, match=given.split("=")[0]):
-        pipeline._own_keys([given])
-    assert pipeline._own_keys(["seed=1", "controls=true", "seeds=0,1"]) == (["seed=1"], True, [0, 1])
+        pipeline.own_keys([given])
+    assert pipeline.own_keys(["seed=1", "controls=true", "seeds=0,1"]) == (["seed=1"], True, [0, 1])

@@ -1,0 +1,172 @@
+"""What each part of the method is worth: variants of a stage, each from the same start, over several seeds.
+
+    python -m utils.ablate benchmark=camvid_day_to_dusk seeds=0,1,2
+    python -m utils.ablate benchmark=path/to/mine.yml seeds=0,1 variants=my_variants.yml train.lr=1e-3
+
+`variants` is a YAML of {stage: {variant: [key=value, …]}} for the stages warmup, bpl and pst; without it,
+configs/ablations/default.yml. A variant is the benchmark's own stage but for its keys, starts from what that stage starts from,
+and is scored as the stage leaves it. What it starts from is trained once for each seed: it is the pipeline's own run in
+runs/seed<k>/<benchmark>/, which is taken as it is where it is there, as is a stage that a variant does not change. Runs
+of variants go into ablation/<stage>/<variant> beside it (`python -m utils.report` of that folder shows them).
+
+Writes runs/<benchmark>/ablation.json, after each seed. Started again, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from utils import checkpoint
+from utils.config import ROOT, Config, ConfigError, guarded, load_config, read_yaml
+from utils.logging import show_path
+from utils.pipeline import STEPS, first_weights, format_summary, over_seeds, own_keys, stage_rows
+from utils.runs import ABLATION
+from utils.setup import check_inputs
+
+VARIANTS = ROOT / "configs" / "ablations" / "default.yml"
+STAGES = ("warmup", "bpl", "pst")  # that may have variants
+SHARED = ("benchmark", "stage", "name", "runs", "seed", "checkpoint", "which", "pseudo_labels", "device")
+SEEDS = [0, 1, 2]
+BY_STAGE = {stage: (script, file, own) for stage, script, file, own in STEPS}
+TESTS = ROOT / "configs" / "test_from_gta_to_city.yml"
+
+
+def read_variants(path: Path) -> dict[str, list[str]]:
+    """The table's rows and their overrides: {"bpl": [], "bpl/s2t_alone": [...], …}, each stage as it is before its variants.
+
+    Raises ConfigError naming file and entry.
+    """
+    rows: dict[str, list[str]] = {}
+    for stage, variants in read_yaml(path).items():
+        if stage not in STAGES:
+            raise ConfigError(f"{path}: {stage!r} is no stage with variants; they are {', '.join(STAGES)}")
+        if not isinstance(variants, dict) or not variants:
+            raise ConfigError(f"{path}: {stage} must hold variants, as in `{{no_adversary: [loss.adversarial=0]}}`")
+        rows[stage] = []
+        for name, own in variants.items():
+            where = f"{path}: {stage}/{name}"
+            if not (isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name)):
+                raise ConfigError(f"{where}: a variant is named by letters, digits, '_', '-' and '.'")
+            if not (isinstance(own, list) and all(isinstance(o, str) for o in own)):
+                raise ConfigError(f"{where} must hold a list of key=value, not {own!r}")
+            if shared := [o for o in own if o.partition("=")[0] in SHARED]:
+                raise ConfigError(f"{where}: {shared[0]} cannot differ between variants; give it on the command line")
+            rows[f"{stage}/{name}"] = own
+    if not rows:
+        raise ConfigError(f"{path} holds no variants")
+    return rows
+
+
+def _load(stage: str, overrides: list[str]) -> Config:
+    _, file, own = BY_STAGE[stage]
+    return load_config(ROOT / "configs" / file, [*overrides, *own])
+
+
+def _made_from(cfg: Config, stages: dict[str, Config]) -> list[Config]:
+    """Those of `stages` that must be run before `cfg`, in order; one may be named twice."""
+    starts = {cfg.model.init, cfg.checkpoint} | ({"pseudo_labels"} if cfg.stage == "pst" else set())
+    names, steps = list(stages), []
+    for i, name in enumerate(names):
+        if name in starts:
+            steps += [*_made_from(stages[name], {n: stages[n] for n in names[:i]}), stages[name]]
+    return steps
+
+
+def own_stages(overrides: list[str]) -> dict[str, Config]:
+    """The benchmark's own stages, in order."""
+    return {stage: _load(stage, overrides) for stage in BY_STAGE}
+
+
+def planned(stages: dict[str, Config], overrides: list[str], row: str, own: list[str]) -> list[Config]:
+    """The runs that a row of the table needs, in order, its own last.
+
+    Where the variant's keys change nothing, that is the benchmark's own run of the stage.
+
+    Args:
+        stages: `own_stages(overrides)`.
+        row: "bpl" or "bpl/<variant>", likewise the other stages.
+        own: the variant's keys.
+    """
+    stage, _, name = row.partition("/")
+    of_labels = [o for o in own if stage == "pst" and o.startswith("pseudo.")]
+    cfg = _load(stage, [*overrides, *(o for o in own if o not in of_labels)])
+    labels = _load("pseudo_labels", [*overrides, *of_labels]) if of_labels else stages["pseudo_labels"]
+    other_labels = labels != stages["pseudo_labels"]
+    if other_labels or cfg != stages[stage]:
+        cfg.name = f"{ABLATION}/{row}"
+    if other_labels:
+        labels.name = cfg.pseudo_labels = f"{ABLATION}/pseudo_labels/{name}"
+    steps = [*_made_from(cfg, stages | {"pseudo_labels": labels}), cfg]
+    return list({step.run_dir: step for step in steps}.values())
+
+
+def run(overrides: list[str], seeds: list[int], variants: Path = VARIANTS) -> dict:
+    """Train what is not there yet for every variant and seed; returns what is written to ablation.json."""
+    rows, base = read_variants(variants), _load("bpl", overrides)
+    plans = []  # every config is checked before the first run starts
+    for seed in seeds:
+        seeded = [*overrides, f"seed={seed}", f"runs={base.runs}/seed{seed}"]
+        stages, plan = own_stages(seeded), {}
+        for row, own in rows.items():
+            try:
+                plan[row] = planned(stages, seeded, row, own)
+            except ConfigError as error:
+                raise ConfigError(f"{show_path(variants)}: {row}: {error}" if own else str(error)) from None
+        plans.append((plan, load_config(TESTS, [*seeded, f"benchmark={base.benchmark}"])))
+    every = [cfg for plan, _ in plans for steps in plan.values() for cfg in steps]
+    check_inputs(*(lambda cfg=cfg: first_weights(cfg) for cfg in every))
+
+    path, summaries, result = base.sibling_run("ablation.json"), [], {}
+    for plan, tests in plans:
+        summaries.append(_run_seed(plan, tests))
+        done = {"benchmark": base.benchmark, "seeds": seeds[: len(summaries)], "overrides": rows}
+        result = done | {"rows": over_seeds(summaries)}
+        checkpoint.write_json(path, result)
+    print(format_summary(result["rows"]))
+    print(
+        "bpl: the benchmark's own stage; bpl/…: its variants, scored as that stage leaves them, likewise the others; "
+        "over own: points over the benchmark's own stage, seed by seed"
+    )
+    print(f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}; written to {show_path(path)}")
+    return result
+
+
+def _run_seed(plan: dict[str, list[Config]], tests: Config) -> dict[str, dict]:
+    """The rows of one seed; a run is made once, however many rows need it."""
+    finished: dict[Path, dict] = {}
+    rows: dict[str, dict] = {}
+    for row, steps in plan.items():
+        for cfg in steps:
+            if cfg.run_dir not in finished:
+                print(f"== seed {cfg.seed}, {cfg.name or cfg.stage}", flush=True)
+                finished[cfg.run_dir] = BY_STAGE[cfg.stage][0].main(cfg)
+        cfg, stage = steps[-1], row.partition("/")[0]
+        run_name = cfg.name or cfg.stage
+        rows |= stage_rows(row, run_name, cfg, finished[cfg.run_dir], tests)
+        rows[row] |= {"scored_at": stage, "run": run_name}
+        rows[row]["over_own"] = rows[row]["miou"] - rows[stage]["miou"] if row != stage else None
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of the user's mistakes too")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see `python train_bpl.py --help`")
+    args = parser.parse_args()
+
+    def call() -> None:
+        given = [o for o in args.overrides if not o.startswith("variants=")]
+        files = [o.removeprefix("variants=") for o in args.overrides if o not in given]
+        overrides, controls, seeds = own_keys(given)
+        if controls:
+            raise ConfigError("controls=true is for utils.pipeline, which trains them")
+        run(overrides, seeds or SEEDS, *map(Path, files[-1:]))
+
+    guarded(call, args.debug)
+
+
+if __name__ == "__main__":
+    main()
