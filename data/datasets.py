@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from string import Formatter
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 from torch import Tensor
@@ -27,6 +29,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from data.taxonomy import ID_TO_NAME, KNOWN_IDS, UNKNOWN, ClassSet, resolve_id_map
+from data.transforms import Crop
 from utils.config import UserError
 from utils.schema import DatasetConfig
 
@@ -41,6 +44,7 @@ IMAGE_ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".web
 
 UNREADABLE = "unreadable"  # the entry of a sample that cannot be used, or stands for one such: why
 ATTEMPTS = 10  # samples in a row that a draw may skip
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 # Formats that are decoded in this process; of others, Pillow hands some to programs (EPS to Ghostscript).
 _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
 
@@ -168,22 +172,50 @@ def _folder(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path] | Non
 _LAYOUTS = {"gta5": _gta5, "synthia": _synthia, "cityscapes": _cityscapes, "folder": _folder}
 
 
-def read_picture(path: Path) -> Image.Image:
+def read_picture(path: Path, depth: Callable[[tuple[int, int]], float] | None = None) -> Image.Image:
     """8-bit RGB picture, decoded, turned as its EXIF entry says, without alpha; raises UserError naming a file that
     cannot be decoded.
 
     It stays Pillow's, whose decoder is as fast as torchvision's: an array of all pixels costs a third of the decoding.
+
+    Args:
+        depth: gives, for a size (width, height), the share of the height, from the top, that will be looked at. Rows
+            further down may be left undecoded, and are black then.
     """
     try:
         with _opened(path) as picture:
+            early = depth is not None and _stop_early(picture, depth(picture.size))
+            if early and picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                return read_picture(path)  # its top is elsewhere
             ImageOps.exif_transpose(picture, in_place=True)
             if picture.mode == "F":
                 raise ValueError("floating-point pixels")
             if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
                 picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
             return picture if picture.mode == "RGB" else picture.convert("RGB")
+    except UserError:
+        raise
     except Exception as error:  # a damaged file fails in every way there is
         raise UserError(f"cannot read image {path}: {_first_line(error)}") from None
+
+
+def _stop_early(picture: Image.Image, depth: float) -> bool:
+    """Tell the decoder, not started yet, to stop below a share of the rows; gives whether it will.
+
+    A PNG is one stream from the top down. One that does not end as it should is decoded whole: it is cut off, which is
+    to be said at once, not when a crop happens to need what is missing.
+    """
+    if picture.format != "PNG" or picture.info.get("interlace") or picture.is_animated or len(picture.tile) != 1:
+        return False
+    place = picture.fp.tell()
+    picture.fp.seek(-len(_PNG_END), os.SEEK_END)
+    complete = picture.fp.read() == _PNG_END
+    picture.fp.seek(place)
+    if complete:
+        codec, _, offset, options = picture.tile[0]
+        rows = min(picture.height, math.ceil(picture.height * depth) + 1)  # one more, where a filter magnifies
+        picture.tile = [(codec, (0, 0, picture.width, rows), offset, options)]
+    return complete
 
 
 def read_image(path: Path) -> Tensor:
@@ -286,7 +318,11 @@ class SegmentationDataset(Dataset):
 
     def _sample(self, index: int, draw: int) -> dict:
         sample, label = self.samples[index], None
-        picture = read_picture(sample.image)
+
+        def crop_of(size: tuple[int, int]) -> Crop:  # the same at every call
+            return self.transform(self.size or size, np.random.default_rng([self.seed, draw, 1]))
+
+        picture = read_picture(sample.image, (lambda size: crop_of(size).depth) if self.transform else None)
         ids = None if sample.label is None else read_label_ids(sample.label)
         if ids is not None and not self.size and ids.shape != picture.size[::-1]:
             raise UserError(
@@ -296,7 +332,7 @@ class SegmentationDataset(Dataset):
         train_ids = functools.partial(self._train_ids, sample.label)
         # Some GTA5 labels differ in size from their image: each is brought to the common size, or cropped, by itself.
         if self.transform:
-            crop = self.transform(self.size or picture.size, np.random.default_rng([self.seed, draw, 1]))
+            crop = crop_of(picture.size)
             image, label = crop.of_image(picture), None if ids is None else crop.of_label(ids, train_ids)
         else:
             image, label = _pixels(picture), None if ids is None else torch.from_numpy(train_ids(ids))

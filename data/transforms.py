@@ -41,6 +41,11 @@ class Crop:
         """(width, height) that the scaled image covers of the crop."""
         return min(self.scaled[0], self.size[0]), min(self.scaled[1], self.size[1])
 
+    @property
+    def depth(self) -> float:
+        """Share of an image's height, from the top, that the crop is made of."""
+        return (self.top + self.covered[1] + 1) / self.scaled[1]  # the filter reaches one pixel further
+
     def of_image(self, picture: Image.Image) -> Tensor:
         """RGB picture of any size -> uint8 (3, H, W), black where not covered.
 
@@ -91,8 +96,10 @@ class RandomScaleCropFlip:
 
 
 class Views:
-    """Network inputs from uint8 batches, on the batch's device. Random numbers are drawn on the host, and numbers go to
-    the device as arguments: nothing here waits for a GPU.
+    """Network inputs from uint8 batches, on the batch's device.
+
+    Random numbers are drawn on the host and go to a GPU as arguments of its kernels: but for RandAugment's sharpness,
+    which brings its filter along, nothing here waits for it.
 
     Args:
         cfg: strengths of the strong view.

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +24,9 @@ from utils.config import Config, UserError
 from utils.logging import progress
 from utils.metrics import ConfusionMatrix
 
-# Of logits at image size that are worked on at once, (CPU, GPU): caches hold the one, few kernels are started for the other.
-STRIP_BYTES = (8 * 2**20, 64 * 2**20)
+# Of logits at image size that are worked on at once, (CPU, GPU): a core's cache holds the one, few kernels are started
+# for the other.
+STRIP_BYTES = (2 * 2**20, 64 * 2**20)
 
 
 def default_precision(device: torch.device) -> str:
@@ -71,7 +73,8 @@ def predict(
     """
     views = _see(model, images, flip, precision, scales, window, overlap)
     size = images.shape[2:]
-    return torch.stack([torch.cat([p for _, p in _probabilities(views, i, size)], 1) for i in range(len(images))])
+    strips = list(_strips(size, views[0].logits))
+    return torch.stack([torch.cat([_probabilities(views, i, r) for r in strips], 1) for i in range(len(images))])
 
 
 def predict_labels(
@@ -92,16 +95,17 @@ def predict_labels(
     size = images.shape[2:]
     labels = images.new_empty(len(images), *size)
     confidence = images.new_empty(len(images), *size) if with_confidence else None
-    for i in range(len(images)):
+
+    def label(place: tuple[int, slice]) -> None:
+        i, rows = place
         if len(views) == 1 and not with_confidence:  # softmax does not change which class is largest
-            view = views[0]
-            for rows in _strips(size, view.logits):
-                labels[i, rows] = _largest(view.at_image_size(i, rows))[1]
-            continue
-        for rows, probabilities in _probabilities(views, i, size):
-            largest, labels[i, rows] = _largest(probabilities)
-            if with_confidence:
-                confidence[i, rows] = largest.mul_(255).round_()
+            labels[i, rows] = _largest(views[0].at_image_size(i, rows))[1]
+            return
+        largest, labels[i, rows] = _largest(_probabilities(views, i, rows))
+        if with_confidence:
+            confidence[i, rows] = largest.mul_(255).round_()
+
+    _each(label, [(i, rows) for i in range(len(images)) for rows in _strips(size, views[0].logits)], images.device)
     return labels, confidence
 
 
@@ -160,19 +164,33 @@ def _see(
     return views
 
 
-def _probabilities(views: list[_View], i: int, size: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, probabilities float32 (K, R, W)) of image `i`, from top to bottom."""
-    scales = len({id(view.seen) for view in views})
-    for rows in _strips(size, views[0].logits):
-        total = views[0].logits.new_zeros(views[0].logits.shape[1], rows.stop - rows.start, size[1])
-        for view in views:
-            view_rows, columns = view.place
-            inside = slice(max(rows.start, view_rows.start), min(rows.stop, view_rows.stop))
-            if inside.start < inside.stop:
-                part = view.at_image_size(i, inside).softmax(0)
-                part = (part.flip(-1) if view.mirrored else part).div_(view.seen[inside, columns])
-                total[:, inside.start - rows.start : inside.stop - rows.start, columns] += part
-        yield rows, total.div_(scales)
+def _probabilities(views: list[_View], i: int, rows: slice) -> Tensor:
+    """Of image `i` in some of its rows, float32 (K, R, W)."""
+    scales, width = len({id(view.seen) for view in views}), views[0].seen.shape[1]
+    total = views[0].logits.new_zeros(views[0].logits.shape[1], rows.stop - rows.start, width)
+    for view in views:
+        view_rows, columns = view.place
+        inside = slice(max(rows.start, view_rows.start), min(rows.stop, view_rows.stop))
+        if inside.start < inside.stop:
+            part = view.at_image_size(i, inside).softmax(0)
+            part = (part.flip(-1) if view.mirrored else part).div_(view.seen[inside, columns])
+            total[:, inside.start - rows.start : inside.stop - rows.start, columns] += part
+    return total.div_(scales)
+
+
+def _each(work: Callable[[tuple[int, slice]], None], strips: list[tuple[int, slice]], device: torch.device) -> None:
+    """Work on every strip. On a CPU a thread takes a strip as a whole: threads that share each operation on so few
+    numbers wait for each other more than they work, above all beside loaders and writers."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or min(threads, len(strips)) == 1:
+        for strip in strips:
+            work(strip)
+        return
+    try:
+        with ThreadPoolExecutor(min(threads, len(strips)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(work, strips))  # raises what a strip raised
+    finally:
+        torch.set_num_threads(threads)  # for threads that start later; this one's number has not changed
 
 
 def _strips(size: Sequence[int], logits: Tensor) -> Iterator[slice]:

@@ -9,10 +9,11 @@ from conftest import CUSTOM, HEIGHT, WIDTH
 from PIL import Image
 from scipy.io import savemat
 
-from data.datasets import build_dataset, find_images, list_samples, read_image, read_label_ids
+from data.datasets import build_dataset, find_images, list_samples, read_image, read_label_ids, read_picture
 from data.loaders import whole_images
 from data.taxonomy import CLASS_SETS, IGNORE, custom_class_set
-from utils.config import UserError, guarded
+from data.transforms import RandomScaleCropFlip
+from utils.config import ROOT, UserError, guarded, load_config
 from utils.schema import DatasetConfig
 
 NINETEEN = CLASS_SETS["cityscapes19"]
@@ -173,6 +174,70 @@ def test_unreadable_file_is_one_line_from_a_worker_process_too(copied, capsys):
         guarded(lambda: list(whole_images(dataset, 1, workers=1)))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: cannot read image {path}: ")
+
+
+def crops(**changes):
+    d = load_config(ROOT / "configs/stage1_BPL.yml").data
+    for key, value in ({"base_width": 0, "crop": [64, 32]} | changes).items():
+        setattr(d, key, value)
+    return RandomScaleCropFlip(d)
+
+
+def test_training_takes_crops_of_what_is_read_whole_otherwise(trees):
+    """Whatever rows the decoder leaves out, and where image and label differ in size."""
+    for name, size in (("gta5", [52, 36]), ("gta5", [100, 62]), ("synthia", []), ("day", [])):
+        section, transform = dataset_config(**trees[name].section | {"size": size}), crops(scale=[0.3, 4.0])
+        dataset = build_dataset(section, OWN if name == "day" else NINETEEN, transform=transform, seed=3)
+        for draw in range(40):
+            index = draw % len(dataset)
+            sample, item = dataset.samples[index], dataset[index, draw]
+            picture = Image.fromarray(read_image(sample.image).permute(1, 2, 0).numpy())
+            crop = transform(size or picture.size, np.random.default_rng([3, draw, 1]))
+            assert torch.equal(item["image"], crop.of_image(picture))
+            label = crop.of_label(read_label_ids(sample.label), dataset.lookup_table.take)
+            assert torch.equal(item["label"], label)
+
+
+def test_rows_below_the_crop_are_not_decoded_of_a_sound_png_alone(tmp_path):
+    pixels = np.random.default_rng(0).integers(1, 256, (100, 80, 3), np.uint8)
+    picture, turned = Image.fromarray(pixels), Image.Exif()
+    turned[0x0112] = 3  # upside down
+    picture.save(tmp_path / "sound.png")
+    picture.save(tmp_path / "turned.png", exif=turned)
+    picture.save(tmp_path / "other.tif")
+    top = np.asarray(read_picture(tmp_path / "sound.png", lambda size: 0.25 if size == (80, 100) else 1))
+    assert (top[:25] == pixels[:25]).all() and (top[30:] == 0).all()
+    np.testing.assert_array_equal(read_picture(tmp_path / "turned.png", lambda size: 0.25), pixels[::-1, ::-1])
+    np.testing.assert_array_equal(read_picture(tmp_path / "other.tif", lambda size: 0.25), pixels)
+    whole = (tmp_path / "sound.png").read_bytes()
+    for cut in (500, 4000):  # of the last quarter
+        (tmp_path / "cut.png").write_bytes(whole[:-cut])
+        with pytest.raises(UserError, match=r"cannot read image .*cut\.png: "):
+            read_picture(tmp_path / "cut.png", lambda size: 0.25)
+    (tmp_path / "longer.png").write_bytes(whole + b"trailing bytes")
+    np.testing.assert_array_equal(read_picture(tmp_path / "longer.png", lambda size: 0.25), pixels)
+
+
+def test_unknown_id_is_said_where_it_is_in_the_crop(copied):
+    tree = copied("gta5")
+    dataset = build_dataset(dataset_config(**tree.section), NINETEEN, transform=crops(scale=[0.7, 0.7]))
+    path = dataset.samples[0].label
+    ids = np.array(Image.open(path))
+    ids[0] = 77  # the uppermost row: in few crops
+    Image.fromarray(ids).save(path)
+    said = 0
+    for draw in range(60):
+        crop = dataset.transform((WIDTH, HEIGHT), np.random.default_rng([0, draw, 1]))
+        if crop.top == 0:
+            said += 1
+            with pytest.raises(UserError, match=rf"label {path} holds id 77"):
+                dataset[0, draw]
+        else:
+            assert dataset[0, draw]["label"].shape == (32, 64)
+    assert 0 < said < 20
+    dataset.transform = None
+    with pytest.raises(UserError, match=rf"label {path} holds id 77"):
+        dataset[0]
 
 
 def test_grey_images_become_colour(tmp_path):

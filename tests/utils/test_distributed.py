@@ -129,7 +129,8 @@ def assert_alike(one, other):
 
 @pytest.mark.parametrize("stage", list(STAGES))
 def test_two_processes_make_the_steps_of_one(configure, upstream, tmp_path, two, stage):
-    steps = ("train.iterations=5", "train.horizon=10", "train.val_every=5", "train.save_every=3", "data.jitter=false")
+    steps = ("train.iterations=5", "train.horizon=10", "train.val_every=5", "train.save_every=3")
+    steps += ("data.jitter=false", "train.lr=0.01")
     with networks(Plain):
         main, one = prepared(configure, upstream, tmp_path / "one", stage, *steps)
         main()
@@ -137,7 +138,7 @@ def test_two_processes_make_the_steps_of_one(configure, upstream, tmp_path, two,
         assert two(main).statuses() == [0, 0]
         assert_alike(one, other)
         before = weights_of(upstream / LAYOUT / "warmup")["model.head.weight"]
-        assert (weights_of(one)["model.head.weight"] - before).abs().max() > 1e-3  # than rounding by far
+        assert (weights_of(one)["model.head.weight"] - before).abs().max() > 5e-3  # than rounding by far
         if stage == "bpl":  # begun by two, finished by one
             main, mixed = prepared(configure, upstream, tmp_path / "mixed", stage, *steps, "train.iterations=3")
             assert two(main).statuses() == [0, 0]
@@ -219,6 +220,29 @@ def test_a_signal_to_one_is_a_signal_to_all(configure, upstream, tmp_path, two, 
         assert "SIGTERM after step 5: saved" in (run / "log.txt").read_text()
         assert two(main).statuses() == [0, 0]
     assert_same_run(at_once, run)
+
+
+def test_a_loss_that_is_not_finite_in_one_stops_all(configure, upstream, tmp_path, two):
+    def spoiled():
+        step = GuardedStep.__call__
+
+        def spoil(self, losses, source, target, iteration):
+            if iteration == 3 and distributed.rank() == 1:
+                self.networks["model"].classifier.weight.data[0, 0] = float("nan")
+            return step(self, losses, source, target, iteration)
+
+        GuardedStep.__call__ = spoil
+        main()
+
+    with networks(Plain):
+        main, run = prepared(configure, upstream, tmp_path / "runs", "warmup", *EVERY)
+        together = two(spoiled)
+        assert together.statuses() == [1, 1]
+    (said,) = together.said()
+    assert said.startswith("error: loss ce_source is nan in step 3; batch, networks and config are in")
+    kept = read(run / "checkpoints" / "not_finite.pth")
+    assert len(kept["source"]["image"]) == 2  # of both
+    assert all(value.isfinite().all() for value in kept["networks"]["model"].values())  # the first one's
 
 
 def test_a_process_that_is_silent_counts_as_gone(two, monkeypatch):

@@ -234,6 +234,22 @@ def test_strips_are_what_one_upsampling_of_all_gives(size, small, monkeypatch):
         assert torch.equal(found, torch.cat(single))  # whatever the batch
 
 
+def test_threads_that_take_strips_change_nothing(photos, monkeypatch):
+    monkeypatch.setattr(inference, "STRIP_BYTES", (5 * 53 * 4 * 5, 0))
+    before = torch.get_num_threads()
+    model = Given(3 * torch.randn(2, 5, 6, 8, generator=torch.Generator().manual_seed(0)))
+    serial = predict_labels(model, photos, True, with_confidence=True)
+    try:
+        torch.set_num_threads(3)
+        shared = predict_labels(model, photos, True, with_confidence=True)
+        assert torch.get_num_threads() == 3
+        with pytest.raises(ZeroDivisionError):  # what a strip raises is not lost
+            inference._each(lambda strip: strip[0] / 0, [(0, slice(0, 1)), (1, slice(0, 1))], CPU)
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, shared, serial))
+
+
 def test_labels_and_confidences_are_those_of_the_averaged_probabilities(deeplab, photos):
     options = {"flip": True, "scales": [0.5, 1], "window": [40, 32]}
     labels, confidence = predict_labels(deeplab, photos, **options, with_confidence=True)

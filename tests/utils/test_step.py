@@ -1,5 +1,6 @@
 """Single steps: batches in parts, loss scaling, precision."""
 
+import contextlib
 import copy
 
 import pytest
@@ -45,8 +46,7 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("name", list(STAGES))
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize(("name", "parts"), [("source", 4), ("warmup", 2), ("pst", 2), ("distill", 2)])
 def test_a_batch_in_parts_is_the_batch(configure, tmp_path, monkeypatch, name, parts):
     """Frozen normalisation, no dropout: the same update, losses and norms."""
     file, stage_type, given = STAGES[name]
@@ -210,3 +210,17 @@ def test_compiled_in_place():
         pytest.skip(str(error))
     torch.testing.assert_close(network(x), expected)
     assert list(network.state_dict()) == keys and isinstance(network[0], nn.Linear)
+
+
+@pytest.mark.parametrize("name", ["bpl", "pst"])
+def test_no_loss_waits_for_the_device(configure, tmp_path, monkeypatch, name):
+    """Tensors of the meta device have no content: whoever asks for it, as a wait for a GPU would, raises."""
+    file, stage_type = {"bpl": ("stage1_BPL.yml", train_bpl.BPL), "pst": ("stage2_PST.yml", train_pst.PST)}[name]
+    meta = torch.device("meta")
+    stage = stage_type(settle(configure("gta5_to_city", file, tmp_path)), meta)
+    stage.views = PlainViews()
+    batches = ({key: value.to(meta) for key, value in batch(seed).items()} for seed in (1, 2))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know the device
+    terms = []
+    stage.step(*batches, lambda total, **named: (total.backward(), terms.extend(named)))
+    assert len(terms) == {"bpl": 5, "pst": 4}[name]

@@ -44,7 +44,7 @@ def run(cfg: Config, device: torch.device) -> None:
     On a CPU the networks see a sixteenth of the area, to be done within a minute.
     """
     size = SIZE if device.type == "cuda" else tuple(side // 4 for side in SIZE)
-    _compare(Given(_logits(device)), "nothing", SIZE, device, 5, True)
+    _compare(Given(_logits(device)), "nothing", SIZE, device, 3, True)
     for backbone in ("resnet18", "resnet101"):
         model = build_model("deeplabv2", CLASSES, backbone).to(device, memory_format=torch.channels_last).eval()
         _compare(model, backbone, size, device, 2, backbone == "resnet18")

@@ -75,23 +75,25 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 0) -> floa
     return 2 * size**3 / best
 
 
-def report(title: str, timings: dict[str, Timing], images: int = 0, flops: float = 0, peak: float = 0) -> None:
+def report(
+    title: str, timings: dict[str, Timing], images: int = 0, flops: float = 0, peaks: dict[str, float] | None = None
+) -> None:
     """Print a row for each variant, the first being what the others are held against.
 
     Args:
         images: that one call works on, for images per second.
-        flops: of one call, and `peak` FLOP/s of the machine, for the share that is reached.
+        flops: of one call, and in `peaks` FLOP/s of the machine by variant, for the share that is reached.
     """
     plain = next(iter(timings.values()))
     width = max(len(title), *map(len, timings))
     head = f"{title:{width}}  {'median':>10} {'min':>10} {'max':>10} {'faster':>7} {'memory':>9} {'of plain':>8}"
-    print(head + (f" {'images/s':>9}" if images else "") + (f" {'of peak':>8}" if flops and peak else ""))
+    print(head + (f" {'images/s':>9}" if images else "") + (f" {'of peak':>8}" if peaks else ""))
     for name, t in timings.items():
         ms = [1000 * s for s in (t.median, min(t.seconds), max(t.seconds))]
         row = f"{name:{width}}  " + " ".join(f"{v:7.1f} ms" for v in ms)
         row += f" {plain.median / t.median:6.2f}x {t.memory / 2**20:5.0f} MiB {t.memory / max(plain.memory, 1):8.0%}"
         row += f" {images / t.median:9.2f}" if images else ""
-        print(row + (f" {flops / t.median / peak:8.1%}" if flops and peak else ""))
+        print(row + (f" {flops / t.median / peaks[name]:8.1%}" if peaks else ""))
     print(flush=True)
 
 
