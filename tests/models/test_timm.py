@@ -54,8 +54,8 @@ def test_maps_gradients_and_groups(arch, output_stride, backbone):
     assert all(p.grad is not None for p in model.parameters())  # none is there for a classifier that is cut off
 
 
-@pytest.mark.parametrize("output_stride", [8, 16])
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.slow
+@pytest.mark.parametrize(("output_stride", "backbone"), [(16, BACKBONES[0]), (8, BACKBONES[1])])
 def test_every_stage_trains_and_resumes_and_is_tested(configure, tmp_path, backbone, output_stride):
     def run(script, file, *overrides):
         own = (f"model.backbone={backbone}", f"model.output_stride={output_stride}", "distill.rounds=[1]")
