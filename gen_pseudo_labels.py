@@ -13,17 +13,16 @@ from __future__ import annotations
 import os
 
 import numpy as np
-from tqdm import tqdm
+import torch
 
 from data import pseudo_labels as store
 from data.datasets import SegmentationDataset, build_dataset
 from data.first_look import look_at
 from data.loaders import whole_images
-from data.taxonomy import IGNORE
-from utils import checkpoint
+from utils import checkpoint, distributed
 from utils.config import Config, UserError, run_cli, to_dict
-from utils.inference import predict, same_size_batches
-from utils.logging import show_path
+from utils.inference import predict_labels, same_size_batches
+from utils.logging import progress, show_path
 from utils.process import alone_in
 from utils.setup import check_inputs, choose_device, load_network, prepare_data
 
@@ -67,25 +66,32 @@ def _generate(cfg: Config) -> dict:
                 f"{show_path(folder)} holds other pseudo labels ({changes}); choose a name=, or replace "
                 "them with train.restart=true"
             )
-    store.clear(folder)  # unfinished, or to be replaced
+    distributed.wait()  # until all have looked
+    if distributed.is_main():
+        store.clear(folder)  # unfinished, or to be replaced
+    distributed.wait()
     model, message = load_network(cfg, weights, device, target)
     print(message)
 
     # First pass: predictions and confidences; the thresholds of classes are known at its end.
-    histogram = np.zeros((len(cfg.classes), 256), np.int64)
-    written = set()
-    progress = tqdm(total=len(target), desc="predict", unit="img", dynamic_ncols=True, disable=None)
-    for indices, images, _ in same_size_batches(whole_images(target, cfg.test.batch, cfg.data.workers), device):
-        confidence, prediction = predict(model, images, cfg.pseudo.flip, cfg.train.precision).max(1)
-        levels, labels = (confidence * 255).round().byte().cpu().numpy(), prediction.byte().cpu().numpy()
-        np.add.at(histogram, (labels, levels), 1)
-        for i, index in enumerate(indices):
-            name = target.samples[index].name
-            written.add(name)
-            store.write_png(store.confidence_path(folder, name), levels[i])
-            store.write_png(store.label_path(folder, name), labels[i])
-        progress.update(len(indices))
-    progress.close()
+    counts = torch.zeros(len(cfg.classes) * 256, dtype=torch.int64, device=device)
+    mine, own = distributed.deal(len(target), cfg.test.batch), set()  # indices, and names of what is written
+    loader = whole_images(target, cfg.test.batch, cfg.data.workers, mine)
+    bar = progress(total=len(mine), desc="predict", unit="img")
+    with store.Beside() as beside:
+        for indices, images, _ in same_size_batches(loader, device):
+            found = predict_labels(model, images, cfg.pseudo.flip, cfg.train.precision, with_confidence=True)
+            counts += torch.bincount((found[0].long() * 256 + found[1]).flatten(), minlength=len(counts))
+            labels, levels = (maps.cpu().numpy() for maps in found)
+            for i, index in enumerate(indices):
+                name = target.samples[index].name
+                own.add(name)
+                beside(store.write_png, store.confidence_path(folder, name), levels[i])
+                beside(store.write_png, store.label_path(folder, name), labels[i])
+            bar.update(len(indices))
+    bar.close()
+    histogram = distributed.total(counts).view(-1, 256).cpu().numpy()
+    written = set().union(*distributed.gathered(own))
     left_out = [s.name for s in target.samples if s.name not in written]
     if len(left_out) > cfg.data.max_skipped:
         raise UserError(
@@ -95,12 +101,9 @@ def _generate(cfg: Config) -> dict:
 
     # Second pass: what is below its class's threshold becomes ignore.
     limits = store.thresholds(histogram, cfg.pseudo.threshold, cfg.pseudo.selection, cfg.pseudo.keep)
-    for name in tqdm(sorted(written), desc="select", unit="img", dynamic_ncols=True, disable=None):
-        path = store.label_path(folder, name)
-        labels = store.read_png(path)
-        unsure = store.read_png(store.confidence_path(folder, name)) < limits[labels]
-        labels[unsure] = IGNORE
-        store.write_png(path, labels)
+    with store.Beside() as beside:
+        for name in progress(sorted(own), desc="select", unit="img"):
+            beside(store.drop_unsure, folder, name, limits.astype(np.uint8))
 
     predicted = histogram.sum(1)
     kept = np.array([counts[limit:].sum() for counts, limit in zip(histogram, limits)])
@@ -121,12 +124,14 @@ def _generate(cfg: Config) -> dict:
     }
     if hasattr(os, "sync"):
         os.sync()  # all labels are on the disk before the manifest says so
+    distributed.wait()
     checkpoint.write_json(folder / store.MANIFEST, manifest)
     print(f"{'class':16} {'share':>7} {'threshold':>9} {'kept':>7}")
     for k, name in enumerate(cfg.classes.names):
         fraction = f"{kept[k] / predicted[k]:7.1%}" if predicted[k] else "      -"
         print(f"{name:16} {predicted[k] / predicted.sum():7.2%} {limits[k] / 255:9.3f} {fraction}")
     print(f"{len(written)} pseudo labels in {show_path(folder)}: {manifest['kept']:.1%} of all pixels kept")
+    distributed.wait()
     return store.read_manifest(folder)
 
 

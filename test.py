@@ -17,11 +17,11 @@ test.export=true, predictions/ in colour, over the image, as train ids and as la
 from __future__ import annotations
 
 from data.datasets import SegmentationDataset, build_dataset, find_images, label_ids
-from utils import checkpoint
+from utils import checkpoint, distributed
 from utils.config import Config, UserError, run_cli
 from utils.export import Exporter
 from utils.inference import evaluate, predictions
-from utils.logging import RunLog, show_path
+from utils.logging import open_log, show_path
 from utils.metrics import class_table, confusion_table
 from utils.setup import check_inputs, choose_device, load_network, prepare_data, settle
 from utils.visual import Gallery, Worst, spread
@@ -50,7 +50,7 @@ def main(cfg: Config) -> dict:
     model, message = load_network(cfg, file, device, target)
     if not images:
         dataset = build_dataset(section, cfg.classes)  # by as many classes as the checkpoint has
-    log = RunLog(cfg)
+    log = open_log(cfg)
     log.say(message)
     result = {
         "checkpoint": str(weights),
@@ -67,6 +67,7 @@ def main(cfg: Config) -> dict:
     if images:
         for seen in predictions(model, dataset, cfg, device, "predict"):
             export[0](*seen)
+        distributed.wait()
         log.say(f"{len(dataset)} predictions written to {show_path(folder)}")
         log.close()
         return result
@@ -84,6 +85,7 @@ def main(cfg: Config) -> dict:
     log.say(class_table(scores, cfg.classes))
     log.say(f"written to {show_path(log.folder)}")
     log.close()
+    distributed.wait()
     return result
 
 

@@ -6,6 +6,7 @@ A format is a way to list files and an id map; all else is shared. Samples leave
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -167,20 +168,31 @@ def _folder(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path] | Non
 _LAYOUTS = {"gta5": _gta5, "synthia": _synthia, "cityscapes": _cityscapes, "folder": _folder}
 
 
-def read_image(path: Path) -> Tensor:
-    """uint8 RGB image (3, H, W), turned as its EXIF entry says, without alpha; raises UserError naming a file that
-    cannot be decoded."""
+def read_picture(path: Path) -> Image.Image:
+    """8-bit RGB picture, decoded, turned as its EXIF entry says, without alpha; raises UserError naming a file that
+    cannot be decoded.
+
+    It stays Pillow's, whose decoder is as fast as torchvision's: an array of all pixels costs a third of the decoding.
+    """
     try:
         with _opened(path) as picture:
-            upright = ImageOps.exif_transpose(picture)
-            if upright.mode == "F":
+            ImageOps.exif_transpose(picture, in_place=True)
+            if picture.mode == "F":
                 raise ValueError("floating-point pixels")
-            if upright.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            pixels = np.array(upright.convert("RGB"))
+            if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            return picture if picture.mode == "RGB" else picture.convert("RGB")
     except Exception as error:  # a damaged file fails in every way there is
         raise UserError(f"cannot read image {path}: {_first_line(error)}") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def read_image(path: Path) -> Tensor:
+    """`read_picture` as uint8 (3, H, W)."""
+    return _pixels(read_picture(path))
+
+
+def _pixels(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 @contextlib.contextmanager
@@ -202,7 +214,9 @@ def read_label_ids(path: Path) -> np.ndarray:
     """
     try:
         with _opened(path) as picture:
-            if picture.mode in ("L", "P", "I;16", "I"):
+            if picture.mode in ("L", "P", "I;16"):
+                return np.asarray(picture)
+            if picture.mode == "I":
                 return np.asarray(picture).astype(np.uint16)
         # Pillow cuts 16-bit colour down to 8 bits, which turns every SYNTHIA class into 0.
         ids = decode_image(str(path), mode=ImageReadMode.UNCHANGED)
@@ -226,7 +240,7 @@ class SegmentationDataset(Dataset):
         samples: files, from `list_samples`; replace their labels to train on another label source.
         lookup_table: uint8 (65536,), label id on disk -> train id; not needed without labels.
         size: [width, height] that image and label are brought to, or [] to keep them.
-        transform: called as `transform(image, label, rng)`, gives the same two back.
+        transform: called as `transform((width, height), rng)`, gives the crop to take of an image of that size.
         seed: with the draw's number, decides every random choice: which worker draws it plays no part.
 
     Attributes:
@@ -271,30 +285,33 @@ class SegmentationDataset(Dataset):
             return {UNREADABLE: str(error)}
 
     def _sample(self, index: int, draw: int) -> dict:
-        sample = self.samples[index]
-        image = read_image(sample.image)
-        label = None if sample.label is None else self._read_label(sample.label)
-        if self.size:
-            hw = self.size[::-1]
-            image = F.resize(image, hw, antialias=True)
-            # Some GTA5 labels differ in size from their image: each is brought to the common size by itself.
-            label = label if label is None else resize_label(label, hw)
-        if label is not None and label.shape != image.shape[1:]:
+        sample, label = self.samples[index], None
+        picture = read_picture(sample.image)
+        ids = None if sample.label is None else read_label_ids(sample.label)
+        if ids is not None and not self.size and ids.shape != picture.size[::-1]:
             raise UserError(
-                f"{sample.image} is {image.shape[2]}x{image.shape[1]}, but its label {sample.label} is "
-                f"{label.shape[1]}x{label.shape[0]}; set the dataset's size to bring both to one"
+                f"{sample.image} is {picture.width}x{picture.height}, but its label {sample.label} is "
+                f"{ids.shape[1]}x{ids.shape[0]}; set the dataset's size to bring both to one"
             )
+        train_ids = functools.partial(self._train_ids, sample.label)
+        # Some GTA5 labels differ in size from their image: each is brought to the common size, or cropped, by itself.
         if self.transform:
-            image, label = self.transform(image, label, np.random.default_rng([self.seed, draw, 1]))
+            crop = self.transform(self.size or picture.size, np.random.default_rng([self.seed, draw, 1]))
+            image, label = crop.of_image(picture), None if ids is None else crop.of_label(ids, train_ids)
+        else:
+            image, label = _pixels(picture), None if ids is None else torch.from_numpy(train_ids(ids))
+            if self.size:
+                hw = self.size[::-1]
+                image, label = F.resize(image, hw, antialias=True), label if ids is None else resize_label(label, hw)
         item = {"image": image, "index": index}
         return item if label is None else item | {"label": label}
 
-    def _read_label(self, path: Path) -> Tensor:
-        ids = read_label_ids(path)
+    def _train_ids(self, path: Path, ids: np.ndarray) -> np.ndarray:
+        """uint8 train ids of label ids, which file `path` holds."""
         label = self.lookup_table[ids]
         if (unknown := label == UNKNOWN).any():
             raise UserError(f"label {path} holds id {ids[unknown][0]}, which is none of this dataset's")
-        return torch.from_numpy(label)
+        return label
 
 
 def mark_unknown(table: np.ndarray, known: set[int] | None) -> np.ndarray:

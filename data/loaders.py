@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler, default_collate
 
 from data.datasets import UNREADABLE, SegmentationDataset
+from utils import distributed
 from utils.process import leave_signals_to
 
 
@@ -19,17 +20,22 @@ class EndlessSampler(Sampler):
 
     Every image comes once an epoch; a batch may join the end of one epoch and the start of the next, so none
     is dropped. `draw` counts the samples from the start of training.
+
+    Args:
+        start: the first draw.
+        batch, part: of each `batch` draws, those that are given, all by default.
     """
 
-    def __init__(self, length: int, seed: int, start: int = 0):
-        self.length, self.seed, self.start = length, seed, start
+    def __init__(self, length: int, seed: int, start: int = 0, batch: int = 1, part: range = range(1)):
+        self.length, self.seed, self.start, self.batch, self.part = length, seed, start, batch, part
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         draw = self.start
         while True:
             epoch, offset = divmod(draw, self.length)
             for index in np.random.default_rng([self.seed, epoch]).permutation(self.length)[offset:]:
-                yield int(index), draw
+                if draw % self.batch in self.part:
+                    yield int(index), draw
                 draw += 1
 
 
@@ -38,10 +44,13 @@ def training_batches(
 ) -> Iterator[dict]:
     """Endless batches from step `start_step` on: image uint8 (N, 3, H, W), label uint8 (N, H, W) if there are any.
 
+    Of several processes, each has its part of every batch: together they have the batches that one would have.
+
     Where `dataset.skips`, the batch's entry `UNREADABLE` lists why samples were replaced.
     """
-    sampler = EndlessSampler(len(dataset), dataset.seed, start_step * batch_size)
-    return iter(_loader(dataset, batch_size, workers, sampler, pin_memory=pin, collate_fn=_collate))
+    part = distributed.share(batch_size)
+    sampler = EndlessSampler(len(dataset), dataset.seed, start_step * batch_size, batch_size, part)
+    return iter(_loader(dataset, len(part), workers, sampler, pin_memory=pin, collate_fn=_collate))
 
 
 def _collate(samples: list[dict]) -> dict:

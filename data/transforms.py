@@ -5,53 +5,94 @@ One crop serves both views: the *weak* view is the crop normalised, the *strong*
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from data.taxonomy import IGNORE
 from utils.schema import DataConfig
 
 
-class RandomScaleCropFlip:
-    """Resize by a random scale, crop, mirror; image and label alike.
+@dataclass(frozen=True)
+class Crop:
+    """A part of a scaled and mirrored image, on paper: taking it touches no pixel that does not end in it.
 
-    As released: width = U(scale) * base_width, aspect kept, then a crop, then a mirror with probability hflip.
-    The crop is taken before the resize, so that only pixels that end in it are resampled. Where the scaled
-    image is smaller than the crop, the right and lower rest is black and `IGNORE`.
+    Attributes:
+        scaled: (width, height) of the whole image after scaling.
+        left, top: of the part, in whole pixels of the scaled image.
+        size: (width, height) of the crop. What the scaled image does not cover of it lies right and below.
+        flip: whether the part is mirrored.
+    """
+
+    scaled: tuple[int, int]
+    left: int
+    top: int
+    size: tuple[int, int]
+    flip: bool
+
+    @property
+    def covered(self) -> tuple[int, int]:
+        """(width, height) that the scaled image covers of the crop."""
+        return min(self.scaled[0], self.size[0]), min(self.scaled[1], self.size[1])
+
+    def of_image(self, picture: Image.Image) -> Tensor:
+        """RGB picture of any size -> uint8 (3, H, W), black where not covered.
+
+        As if the whole were scaled (bilinear, antialiased) and then cropped: the box has fractions of a pixel, and the
+        filter sees the picture beyond it.
+        """
+        (width, height), (x, y) = self.covered, (picture.width / self.scaled[0], picture.height / self.scaled[1])
+        box = (self.left * x, self.top * y, (self.left + width) * x, (self.top + height) * y)
+        part = picture.resize((width, height), Image.Resampling.BILINEAR, box)
+        if self.flip:
+            part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        out = torch.zeros(3, *self.size[::-1], dtype=torch.uint8)
+        out[:, :height, :width] = torch.from_numpy(np.array(part)).permute(2, 0, 1)
+        return out
+
+    def of_label(self, ids: np.ndarray, train_ids: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+        """Label ids (H, W) of any size -> train ids uint8 (H, W), `IGNORE` where not covered; nearest neighbour.
+
+        Args:
+            train_ids: from label ids to train ids; called with those of the crop alone.
+        """
+        (width, height), (rows, columns) = self.covered, ids.shape
+        # Pixel i of n has its centre at (i + 1/2) / n of the way; in integers, so that no rounding moves one.
+        row = (2 * np.arange(self.top, self.top + height) + 1) * rows // (2 * self.scaled[1])
+        column = (2 * np.arange(self.left, self.left + width) + 1) * columns // (2 * self.scaled[0])
+        out = torch.full(self.size[::-1], IGNORE, dtype=torch.uint8)
+        part = ids[row][:, column[::-1] if self.flip else column]
+        out[:height, :width] = torch.from_numpy(train_ids(part))
+        return out
+
+
+class RandomScaleCropFlip:
+    """Draws crops: a random scale, a random part, a mirror.
+
+    As released: width = U(scale) * base_width, aspect kept, then a part of the crop's size, anywhere in the scaled
+    image, then a mirror with probability hflip. Where the scaled image is smaller than the crop, all of it is taken.
     """
 
     def __init__(self, cfg: DataConfig):
         self.base_width, self.scale, self.crop, self.hflip = cfg.base_width, cfg.scale, cfg.crop, cfg.hflip
 
-    def __call__(self, image: Tensor, label: Tensor | None, rng: np.random.Generator) -> tuple[Tensor, Tensor | None]:
-        """uint8 image (3, H, W) and label (H, W) or None -> the same at crop size."""
-        height, width = image.shape[1:]
-        factor = rng.uniform(*self.scale) * (self.base_width or width) / width
-        crop_w, crop_h = self.crop
-        # The crop, or as much of it as the scaled image fills; then the same part in the image's own pixels.
-        out_w, out_h = (max(1, min(c, round(s * factor))) for c, s in ((crop_w, width), (crop_h, height)))
-        box_w, box_h = (max(1, min(s, round(o / factor))) for s, o in ((width, out_w), (height, out_h)))
-        left, top = rng.integers(0, width - box_w + 1), rng.integers(0, height - box_h + 1)
-        flip = rng.random() < self.hflip
-
-        image = image[:, top : top + box_h, left : left + box_w]
-        image = F.resize(image, [out_h, out_w], antialias=True)
-        image = image.flip(-1) if flip else image
-        padding = [0, 0, crop_w - out_w, crop_h - out_h]
-        if label is not None:
-            label = label[None, top : top + box_h, left : left + box_w]
-            label = F.resize(label, [out_h, out_w], interpolation=InterpolationMode.NEAREST_EXACT)
-            label = label.flip(-1) if flip else label
-            label = F.pad(label, padding, fill=IGNORE)[0]
-        return F.pad(image, padding), label
+    def __call__(self, size: Sequence[int], rng: np.random.Generator) -> Crop:
+        """The crop of an image of a size (width, height)."""
+        factor = rng.uniform(*self.scale) * (self.base_width or size[0]) / size[0]
+        scaled = tuple(max(1, round(side * factor)) for side in size)
+        left, top = (int(rng.integers(max(0, s - c) + 1)) for s, c in zip(scaled, self.crop))
+        return Crop(scaled, left, top, tuple(self.crop), rng.random() < self.hflip)
 
 
 class Views:
-    """Network inputs from uint8 batches, on the batch's device.
+    """Network inputs from uint8 batches, on the batch's device. Random numbers are drawn on the host, and numbers go to
+    the device as arguments: nothing here waits for a GPU.
 
     Args:
         cfg: strengths of the strong view.
@@ -59,20 +100,24 @@ class Views:
     """
 
     def __init__(self, cfg: DataConfig, mean: tuple[float, ...], std: tuple[float, ...]):
-        self.mean, self.std, self.cutout = list(mean), list(std), cfg.cutout
+        self.mean, self.std, self.cutout = mean, std, cfg.cutout
         low, high = cfg.jitter_factor
-        jitter = v2.ColorJitter((low, high), (low, high), (low, high), cfg.jitter_hue)
-        self.jitter = jitter if cfg.jitter else v2.Identity()
+        self.jitter = v2.ColorJitter((low, high), (low, high), (low, high), cfg.jitter_hue) if cfg.jitter else None
         number, magnitude = cfg.randaugment
         self.randaugment = _randaugment(number, magnitude)
 
     def weak(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) -> float32, normalised."""
-        return F.normalize(images.float().div_(255), self.mean, self.std)
+        return _normalize(images.float().div_(255), self.mean, self.std)
 
     def strong(self, images: Tensor) -> Tensor:
         """As `weak`, each image with colours of its own."""
-        return self.weak(torch.stack([self.jitter(image) for image in images]))
+        if self.jitter is None:
+            return self.weak(images)
+        out = images.float().div_(255)
+        for image in out:
+            image.copy_(_jittered(image, self.jitter.make_params([])))
+        return _normalize(out, self.mean, self.std)
 
     def distill(self, images: Tensor) -> Tensor:
         """As `weak`, after RandAugment's colour operations and cutout (ProDA's strong view); geometry stays."""
@@ -92,7 +137,48 @@ def renormalize(images: Tensor, before: nn.Module, after: nn.Module) -> Tensor:
     if (tuple(before.mean), tuple(before.std)) == (tuple(after.mean), tuple(after.std)):
         return images
     mean = np.subtract(after.mean, before.mean) / before.std
-    return F.normalize(images, mean.tolist(), np.divide(after.std, before.std).tolist())
+    return _normalize(images.clone(), mean.tolist(), np.divide(after.std, before.std).tolist())
+
+
+def _normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """In place. torchvision's copies the statistics to the device at every call, and waits for it."""
+    for channel, m, s in zip(images.unbind(1), mean, std):
+        channel.sub_(m).div_(s)
+    return images
+
+
+def _jittered(image: Tensor, params: dict) -> Tensor:
+    """An image (3, H, W) in [0, 1] after the operations that `v2.ColorJitter.make_params` drew, in their order."""
+    operations = (
+        (F.adjust_brightness, params["brightness_factor"]),
+        (F.adjust_contrast, params["contrast_factor"]),
+        (F.adjust_saturation, params["saturation_factor"]),
+        (_turn_hue, params["hue_factor"]),
+    )
+    for i in params["fn_idx"]:
+        operation, amount = operations[i]
+        if amount is not None:  # None: its range holds "unchanged" alone
+            image = operation(image, amount)
+    return image
+
+
+def _turn_hue(image: Tensor, turn: float) -> Tensor:
+    """An image (3, H, W) in [0, 1] with its HSV hue turned by a share of the circle.
+
+    What torchvision's `adjust_hue` gives for floats, by a third of its passes over memory: hue runs from 0 to 6, and
+    each channel is a wave of it with a flat top and bottom, shifted by a third of the circle from the next.
+    """
+    red, green, blue = image.unbind(0)
+    low, high = torch.aminmax(image, dim=0)
+    chroma = high - low
+    to_blue, to_red = (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)
+    hue = torch.where(high == red, green - blue, torch.where(high == green, to_blue, to_red))
+    hue.div_(chroma.clamp(min=1e-6))  # -1..5; grey has none, and needs none
+    out = torch.empty_like(image)
+    for channel, shift in zip(out, (0, 4, 2)):
+        torch.add(hue, (6 * turn + shift) % 6 - 6, out=channel)
+        channel.abs_().sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(chroma).add_(low)
+    return out
 
 
 def _randaugment(number: int, magnitude: int) -> v2.Transform:

@@ -44,6 +44,10 @@ FOLDER_IDS = {"sky": 0, "building": 1, "street": 3, "car": 8}
 WIDTH, HEIGHT, BLOCK = 96, 64, 8
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=8, help="how often test_killed_at_random_moments kills its run")
+
+
 @dataclass(frozen=True)
 class Tree:
     """A dataset on disk: the config section that reads it, and the label ids written, by sample name."""

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import time
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -48,8 +49,8 @@ def use_tiny_networks(monkeypatch):
 FORK = multiprocessing.get_context("fork")  # torch is imported already
 
 
-def in_process(call, errors=None):
-    """Run `call` in a process as a script would; returns its exit code, negative for a signal."""
+def in_process(call, errors=None, seconds=120):
+    """Run `call` in a process as a script would, killed after some seconds; returns its exit code, negative for a signal."""
 
     def child():
         if errors:
@@ -60,10 +61,27 @@ def in_process(call, errors=None):
 
     process = FORK.Process(target=child)
     process.start()
-    process.join(120)
+    process.join(seconds)
     if process.exitcode is None:
         process.kill()
+        process.join()
     return process.exitcode
+
+
+def slow_steps(seconds, call):
+    """`call`, with steps that take so much longer."""
+
+    def slowed():
+        step = GuardedStep.__call__
+
+        def slow(self, *args):
+            time.sleep(seconds)
+            return step(self, *args)
+
+        GuardedStep.__call__ = slow
+        call()
+
+    return slowed
 
 
 def watch_batches(file, at=None, numbers=(signal.SIGKILL,)):

@@ -113,7 +113,7 @@ def work(*args, **kwargs):
 def forbid_training(monkeypatch):
     for stage_type in (train_bpl.BPL, train_pst.PST, distill.Distillation):
         monkeypatch.setattr(stage_type, "step", work)
-    monkeypatch.setattr(gen_pseudo_labels, "predict", work)
+    monkeypatch.setattr(gen_pseudo_labels, "predict_labels", work)
 
 
 @pytest.mark.parametrize("run", list(TERMS))

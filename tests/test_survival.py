@@ -7,9 +7,20 @@ import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
-from survival import FORK, assert_same_run, batches_of, in_process, metrics_of, same, use_tiny_networks, watch_batches
+from survival import (
+    FORK,
+    assert_same_run,
+    batches_of,
+    in_process,
+    metrics_of,
+    same,
+    slow_steps,
+    use_tiny_networks,
+    watch_batches,
+)
 
 import distill
 import gen_pseudo_labels
@@ -138,6 +149,39 @@ def test_killed_while_a_checkpoint_is_written(configure, upstream, folders, mome
     assert not list(other.rglob(".*.partial"))
     if moment == "between the renames":
         assert "resumed after step 4 from" in (other / "log.txt").read_text()
+
+
+def test_killed_at_random_moments(configure, upstream, folders, request):
+    """`pytest --kills 100` for more of them; they fall on starts, steps, validations and saves."""
+    wanted, rng = request.config.getoption("--kills"), np.random.default_rng()
+    steps = (f"train.iterations={5 * wanted}", f"train.horizon={9 * wanted}", "train.save_every=1")
+    main, one = long_run(configure, upstream, folders("at_once"), "bpl", *steps)
+    assert in_process(main) == 0
+    main, other = long_run(configure, upstream, folders("killed"), "bpl", *steps)
+    saves = other / "checkpoints"
+
+    def in_saving():
+        write = type(saves).write_bytes
+
+        def half(path, content):
+            write(path, bytes(content)[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        type(saves).write_bytes = half
+        main()
+
+    kills = 0
+    while kills < wanted:
+        slow = slow_steps(0.1, in_saving if kills == wanted // 2 else main)
+        kills += (status := in_process(slow, seconds=rng.uniform(0, 1.2))) == -signal.SIGKILL
+        assert status in (0, -signal.SIGKILL)
+        if status == 0:
+            break
+    assert kills > wanted // 2, f"the run was over after {kills} kills"
+    assert in_process(main) == 0
+    assert_same_run(one, other)
+    assert not list(other.rglob(".*.partial"))
+    print(f"{kills} kills")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -19,6 +19,7 @@ from torch import nn
 from models import WeightFile, load_weights, open_weights
 from models.formats import read_checkpoint
 from models.weights import find_imagenet_weights, find_simclr_weights
+from utils import distributed
 from utils.config import ROOT, Config, UserError
 from utils.process import PARTIAL
 from utils.schema import DEFAULT_BACKBONE
@@ -29,11 +30,14 @@ PRETRAINED = ROOT / "pretrain_model"
 def atomic_write(path: Path, write: Any, previous: Path | None = None) -> None:
     """Call `write(temporary path)`, then put the result in place of `path`: readers see the old file or the new.
 
-    The new file is on the disk before the old one goes; `previous` is where the old one is then kept.
+    The new file is on the disk before the old one goes; `previous` is where the old one is then kept. Of several
+    processes, the first alone writes.
 
     Raises:
         UserError: it cannot be written (disk full, read-only folder); the old file is as it was.
     """
+    if not distributed.is_main():
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,9 +79,13 @@ def write_json(path: Path, content: dict) -> None:
 
 def save_checkpoint(path: Path, content: dict, previous: Path | None = None) -> None:
     """Save a dict of tensors and plain values; see `atomic_write`."""
-    buffer = io.BytesIO()  # torch.save into a file hides why it could not be written
-    torch.save(content, buffer)
-    atomic_write(path, lambda p: p.write_bytes(buffer.getbuffer()), previous)
+
+    def write(temporary: Path) -> None:
+        buffer = io.BytesIO()  # torch.save into a file hides why it could not be written
+        torch.save(content, buffer)
+        temporary.write_bytes(buffer.getbuffer())
+
+    atomic_write(path, write, previous)
 
 
 def recipe(cfg: Config, model: nn.Module) -> dict:
@@ -94,20 +102,23 @@ def recipe(cfg: Config, model: nn.Module) -> dict:
 
 
 def seed_generators(seed: int) -> None:
-    """Start Python's, NumPy's and torch's generators, of every device."""
+    """Start Python's, NumPy's and torch's generators, of every device; each process of a run has streams of its own."""
+    if distributed.rank():
+        seed = int(np.random.SeedSequence([seed, distributed.rank()]).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def rng_state() -> dict:
-    """States of Python's, NumPy's and torch's generators, as tensors and plain values."""
+    """States of Python's, NumPy's and torch's generators, of the current GPU if there is any, as tensors and plain
+    values."""
     version, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (version, torch.from_numpy(keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
@@ -119,7 +130,21 @@ def set_rng_state(state: dict) -> None:
     np.random.set_state((version, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        of_each = state["cuda"]  # of every GPU in older files
+        torch.cuda.set_rng_state(of_each[torch.cuda.current_device() % len(of_each)])
+
+
+def rng_states() -> dict:
+    """`rng_state` of every process, as entries of a checkpoint."""
+    first, *others = distributed.gathered(rng_state())
+    return {"rng": first, "rng_of_others": others}
+
+
+def set_rng_states(saved: dict) -> None:
+    """Undo `rng_states`; what a process finds none for goes on with the streams that it has."""
+    states = [saved["rng"], *saved.get("rng_of_others", [])]  # runs from before several processes have none
+    if distributed.rank() < len(states):
+        set_rng_state(states[distributed.rank()])
 
 
 def file_hash(path: Path) -> str:
@@ -229,7 +254,8 @@ def find_init(cfg: Config) -> Path | None:
     if not find:
         return find_checkpoint(cfg, init, cfg.model.published)
     try:
-        return find(DEFAULT_BACKBONE if cfg.model.backbone == "auto" else cfg.model.backbone, PRETRAINED)
+        with distributed.main_first():  # it may have to be downloaded
+            return find(DEFAULT_BACKBONE if cfg.model.backbone == "auto" else cfg.model.backbone, PRETRAINED)
     except ValueError as error:
         raise UserError(str(error)) from None
 

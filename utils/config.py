@@ -219,6 +219,7 @@ def leaves_folder(path: str) -> bool:
 
 def _check(c: Config) -> None:
     """Raise ConfigError, naming the key, for values that cannot work together."""
+    from utils.distributed import world_size  # needs this module itself
 
     def require(holds: bool, message: str) -> None:
         if not holds:
@@ -266,10 +267,12 @@ def _check(c: Config) -> None:
         t.iterations <= t.horizon,
         f"train.iterations={t.iterations} is beyond train.horizon={t.horizon}, where the learning rate reaches zero",
     )
+    processes = world_size() if c.stage in TRAINING_STAGES else 1
     for key in ("batch_source", "batch_target"):
-        batch = getattr(t, key)
-        even = batch % t.accumulate == 0
-        require(even, f"train.{key}={batch} cannot be split into train.accumulate={t.accumulate} equal parts")
+        batch, parts = getattr(t, key), processes * t.accumulate
+        of = f"{processes} processes with train.accumulate={t.accumulate}"
+        into = f"train.accumulate={t.accumulate} equal parts" if processes == 1 else f"equal parts for {of}"
+        require(batch % parts == 0, f"train.{key}={batch} cannot be split into {into}; multiples of {parts} can")
     require(
         not (c.stage in TRAINING_STAGES and c.batchnorm.statistics == "saved"),
         "batchnorm.statistics=saved is for test.py and gen_pseudo_labels.py; training takes running or target",
@@ -356,16 +359,39 @@ def run_cli(main: Callable[[Config], Any], default_config: str, usage: str, stag
 
 
 def guarded(call: Callable[[], Any], debug: bool = False) -> None:
-    """Run `call`; a `UserError` becomes its message on stderr and its exit status, as does what the system refuses."""
+    """Run `call`; a `UserError` becomes its message on stderr and its exit status, as does what the system refuses.
+
+    Where torchrun has started several processes, they meet here, and part here when all are done. Of what ends one of
+    them, one line is said; it ends the others too.
+    """
+    from utils import distributed  # needs this module itself
+
     try:
-        call()
+        try:
+            distributed.start()
+            call()
+        except SystemExit:  # on a signal: every process leaves after the same step
+            distributed.end()
+            raise
+        distributed.end()
     except (UserError, OSError) as error:  # the latter: no space left, a read-only folder, …
         if debug:
             traceback.print_exc()
         if isinstance(error, OSError):
             error = UserError(f"{error.filename or 'the system says'}: {error.strerror or error}")
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.status)
+        _say_and_leave(f"error: {error}", error.status)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _say_and_leave("interrupted", 130)
+    except Exception as error:
+        if distributed.world_size() == 1:
+            raise
+        gone = distributed.others_are_gone(error) and not debug
+        _say_and_leave(f"error: {distributed.GONE}" if gone else traceback.format_exc(), 1)
+
+
+def _say_and_leave(line: str, status: int) -> None:
+    from utils import distributed
+
+    if distributed.first_to_say():
+        print(line, file=sys.stderr)
+    distributed.leave(status)

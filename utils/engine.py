@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from tqdm import tqdm
 
 from data import pseudo_labels
 from data.datasets import SegmentationDataset, build_dataset
@@ -22,7 +21,7 @@ from data.loaders import UNREADABLE, training_batches
 from data.transforms import RandomScaleCropFlip, Views
 from models import parameter_groups
 from models.formats import own_checkpoint
-from utils import checkpoint
+from utils import checkpoint, distributed
 from utils.config import Config, UserError, flatten, to_dict
 from utils.inference import (
     batchnorm_statistics,
@@ -30,7 +29,7 @@ from utils.inference import (
     recompute_batchnorm,
     set_batchnorm_statistics,
 )
-from utils.logging import RunLog, peak_memory, show_path
+from utils.logging import open_log, peak_memory, progress, show_path
 from utils.metrics import table
 from utils.process import Interruption, alone_in
 from utils.report import write_report
@@ -72,7 +71,7 @@ class Stage:
 
     def __init__(self, cfg: Config, device: torch.device):
         self.cfg, self.device = cfg, device
-        self.model = build_network(cfg, device)
+        self.model = distributed.synchronized(build_network(cfg, device), device)
         t = cfg.train
         groups = parameter_groups(self.model, t.lr, t.head_lr_factor)
         self.networks: dict[str, nn.Module] = {"model": self.model}
@@ -149,12 +148,14 @@ class _Run:
             self._restore(saved)
         else:
             self.files.clear()
+        distributed.same_weights(stage.networks)
         if cfg.train.compile:
             compile_networks(stage.networks, self.device)
         self.saved_at = self.iteration
-        self.log = RunLog(cfg, self.iteration, saved and saved.get("lengths"))
+        self.log = open_log(cfg, self.iteration, saved and saved.get("lengths"))
+        place = f"{self.device}" if distributed.world_size() == 1 else f"{distributed.world_size()} {self.device.type}s"
         self.log.say(
-            f"{show_path(self.folder)} on {self.device}: {len(self.source)} source, {len(self.target)} target "
+            f"{show_path(self.folder)} on {place}: {len(self.source)} source, {len(self.target)} target "
             f"and {len(self.val)} validation images; {loaded}"
         )
 
@@ -171,14 +172,12 @@ class _Run:
     def train(self, batches: Iterator[tuple[dict, dict]], stop: Interruption) -> dict:
         cfg, t = self.cfg, self.cfg.train
         scores = None
-        bar = tqdm(
-            total=t.iterations, initial=self.iteration, desc=cfg.name or cfg.stage, dynamic_ncols=True, disable=None
-        )
+        bar = progress(total=t.iterations, initial=self.iteration, desc=cfg.name or cfg.stage)
         timed, started = 0, time.monotonic()
         images_per_step = t.batch_source + (t.batch_target if self.stage.uses_target else 0)
         while self.iteration < t.iterations:
             batch = self._next(batches, stop)
-            if stop.signal:
+            if stop.came():
                 self._leave(stop)
             self.iteration += 1
             factor = (1 - self.iteration / t.horizon) ** t.power  # the first step is step 1, as released
@@ -190,6 +189,8 @@ class _Run:
             validates = self.iteration % t.val_every == 0 or self.iteration == t.iterations
             saves = validates or self.iteration % t.save_every == 0
             if saves or self.iteration % t.log_every == 0:
+                for found in distributed.gathered(sorted(self.unreadable)):
+                    self._count_unreadable(found)
                 means, lr = self.step.take_means(), next(iter(rates.values()))
                 rate = timed * images_per_step / (time.monotonic() - started)
                 faults = {"skipped_steps": self.step.skipped, "float16_overflows": self.step.overflows}
@@ -207,7 +208,7 @@ class _Run:
                 scores = self._validate_and_save(validates) or scores
                 started += time.monotonic() - pause
         bar.close()
-        if stop.signal:  # it came while the last step was saved: what is left takes no time, but no stage follows
+        if stop.came():  # while the last step was saved: what is left takes no time, but no stage follows
             self._leave(stop)
         result_file = self.folder / "metrics.json"
         trained = scores is not None
@@ -223,7 +224,7 @@ class _Run:
         return result
 
     def batches(self) -> Iterator[tuple[dict, dict]]:
-        """Source and target batches from here on, on the device."""
+        """Source and target batches from here on, or this process's parts of them, on the device."""
         t, workers, pin = self.cfg.train, self.cfg.data.workers, self.device.type == "cuda"
         source = training_batches(self.source, t.batch_source, workers, self.iteration, pin)
         target = itertools.repeat({})
@@ -276,7 +277,7 @@ class _Run:
     @torch.compiler.set_stance("force_eager")  # what is compiled are the shapes of training
     def _validate_and_save(self, validates: bool) -> dict | None:
         cfg, running = self.cfg, batchnorm_statistics(self.model)
-        rng = checkpoint.rng_state()  # put back below: training must not depend on when it is looked at
+        rng = checkpoint.rng_states()  # put back below: training must not depend on when it is looked at
         adapted = cfg.batchnorm.statistics == "target"
         if adapted:
             recompute_batchnorm(self.model, self.target, cfg, self.device)
@@ -314,7 +315,7 @@ class _Run:
             "optimizers": {k: v.state_dict() for k, v in self.stage.optimizers.items()},
             "best": self.best,
             "last": self.last_scores,
-            "rng": rng,
+            **rng,
             "step": self.step.state_dict(),
             "unreadable": sorted(self.unreadable),
             "upstream": self.upstream,
@@ -323,7 +324,7 @@ class _Run:
         self.files.save(state)
         self.saved_at = self.iteration
         set_batchnorm_statistics(self.model, running)
-        checkpoint.set_rng_state(rng)
+        checkpoint.set_rng_states(rng)
         return scores
 
     def _restore(self, saved: dict) -> None:
@@ -334,7 +335,7 @@ class _Run:
                 self.stage.networks[name].load_state_dict(state)
             for name, state in saved["optimizers"].items():
                 self.stage.optimizers[name].load_state_dict(state)
-            checkpoint.set_rng_state(saved["rng"])
+            checkpoint.set_rng_states(saved)
             self.step.load_state_dict(saved["step"])
             self.unreadable = set(saved["unreadable"])
         except (KeyError, RuntimeError, ValueError) as error:

@@ -12,6 +12,7 @@ from torch import Tensor
 from data.datasets import SegmentationDataset, read_image, resize_label
 from data.pseudo_labels import write_png
 from data.taxonomy import ClassSet
+from utils.distributed import is_main, wait
 from utils.visual import colorize, to_picture
 
 KINDS = ("color", "overlay", "train_ids", "label_ids")
@@ -36,8 +37,9 @@ class Exporter:
     def __init__(self, folder: Path, dataset: SegmentationDataset, classes: ClassSet, id_to_name: dict[int, str]):
         self.folder, self.dataset, self.classes = folder, dataset, classes
         self.label_ids = classes.inverse_table(id_to_name)
-        for kind in KINDS:
+        for kind in KINDS if is_main() else ():
             shutil.rmtree(folder / kind, ignore_errors=True)
+        wait()
 
     def __call__(self, index: int, image: Tensor, prediction: Tensor, label: Tensor | None = None) -> None:
         sample = self.dataset.samples[index]

@@ -6,20 +6,25 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
-from tqdm import tqdm
 
 from data.datasets import SegmentationDataset
 from data.loaders import whole_images
 from data.taxonomy import ClassSet
 from models import upsample
+from utils import distributed
 from utils.config import Config, UserError
+from utils.logging import progress
 from utils.metrics import ConfusionMatrix
+
+# Of logits at image size that are worked on at once, (CPU, GPU): caches hold the one, few kernels are started for the other.
+STRIP_BYTES = (8 * 2**20, 64 * 2**20)
 
 
 def default_precision(device: torch.device) -> str:
@@ -53,6 +58,8 @@ def predict(
 ) -> Tensor:
     """Class probabilities at image size, float32 (N, K, H, W): the mean over scales, mirrors and windows.
 
+    For labels alone, `predict_labels` is faster and needs a fraction of the memory.
+
     Args:
         model: in eval mode.
         images: uint8 (N, 3, H, W), on the model's device.
@@ -62,25 +69,126 @@ def predict(
         window: [width, height] in pixels of the resized images that the network sees at once; () = all.
         overlap: least share of a window that its neighbour sees too, in 0..1.
     """
+    views = _see(model, images, flip, precision, scales, window, overlap)
     size = images.shape[2:]
-    x, total = normalized(images, model), None
+    return torch.stack([torch.cat([p for _, p in _probabilities(views, i, size)], 1) for i in range(len(images))])
+
+
+def predict_labels(
+    model: nn.Module,
+    images: Tensor,
+    flip: bool = False,
+    precision: str = "float32",
+    scales: Sequence[float] = (1.0,),
+    window: Sequence[int] = (),
+    overlap: float = 0.5,
+    with_confidence: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The likeliest class of each pixel, uint8 (N, H, W), and its probability as round(255 p), uint8 too, or None.
+
+    Strip by strip: neither logits nor probabilities ever exist at image size. Arguments are those of `predict`.
+    """
+    views = _see(model, images, flip, precision, scales, window, overlap)
+    size = images.shape[2:]
+    labels = images.new_empty(len(images), *size)
+    confidence = images.new_empty(len(images), *size) if with_confidence else None
+    for i in range(len(images)):
+        if len(views) == 1 and not with_confidence:  # softmax does not change which class is largest
+            view = views[0]
+            for rows in _strips(size, view.logits):
+                labels[i, rows] = _largest(view.at_image_size(i, rows))[1]
+            continue
+        for rows, probabilities in _probabilities(views, i, size):
+            largest, labels[i, rows] = _largest(probabilities)
+            if with_confidence:
+                confidence[i, rows] = largest.mul_(255).round_()
+    return labels, confidence
+
+
+@dataclass(frozen=True)
+class _View:
+    """What the network says of one part of the images, at its own resolution.
+
+    Attributes:
+        logits: float32 (N, K, h, w).
+        place: rows and columns of the images that it was shown.
+        mirrored: whether it was shown them mirrored.
+        seen: float32 (H, W), in how many views of this scale each pixel is.
+    """
+
+    logits: Tensor
+    place: tuple[slice, slice]
+    mirrored: bool
+    seen: Tensor
+
+    def at_image_size(self, i: int, rows: slice) -> Tensor:
+        """Logits (K, R, W') of image `i` in some of its rows, which lie within the view: as `upsample` has them."""
+        logits, (view_rows, columns) = self.logits[i], self.place
+        steps, last = view_rows.stop - view_rows.start - 1, logits.shape[1] - 1
+        at = torch.arange(rows.start, rows.stop, device=logits.device, dtype=torch.float32) - view_rows.start
+        at = at * (last / max(1, steps))
+        above = at.long().clamp_(max=max(0, last - 1))
+        below = (above + 1).clamp_(max=last)
+        strip = torch.lerp(logits[:, above], logits[:, below], (at - above)[:, None])
+        return upsample(strip[None], (strip.shape[1], columns.stop - columns.start))[0]
+
+
+def _see(
+    model: nn.Module,
+    images: Tensor,
+    flip: bool,
+    precision: str,
+    scales: Sequence[float],
+    window: Sequence[int],
+    overlap: float,
+) -> list[_View]:
+    """Every forward pass that `predict` asks for."""
+    size = images.shape[2:]
+    x, views = normalized(images, model), []
     for scale in scales:
         scaled_size = [max(1, round(side * scale)) for side in size]
         scaled = x if scaled_size == list(size) else F.resize(x, scaled_size, antialias=True)
         places = list(_windows(scaled_size, size, window, overlap))
-        seen = x.new_zeros(size)  # how often the network sees each pixel at this scale
+        seen = x.new_zeros(size)
         for _, place in places:
             seen[place] += 1 + flip
         for (crop, place), mirrored in itertools.product(places, (False, True)[: 1 + flip]):
             view = scaled[:, :, *crop]
             with torch.no_grad(), autocast(x.device, precision):
                 logits = model(view.flip(-1) if mirrored else view)["logits"].float()
-            if total is None:
-                total = x.new_zeros(len(x), logits.shape[1], *size)
-            for i in range(len(x)):  # one by one: maps at image size are what fills the memory
-                part = upsample(logits[i : i + 1], seen[place].shape)[0].softmax(0)
-                total[i, :, *place] += (part.flip(-1) if mirrored else part).div_(seen[place])
-    return total.div_(len(scales))
+            views.append(_View(logits, place, mirrored, seen))
+    return views
+
+
+def _probabilities(views: list[_View], i: int, size: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, probabilities float32 (K, R, W)) of image `i`, from top to bottom."""
+    scales = len({id(view.seen) for view in views})
+    for rows in _strips(size, views[0].logits):
+        total = views[0].logits.new_zeros(views[0].logits.shape[1], rows.stop - rows.start, size[1])
+        for view in views:
+            view_rows, columns = view.place
+            inside = slice(max(rows.start, view_rows.start), min(rows.stop, view_rows.stop))
+            if inside.start < inside.stop:
+                part = view.at_image_size(i, inside).softmax(0)
+                part = (part.flip(-1) if view.mirrored else part).div_(view.seen[inside, columns])
+                total[:, inside.start - rows.start : inside.stop - rows.start, columns] += part
+        yield rows, total.div_(scales)
+
+
+def _strips(size: Sequence[int], logits: Tensor) -> Iterator[slice]:
+    """Rows of an image of (height, width) whose logits at image size fill `STRIP_BYTES`."""
+    height, width = size
+    rows = max(1, STRIP_BYTES[logits.device.type != "cpu"] // (logits.shape[1] * width * logits.element_size()))
+    for start in range(0, height, rows):
+        yield slice(start, min(start + rows, height))
+
+
+def _largest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum over the classes of (K, R, W), and the first class that has it, uint8: `max(0)`, but several times faster
+    on a CPU, where searching an index is not vectorised and comparing bytes is."""
+    largest = scores.amax(0)
+    ids = torch.arange(len(scores), dtype=torch.uint8, device=scores.device)[:, None, None]
+    return largest, (scores < largest).byte().mul_(255).bitwise_or_(ids).amin(0)
 
 
 def _windows(
@@ -123,6 +231,8 @@ def predictions(
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
     """(index, image uint8 (3, H, W), prediction uint8 (H, W), label uint8 (H, W) or None) of every image, in order.
 
+    Several processes share the images.
+
     Args:
         model: in eval mode.
         cfg: `test` says how to predict.
@@ -132,22 +242,21 @@ def predictions(
         UserError: an image cannot be read, or is too large for the device.
     """
     t = cfg.test
-    loader = whole_images(dataset, t.batch, cfg.data.workers)
-    with tqdm(total=len(dataset), desc=doing, unit="img", leave=False, dynamic_ncols=True, disable=None) as progress:
+    mine = distributed.deal(len(dataset), t.batch)
+    loader = whole_images(dataset, t.batch, cfg.data.workers, mine)
+    with progress(total=len(mine), desc=doing, unit="img", leave=False) as bar:
         for indices, images, labels in same_size_batches(loader, device):
             try:
-                maps = predict(model, images, t.flip, cfg.train.precision, t.scales, t.window, t.overlap)
-                found = maps.argmax(1).byte()
+                found, _ = predict_labels(model, images, t.flip, cfg.train.precision, t.scales, t.window, t.overlap)
             except torch.OutOfMemoryError:
                 size = f"{images.shape[3]}x{images.shape[2]}"
                 raise UserError(
                     f"{dataset.samples[indices[0]].image} ({size}) does not fit into the memory of {device}: "
                     "a smaller test.window or test.batch needs less"
                 ) from None
-            del maps  # before the caller works on
             for i, index in enumerate(indices):
                 yield index, images[i], found[i], None if labels is None else labels[i]
-            progress.update(len(indices))
+            bar.update(len(indices))
 
 
 def evaluate(
@@ -161,7 +270,8 @@ def evaluate(
     """Scores of a network on a labelled dataset; see `ConfusionMatrix.scores`.
 
     Args:
-        see: each is called with (index, image, prediction, label) of each image, e.g. to draw it.
+        see: each is called with (index, image, prediction, label) of each image, e.g. to draw it. Several processes
+            share the images; the scores are those of all, and a `see` that has a method `gather` has seen all.
     """
     was_training = model.training
     model.eval()
@@ -171,6 +281,10 @@ def evaluate(
         for look in see:
             look(index, image, prediction, label)
     model.train(was_training)
+    confusion.gather(device)
+    for look in see:
+        if hasattr(look, "gather"):
+            look.gather()
     return confusion.scores(classes)
 
 

@@ -8,7 +8,9 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from utils import distributed
 from utils.checkpoint import atomic_write, plain
 from utils.config import ROOT, Config, UserError, flatten, to_dict
 
@@ -113,6 +116,26 @@ class RunLog:
     def close(self) -> None:
         """Flush TensorBoard."""
         self.board.close()
+
+
+class NoLog:
+    """In place of a `RunLog` where another process writes: every call of it does nothing."""
+
+    def __init__(self, cfg: Config):
+        self.folder = cfg.run_dir
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def open_log(cfg: Config, first_step: int = 0, lengths: dict[str, int] | None = None) -> RunLog | NoLog:
+    """The log of a run, which the first of its processes writes; see `RunLog`."""
+    return RunLog(cfg, first_step, lengths) if distributed.is_main() else NoLog(cfg)
+
+
+def progress(steps: Iterable | None = None, **options: Any) -> tqdm:
+    """A progress bar, on a terminal and of the first process alone."""
+    return tqdm(steps, dynamic_ncols=True, disable=None if distributed.is_main() else True, **options)
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

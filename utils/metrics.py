@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from data.taxonomy import IGNORE, ClassSet
+from data.taxonomy import ClassSet
+from utils import distributed
 
 
 class ConfusionMatrix:
@@ -17,10 +18,16 @@ class ConfusionMatrix:
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """Count integer maps of one shape; pixels whose label is `IGNORE` are left out."""
-        known = label != IGNORE
-        pairs = label[known].long() * self.num_classes + prediction[known].long()
-        counts = torch.bincount(pairs, minlength=self.num_classes**2).view(self.num_classes, -1)
-        self.counts = counts if self.counts is None else self.counts + counts
+        k = self.num_classes
+        rows = label.long().clamp_(max=k)  # ignored pixels have a row of their own: to leave them out, one would wait
+        counts = torch.bincount(rows.mul_(k).add_(prediction).flatten(), minlength=(k + 1) * k)[: k * k].view(k, k)
+        self.counts = counts if self.counts is None else self.counts.add_(counts)
+
+    def gather(self, device: torch.device) -> None:
+        """Add up the counts of all processes, some of which may have none."""
+        if self.counts is None:
+            self.counts = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=device)
+        self.counts = distributed.total(self.counts.contiguous())
 
     def scores(self, classes: ClassSet) -> dict:
         """Scores in percent, by name.

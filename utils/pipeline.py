@@ -33,7 +33,7 @@ import train_bpl
 import train_pst
 from data.datasets import build_dataset
 from data.taxonomy import IGNORE, ClassSet
-from utils import checkpoint
+from utils import checkpoint, distributed
 from utils.config import ROOT, Config, ConfigError, guarded, load_config
 from utils.controls import control_runs, gap_closed
 from utils.engine import fit
@@ -178,6 +178,7 @@ def _panel(cfg: Config, runs: dict[str, str], path: Path) -> None:
             gains[index] += sign * ((prediction == label).sum() / (label != IGNORE).sum().clamp(min=1)).item()
 
         evaluate(model, val, cfg.classes, cfg, device, see)
+    gains = sum(distributed.gathered(gains))
     ranked = np.argsort(-gains, kind="stable")
     chosen = ranked[np.linspace(0, len(val) - 1, min(5, len(val))).round().astype(int)]
     val.samples = [val.samples[i] for i in chosen]
@@ -196,13 +197,15 @@ def _panel(cfg: Config, runs: dict[str, str], path: Path) -> None:
 def run_seeds(overrides: list[str], seeds: list[int], controls: bool = False) -> dict:
     """The pipeline once for each seed; returns what is written to seeds.json: mean and deviation by stage and class."""
     base = load_config(ROOT / "configs" / "stage1_BPL.yml", overrides)
-    summaries = []
+    summaries, folders = [], {}
     for seed in seeds:
         print(f"==== seed {seed}", flush=True)
         summaries.append(run([*overrides, f"seed={seed}", f"runs={base.runs}/seed{seed}"], controls)["stages"])
-    result = {"benchmark": base.benchmark, "seeds": seeds, "stages": over_seeds(summaries)}
+        folders[str(seed)] = f"../seed{seed}/{base.benchmark_name}"  # from seeds.json's own
+    result = {"benchmark": base.benchmark, "seeds": seeds, "folders": folders, "stages": over_seeds(summaries)}
     path = base.sibling_run("seeds.json")
     checkpoint.write_json(path, result)
+    write_report(path.parent)
     print(format_summary(result["stages"]))
     print(f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}; written to {show_path(path)}")
     return result

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from utils import distributed
 from utils.config import UserError
 
 try:
@@ -29,11 +30,24 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Hold the lock of a run folder, which is made if need be, and taken away again if nothing was written into it.
 
     The lock belongs to this process alone, not to its loader processes, and ends with it however it ends: there is
-    nothing to clean up after a kill. Leftovers of half-written files are deleted.
+    nothing to clean up after a kill. Leftovers of half-written files are deleted. Of several processes of a run, the
+    first holds it for all; they enter and leave together.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another run holds it.
     """
+    if distributed.is_main():
+        with _locked(folder):
+            distributed.wait()
+            yield
+    else:
+        distributed.wait()
+        yield
+    distributed.wait()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+", encoding="utf-8") as file:
@@ -68,7 +82,11 @@ def _lock(file, folder: Path) -> None:
 
 
 class Interruption:
-    """Ctrl-C and SIGTERM inside a `with` block: the first is noted in `signal`, a second ends the process at once."""
+    """Ctrl-C and SIGTERM inside a `with` block: the first is noted in `signal`, a second ends the process at once.
+
+    Not so one of several processes, which would leave the others waiting: torchrun itself ends those that stay for
+    more than half a minute.
+    """
 
     def __init__(self):
         self.signal: int | None = None
@@ -86,11 +104,21 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if distributed.world_size() > 1:
+            self.signal = self.signal or number
+            return
         if self.signal:
             raise SystemExit(128 + number)
         self.signal = number
         # Not print: the handler may have interrupted one.
         os.write(2, b"\nending after this step and a save; once more ends at once\n")
+
+    def came(self) -> bool:
+        """Whether a signal has come by now, to any process of the run: all of them leave after the same step."""
+        number = distributed.largest(self.signal or 0)
+        if number:
+            self.signal = number
+        return bool(number)
 
     @property
     def name(self) -> str:

@@ -4,7 +4,7 @@
     python -m utils.report runs/toy/bpl              one stage, as its training writes it
 
 Built from what a run folder holds: metrics.jsonl, metrics.json, manifest.json, config.yml, panels/, and of a
-benchmark summary.json, panel.png, features.json and features.png. What is missing is left out.
+benchmark summary.json, seeds.json, panel.png, features.json and features.png. What is missing is left out.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from utils.charts import Bar, Line, bars, chips, heat_map, line_chart, picture, table, tiles
 from utils.checkpoint import atomic_write
 from utils.config import flatten, guarded
+from utils.distributed import is_main
 from utils.logging import show_path
 from utils.runs import STAGES, class_set_of, find_runs, read_mapping, title_of
 
@@ -58,13 +59,18 @@ def _percent(value: object) -> str:
     return f"{value:.1f}" if isinstance(value, int | float) else "–"
 
 
+def _spread(value: object) -> str:
+    return f"{value['mean']:.1f} ± {value['std']:.1f}" if isinstance(value, dict) and "std" in value else "–"
+
+
 class _Page:
     """The sections of a page; each is '' where the folder has nothing for it."""
 
     def __init__(self, folder: Path):
         folder = folder.resolve()
-        self.folder, self.runs = folder, find_runs(folder)
-        self.alone = self.runs[0].folder == folder
+        self.folder, self.over_seeds = folder, read_mapping(folder / "seeds.json")
+        self.runs = [] if self.over_seeds and not (folder / "summary.json").is_file() else find_runs(folder)
+        self.alone = bool(self.runs) and self.runs[0].folder == folder
         self.config = next((run.config for run in reversed(self.runs) if run.config), {})
         summary = {} if self.alone else read_mapping(folder / "summary.json")
         self.rows: dict[str, dict] = {k: v for k, v in summary.get("stages", {}).items() if isinstance(v, dict)}
@@ -134,6 +140,24 @@ class _Page:
             lead += " Gap closed: share of the way from that control to the network with target labels."
         title = "mIoU" if self.alone else "mIoU by stage"
         return _section(title, f'<div class="pair">{chart}{scores}</div>', lead)
+
+    def seeds(self) -> str:
+        rows = {k: v for k, v in self.over_seeds.get("stages", {}).items() if isinstance(v, dict) and "miou" in v}
+        if not rows:
+            return ""
+        columns = {title: key for title, key in COLUMNS.items() if any(row.get(key) for row in rows.values())}
+        cells = ([_spread(row.get(key)) for key in columns.values()] for row in rows.values())
+        scores = table(["", *columns], [[self.title(name), *row] for name, row in zip(rows, cells)])
+        classes = list(next(iter(rows.values())).get("iou") or {})
+        by_class = table(
+            ["IoU", *map(title_of, rows)],
+            [[name, *(_spread(row["iou"].get(name)) for row in rows.values())] for name in classes],
+        )
+        pages = {f"seed {k}": v for k, v in self.over_seeds.get("folders", {}).items()}
+        links = ", ".join(f'<a href="{escape(v)}/report.html">{escape(k)}</a>' for k, v in pages.items())
+        count = len(self.over_seeds.get("seeds", []))
+        lead = f"In percent, last checkpoints: mean ± standard deviation over {count} seeds. {links}"
+        return _section("Over seeds", f'<div class="scroll">{scores}</div><div class="scroll">{by_class}</div>', lead)
 
     def curves(self) -> str:
         starts, offset = [], 0
@@ -277,7 +301,7 @@ class _Page:
 
     def html(self) -> str:
         style = (Path(__file__).with_name("report.css")).read_text(encoding="utf-8")
-        parts = (self.scores, self.panels, self.classes, self.curves, self.confusion, self.pseudo_labels, self.features)
+        parts = (self.seeds, self.scores, self.panels, self.classes, self.curves, self.confusion, self.pseudo_labels, self.features)
         body = self.head() + self.overview() + "".join(part() for part in (*parts, self.configs))
         name = escape(self.folder.name)
         return (
@@ -289,8 +313,10 @@ class _Page:
 
 def write_report(folder: Path) -> Path:
     """Write `folder`/report.html and return its path; raises UserError if the folder holds no run."""
-    page, path = _Page(folder).html(), folder / "report.html"
-    atomic_write(path, lambda p: p.write_text(page, encoding="utf-8"))
+    path = folder / "report.html"
+    if is_main():
+        page = _Page(folder).html()
+        atomic_write(path, lambda p: p.write_text(page, encoding="utf-8"))
     return path
 
 

@@ -69,7 +69,7 @@ class DataConfig:
         [2, 10], "distillation's strong view: number and magnitude of operations (ProDA)", most=10
     )
     cutout: float = opt(0.25, "distillation's strong view: side of the hole as a share of the crop's; 0 = none", most=1)
-    workers: int = opt(4, "loader processes per domain; 0 loads in the training process")
+    workers: int = opt(4, "loader processes per domain and training process; 0 loads in the latter")
     check: int = opt(8, "images of each dataset that are read and looked at before training starts; 0 = none")
     on_error: Literal["stop", "skip"] = opt(
         "stop", "training image or label that cannot be used: end, or take the next one in its place"
@@ -132,8 +132,8 @@ class TrainConfig:
     lr_discriminator: float = opt(
         1e-4, "Adam on the discriminator, betas (0.9, 0.99), same poly schedule (as released)", least=TINY
     )
-    batch_source: int = opt(4, "source crops a step (as released)", least=1)
-    batch_target: int = opt(4, "target crops a step (as released)", least=1)
+    batch_source: int = opt(4, "source crops a step, of all processes together (as released)", least=1)
+    batch_target: int = opt(4, "target crops a step, of all processes together (as released)", least=1)
     precision: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = opt(
         "auto",
         "of the forward passes (losses are float32); auto = bfloat16 on GPUs that have it, float16 with loss scaling on "
@@ -212,7 +212,7 @@ class Config:
     which: Literal["last", "best"] = opt("last", "checkpoint of a named run; best was chosen by looking at val labels")
     pseudo_labels: str = opt("pseudo_labels", "run that holds the pseudo labels")
     seed: int = opt(0, "of weights, data order and augmentation", most=2**31)
-    device: str = opt("auto", "auto = cuda where there is one | cpu | cuda:N")
+    device: str = opt("auto", "auto = cuda where there is one, under torchrun a GPU for each process | cpu | cuda:N")
     data: DataConfig = opt(None, "")
     model: ModelConfig = opt(None, "")
     loss: LossConfig = opt(None, "")

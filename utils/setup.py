@@ -14,14 +14,15 @@ from data import toy
 from data.datasets import SegmentationDataset
 from data.taxonomy import CLASS_SETS
 from models import OUTPUT_STRIDE, WeightFile, build_model
-from utils import checkpoint
+from utils import checkpoint, distributed
 from utils.config import Config, UserError
 from utils.inference import default_precision, recompute_batchnorm, set_batchnorm_statistics
 from utils.schema import DEFAULT_ARCH, DEFAULT_BACKBONE, TRAINING_STAGES
 
 
 def _device_name(cfg: Config) -> str:
-    return cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return distributed.own_gpu(name) if name.startswith("cuda") else name
 
 
 def choose_device(cfg: Config) -> torch.device:
@@ -37,6 +38,8 @@ def choose_device(cfg: Config) -> torch.device:
     try:
         device = torch.device(_device_name(cfg))
         torch.empty(1, device=device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # where collectives and random streams are by default
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"device={cfg.device} cannot be used: {reason}") from None
@@ -50,7 +53,8 @@ def choose_device(cfg: Config) -> torch.device:
 def prepare_data(cfg: Config) -> None:
     """Draw the toy cities where the benchmark asks for them."""
     if cfg.data.toy_root:
-        toy.generate(cfg.data.toy_root)
+        with distributed.main_first():
+            toy.generate(cfg.data.toy_root)
 
 
 def settle(cfg: Config, file: WeightFile | None = None) -> Config:
@@ -85,10 +89,12 @@ def settle(cfg: Config, file: WeightFile | None = None) -> Config:
         if not fitting:
             raise UserError(f"{file.path} has {file.num_classes} classes: name them with benchmark= or data.class_set=")
         cfg.data.class_set = fitting[0]
-    if cfg.stage in TRAINING_STAGES and m.arch == "deeplab_pbal" and t.accumulate in (t.batch_source, t.batch_target):
+    on_gpu = _device_name(cfg).startswith("cuda")  # where BatchNorm is over the parts of all processes
+    parts = t.accumulate * (1 if on_gpu else distributed.world_size())
+    if cfg.stage in TRAINING_STAGES and m.arch == "deeplab_pbal" and parts in (t.batch_source, t.batch_target):
         raise UserError(
             "model.arch=deeplab_pbal normalises pooled features over the batch: train.batch_* must be 2 or more, and "
-            "with train.accumulate, 2 or more in each of its parts"
+            "with train.accumulate, or several processes on a CPU, 2 or more in each part"
         )
     return cfg
 

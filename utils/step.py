@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 
 from data.taxonomy import IGNORE
 from models import statistics_kept
-from utils import checkpoint
+from utils import checkpoint, distributed
 from utils.config import Config, UserError, to_dict
 from utils.inference import autocast
 from utils.logging import show_path
@@ -22,6 +23,9 @@ from utils.logging import show_path
 
 class GuardedStep:
     """Steps whose update is made only if every loss and gradient is finite.
+
+    Of several processes, each has its part of the batch: gradients, losses and running statistics are means over them,
+    so that all make the same update, or none, and any number of processes can go on from there.
 
     In float16, losses are scaled up so that small gradients do not vanish. Gradients that overflow are then no fault:
     the step is left out, counted in `overflows`, and the scale goes down.
@@ -84,14 +88,20 @@ class GuardedStep:
         with autocast(self.device, t.precision):
             for parts in zip(_split(source, t.accumulate), _split(target, t.accumulate)):
                 losses(*parts, backward)
+        gradients = {k: [p.grad for p in n.parameters() if p.grad is not None] for k, n in self.networks.items()}
+        # One exchange after all backward passes. DistributedDataParallel would have one in each of them (source, target,
+        # every part), in buckets that it lays out anew after a start: sums of three and more would round otherwise than
+        # in a run that was never stopped.
+        terms = {name: value.float() for name, value in terms.items()}
+        statistics = [b for n in self.networks.values() for b in n.buffers() if b.is_floating_point()]
+        distributed.average([*itertools.chain(*gradients.values()), *terms.values(), *statistics])
         if self.scaler.is_enabled():
             for optimizer in self.optimizers.values():
                 self.scaler.unscale_(optimizer)
-        gradients = {k: [p.grad for p in n.parameters() if p.grad is not None] for k, n in self.networks.items()}
         norms = {k: get_total_norm(g) for k, g in gradients.items() if g}
         # The step's one wait for the device, for all numbers in one copy, with only the update left to be queued:
         # the host has to know before weights are touched.
-        values = torch.stack([v.float() for v in (*terms.values(), *norms.values())]).tolist()
+        values = torch.stack([*terms.values(), *norms.values()]).tolist()
         numbers = {"loss": dict(zip(terms, values)), "grad_norm": dict(zip(norms, values[len(terms) :]))}
         finite = [all(map(math.isfinite, kind.values())) for kind in (numbers["loss"], numbers["grad_norm"])]
         if self.scaler.is_enabled():
@@ -99,7 +109,8 @@ class GuardedStep:
             if finite == [True, False]:
                 return self._overflow(iteration)
         if not all(finite):
-            said = self._keep(numbers, {"source": source, "target": target, "rng": rng}, iteration)
+            parts = {"source": distributed.joined(source), "target": distributed.joined(target)}
+            said = self._keep(numbers, parts | {"rng": rng}, iteration)
             for buffer, before in buffers:
                 buffer.copy_(before)
             return said
@@ -164,12 +175,13 @@ class GuardedStep:
 
 
 def _split(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
-    """The batch in equal parts; what the labelled pixels of each count by is the same for all."""
+    """The batch in equal parts; what the labelled pixels of each count by is the same for all, in every process."""
     if not batch:
         return [batch] * parts
     chunks = {key: value.chunk(parts) for key, value in batch.items()}
     split = [dict(zip(chunks, values)) for values in zip(*chunks.values())]
     if "label" in batch:
         labelled = (batch["label"] != IGNORE).sum().float() / parts
+        distributed.average([labelled])
         split = [part | {"labelled": labelled} for part in split]
     return split

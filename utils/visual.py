@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from data.taxonomy import IGNORE, ClassSet
+from utils import distributed
 from utils.metrics import ConfusionMatrix
 
 
@@ -54,8 +55,9 @@ def save_panel(path: Path, rows: list[list[np.ndarray]], captions: list[str], wi
             tile = Image.fromarray(picture).resize((width, height), resample)
             sheet.paste(tile, (column * (width + gap), top))
         top += height + gap
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    if distributed.is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
     return np.asarray(sheet)
 
 
@@ -73,6 +75,10 @@ class Gallery:
     def __call__(self, index: int, image: Tensor, prediction: Tensor, label: Tensor) -> None:
         if index in self.indices:
             self.shown[index] = [to_picture(image), colorize(prediction, self.classes), colorize(label, self.classes)]
+
+    def gather(self) -> None:
+        """Bring together what the processes have seen."""
+        self.shown = dict(sorted(entry for part in distributed.gathered(self.shown) for entry in part.items()))
 
     def save(self, path: Path) -> np.ndarray:
         """Panel of image | prediction | truth."""
@@ -99,9 +105,19 @@ class Worst(Gallery):
         if math.isnan(scores["miou"]):  # no labelled pixel
             return
         self.scores[index] = {"image": self.names[index]} | {key: scores[key] for key in ("miou", "pixel_accuracy")}
-        worst = sorted(self.scores, key=lambda i: self.scores[i]["miou"])[: self.count]
+        worst = self._worst()
         self.indices = set(worst)
         super().__call__(index, image, prediction, label)
+        self.scores, self.shown = ({i: kept[i] for i in worst} for kept in (self.scores, self.shown))
+
+    def _worst(self) -> list[int]:
+        return sorted(self.scores, key=lambda i: (self.scores[i]["miou"], i))[: self.count]
+
+    def gather(self) -> None:
+        """As `Gallery.gather`: of the worst of each process, the worst."""
+        super().gather()
+        self.scores = {i: score for part in distributed.gathered(self.scores) for i, score in part.items()}
+        worst = self._worst()
         self.scores, self.shown = ({i: kept[i] for i in worst} for kept in (self.scores, self.shown))
 
 

@@ -1,6 +1,7 @@
 """Thresholds of pseudo labels, and how they become the target's labels."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -67,3 +68,36 @@ def test_attached_labels_are_train_ids_as_they_stand(trees, tmp_path):
     store.label_path(tmp_path, target.samples[3].name).unlink()
     with pytest.raises(UserError, match=f"1 of 5 pseudo labels are missing .* first {target.samples[3].name}"):
         store.attach(target, tmp_path, CLASS_SETS["cityscapes19"])
+
+
+def test_files_beside_are_all_there_at_the_end_and_few_wait(tmp_path):
+    maps = np.random.default_rng(0).integers(0, 256, (50, 16, 24), np.uint8)
+    with store.Beside() as beside:
+        for i, array in enumerate(maps):
+            beside(store.write_png, tmp_path / f"{i % 3}/{i}.png", array)
+            assert len(beside._pending) <= 2 * store.THREADS
+    for i, array in enumerate(maps):
+        np.testing.assert_array_equal(store.read_png(tmp_path / f"{i % 3}/{i}.png"), array)
+
+
+def test_what_cannot_be_written_beside_is_named_and_the_rest_dropped(tmp_path):
+    (tmp_path / "file").write_text("in the way of a folder")
+    begun = []
+    with pytest.raises(UserError, match=r"cannot write .*file/x\.png: (File exists|Not a directory)"):  # noqa: SIM117
+        with store.Beside() as beside:
+            beside(store.write_png, tmp_path / "file" / "x.png", np.zeros((2, 2), np.uint8))
+            for i in range(1000):
+                beside(begun.append, i)
+    assert len(begun) <= 2 * store.THREADS
+    begun.clear()
+    with pytest.raises(KeyError), store.Beside() as beside:  # an error of the caller's own
+        for i in range(2 * store.THREADS):
+            beside(lambda i=i: (time.sleep(0.2), begun.append(i)))
+        raise KeyError
+    assert len(begun) <= store.THREADS
+
+
+def test_full_disk_is_one_line(tmp_path):
+    (tmp_path / "x.png").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"^cannot write .*x\.png: No space left on device$"):
+        store.write_png(tmp_path / "x.png", np.zeros((64, 64), np.uint8))

@@ -10,13 +10,14 @@ from torch import nn
 from data.datasets import build_dataset
 from data.loaders import whole_images
 from data.transforms import RandomScaleCropFlip
-from models import build_model
+from models import build_model, upsample
 from utils import inference
 from utils.config import UserError
 from utils.inference import (
     batchnorm_statistics,
     evaluate,
     predict,
+    predict_labels,
     recompute_batchnorm,
     same_size_batches,
     set_batchnorm_statistics,
@@ -203,11 +204,56 @@ def test_where_windows_overlap_their_probabilities_are_averaged():
     torch.testing.assert_close(row, torch.cat([dark.repeat(16), ((dark + half) / 2).repeat(16), half.repeat(16)]))
 
 
+class Given(nn.Module):
+    """Says what it was given, image by image."""
+
+    mean, std = (0, 0, 0), (1, 1, 1)
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, x):
+        return {"logits": self.logits}
+
+
+@pytest.mark.parametrize(
+    ("size", "small"), [((256, 512), (33, 65)), ((37, 53), (5, 7)), ((40, 64), (1, 1)), ((9, 9), (9, 9))]
+)
+def test_strips_are_what_one_upsampling_of_all_gives(size, small, monkeypatch):
+    monkeypatch.setattr(inference, "STRIP_BYTES", (19 * size[1] * 4 * 5, 0))  # five rows, which divide no height here
+    logits = 3 * torch.randn(2, 19, *small, generator=torch.Generator().manual_seed(0))
+    images = torch.zeros(2, 3, *size, dtype=torch.uint8)
+    whole = upsample(logits, size)
+    labels, nothing = predict_labels(Given(logits), images)
+    assert nothing is None and labels.dtype == torch.uint8
+    assert (labels != whole.argmax(1)).float().mean() < 1e-5
+    torch.testing.assert_close(predict(Given(logits), images), whole.softmax(1), rtol=0, atol=1e-6)
+    alone = [predict_labels(Given(logits[i : i + 1]), images[:1], True, with_confidence=True) for i in range(2)]
+    for found, single in zip(predict_labels(Given(logits), images, True, with_confidence=True), zip(*alone)):
+        assert torch.equal(found, torch.cat(single))  # whatever the batch
+
+
+def test_labels_and_confidences_are_those_of_the_averaged_probabilities(deeplab, photos):
+    options = {"flip": True, "scales": [0.5, 1], "window": [40, 32]}
+    labels, confidence = predict_labels(deeplab, photos, **options, with_confidence=True)
+    largest, likeliest = predict(deeplab, photos, **options).max(1)
+    assert torch.equal(labels, likeliest.byte()) and torch.equal(confidence, (255 * largest).round().byte())
+    assert torch.equal(predict_labels(deeplab, photos, **options)[0], labels)
+
+
+def test_the_first_of_equally_likely_classes_is_taken():
+    scores = torch.randint(0, 3, (200, 4, 31), generator=torch.Generator().manual_seed(0)).float()
+    largest, index = inference._largest(scores)
+    expected = scores.numpy().argmax(0)  # NumPy promises the first
+    assert (index.numpy() == expected).all() and torch.equal(largest, scores.amax(0)) and expected.max() > 3
+
+
 def test_too_large_an_image_is_named(cfg, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(inference, "predict", full)
+    monkeypatch.setattr(inference, "predict_labels", full)
     val = build_dataset(cfg.data.val, cfg.classes)
     with pytest.raises(UserError, match=r"leftImg8bit\.png \(96x64\) does not fit into .* test\.window"):
         evaluate(OneLayer(), val, cfg.classes, cfg, CPU)

@@ -21,6 +21,7 @@ def confusion_of(classes, *pairs):
 def test_scores_by_hand():
     confusion = confusion_of(THREE, ([0, 0, 1, 1], [0, 1, 1, IGNORE]), ([2, 2, 2, 0], [0, 0, 2, IGNORE]))
     assert confusion.counts.tolist() == [[1, 0, 2], [1, 1, 0], [0, 0, 1]]  # true by predicted
+    assert confusion.counts.dtype == torch.int64
     scores = confusion.scores(THREE)
     assert scores["iou"] == pytest.approx({"a": 100 / 4, "b": 100 / 2, "c": 100 / 3})
     assert scores["miou"] == pytest.approx((25 + 50 + 100 / 3) / 3)

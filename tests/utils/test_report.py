@@ -166,6 +166,19 @@ def test_page_of_one_run(folder):
     assert "BPL" not in text and len([1 for k, v in page.attributes if k == "src"]) == 1
 
 
+def test_page_of_several_seeds(tmp_path, folder):
+    row = {"miou": {"mean": 50.25, "std": 1.5}, "iou": {"road": {"mean": 90.0, "std": 0.5}, EVIL: None}, "statistics": "target"}
+    content = {"seeds": [0, 1], "folders": {"0": "../seed0/b", "1": "../seed1/b"}, "stages": {"pst": row}}
+    for place, others in ((tmp_path / "alone", False), (folder, True)):  # below a summary of one seed, beside its rows
+        place.mkdir(exist_ok=True)
+        (place / "seeds.json").write_text(json.dumps(content))
+        page = parsed(write_report(place))
+        text = " ".join(page.text)
+        assert all(said in text for said in ("Over seeds", "50.2 ± 1.5", "90.0 ± 0.5", "over 2 seeds")), text
+        assert ("href", "../seed1/b/report.html") in page.attributes
+        assert ("mIoU by stage" in text) == others
+
+
 def test_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         write_report(tmp_path)
