@@ -33,7 +33,7 @@ from models import build_model, upsample
 from utils import checkpoint, pipeline
 from utils.checkpoint import read
 from utils.config import UserError, to_dict
-from utils.engine import _refuse_other_experiment
+from utils.engine import refuse_other_experiment
 from utils.inference import predict
 from utils.setup import load_network, settle
 
@@ -242,10 +242,10 @@ def test_a_key_newer_than_the_run_counts_as_its_default(configure, runs):
     cfg = configure("gta5_to_city", "stage1_BPL.yml", runs)
     saved = to_dict(cfg)
     del saved["loss"]["directions"]
-    _refuse_other_experiment(saved, cfg)
+    refuse_other_experiment(saved, cfg)
     cfg.loss.directions = "s2t"
     with pytest.raises(UserError, match="directions: both -> s2t"):
-        _refuse_other_experiment(saved, cfg)
+        refuse_other_experiment(saved, cfg)
 
 
 @one_layout

@@ -154,7 +154,8 @@ def test_killed_while_a_checkpoint_is_written(configure, upstream, folders, mome
 def test_killed_at_random_moments(configure, upstream, folders, request):
     """`pytest --kills 100` for more of them; they fall on starts, steps, validations and saves."""
     wanted, rng = request.config.getoption("--kills"), np.random.default_rng()
-    steps = (f"train.iterations={5 * wanted}", f"train.horizon={9 * wanted}", "train.save_every=1")
+    total = 15 * wanted  # of which a life of at most 1.2 s makes 12 at most, slowed down
+    steps = (f"train.iterations={total}", f"train.horizon={2 * total}", "train.save_every=1", "train.val_every=10")
     main, one = long_run(configure, upstream, folders("at_once"), "bpl", *steps)
     assert in_process(main) == 0
     main, other = long_run(configure, upstream, folders("killed"), "bpl", *steps)
@@ -170,18 +171,14 @@ def test_killed_at_random_moments(configure, upstream, folders, request):
         type(saves).write_bytes = half
         main()
 
-    kills = 0
-    while kills < wanted:
-        slow = slow_steps(0.1, in_saving if kills == wanted // 2 else main)
-        kills += (status := in_process(slow, seconds=rng.uniform(0, 1.2))) == -signal.SIGKILL
-        assert status in (0, -signal.SIGKILL)
-        if status == 0:
-            break
-    assert kills > wanted // 2, f"the run was over after {kills} kills"
+    for kill in range(wanted):
+        saving = kill == wanted // 2  # this one kills itself
+        call, seconds = (in_saving, 120) if saving else (main, rng.uniform(0, 1.2))
+        assert in_process(slow_steps(0.1, call), seconds=seconds) == -signal.SIGKILL
+        assert not saving or list(saves.glob(".*.partial"))
     assert in_process(main) == 0
     assert_same_run(one, other)
     assert not list(other.rglob(".*.partial"))
-    print(f"{kills} kills")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -14,15 +14,17 @@ Writes runs/<benchmark>/ablation.json, after each seed. Started again, it goes o
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 
+import yaml
+
 from utils import checkpoint
-from utils.config import ROOT, Config, ConfigError, guarded, load_config, read_yaml
+from utils.config import ROOT, Config, ConfigError, load_config, read_yaml, run_words
+from utils.engine import refuse_other_experiment
 from utils.logging import show_path
 from utils.pipeline import STEPS, first_weights, format_summary, over_seeds, own_keys, stage_rows
-from utils.runs import ABLATION
+from utils.runs import ABLATION, read_mapping
 from utils.setup import check_inputs
 
 VARIANTS = ROOT / "configs" / "ablations" / "default.yml"
@@ -51,6 +53,8 @@ def read_variants(path: Path) -> dict[str, list[str]]:
                 raise ConfigError(f"{where}: a variant is named by letters, digits, '_', '-' and '.'")
             if not (isinstance(own, list) and all(isinstance(o, str) for o in own)):
                 raise ConfigError(f"{where} must hold a list of key=value, not {own!r}")
+            if stage != "pst" and any(o.startswith("pseudo.") for o in own):
+                raise ConfigError(f"{where}: {stage} learns from no pseudo labels; the keys pseudo.* are for pst")
             if shared := [o for o in own if o.partition("=")[0] in SHARED]:
                 raise ConfigError(f"{where}: {shared[0]} cannot differ between variants; give it on the command line")
             rows[f"{stage}/{name}"] = own
@@ -90,7 +94,7 @@ def planned(stages: dict[str, Config], overrides: list[str], row: str, own: list
         own: the variant's keys.
     """
     stage, _, name = row.partition("/")
-    of_labels = [o for o in own if stage == "pst" and o.startswith("pseudo.")]
+    of_labels = [o for o in own if o.startswith("pseudo.")]
     cfg = _load(stage, [*overrides, *(o for o in own if o not in of_labels)])
     labels = _load("pseudo_labels", [*overrides, *of_labels]) if of_labels else stages["pseudo_labels"]
     other_labels = labels != stages["pseudo_labels"]
@@ -100,6 +104,13 @@ def planned(stages: dict[str, Config], overrides: list[str], row: str, own: list
         labels.name = cfg.pseudo_labels = f"{ABLATION}/pseudo_labels/{name}"
     steps = [*_made_from(cfg, stages | {"pseudo_labels": labels}), cfg]
     return list({step.run_dir: step for step in steps}.values())
+
+
+def _refuse_other(cfg: Config) -> None:
+    """UserError if the run's folder holds another experiment."""
+    saved = read_mapping(cfg.run_dir / "config.yml", yaml.safe_load)
+    if saved and not cfg.train.restart:
+        refuse_other_experiment(saved, cfg)
 
 
 def run(overrides: list[str], seeds: list[int], variants: Path = VARIANTS) -> dict:
@@ -115,8 +126,8 @@ def run(overrides: list[str], seeds: list[int], variants: Path = VARIANTS) -> di
             except ConfigError as error:
                 raise ConfigError(f"{show_path(variants)}: {row}: {error}" if own else str(error)) from None
         plans.append((plan, load_config(TESTS, [*seeded, f"benchmark={base.benchmark}"])))
-    every = [cfg for plan, _ in plans for steps in plan.values() for cfg in steps]
-    check_inputs(*(lambda cfg=cfg: first_weights(cfg) for cfg in every))
+    every = {cfg.run_dir: cfg for plan, _ in plans for steps in plan.values() for cfg in steps}.values()
+    check_inputs(*(lambda cfg=cfg, check=check: check(cfg) for cfg in every for check in (first_weights, _refuse_other)))
 
     path, summaries, result = base.sibling_run("ablation.json"), [], {}
     for plan, tests in plans:
@@ -152,20 +163,16 @@ def _run_seed(plan: dict[str, list[Config]], tests: Config) -> dict[str, dict]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of the user's mistakes too")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see `python train_bpl.py --help`")
-    args = parser.parse_args()
 
-    def call() -> None:
-        given = [o for o in args.overrides if not o.startswith("variants=")]
-        files = [o.removeprefix("variants=") for o in args.overrides if o not in given]
+    def call(words: list[str]) -> None:
+        given = [o for o in words if not o.startswith("variants=")]
+        files = [o.removeprefix("variants=") for o in words if o not in given]
         overrides, controls, seeds = own_keys(given)
         if controls:
             raise ConfigError("controls=true is for utils.pipeline, which trains them")
         run(overrides, seeds or SEEDS, *map(Path, files[-1:]))
 
-    guarded(call, args.debug)
+    run_words(call, __doc__)
 
 
 if __name__ == "__main__":

@@ -22,25 +22,11 @@ from typing import Any, Literal
 import yaml
 
 from data.taxonomy import ID_TO_NAME, resolve_id_map
+from utils import distributed
+from utils.errors import ConfigError, UserError
 from utils.schema import DEFAULT_BACKBONE, RESNETS, RUNS, SIMCLR_RESNETS, TRAINING_STAGES, Config
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-class UserError(ValueError):
-    """The user's mistake (a missing file, unusable data): one line, exit status 1."""
-
-    status = 1
-
-    def __init__(self, message: str):
-        # A DataLoader hands on its worker's error with the worker's whole traceback as the message.
-        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
-
-
-class ConfigError(UserError):
-    """A configuration that cannot be meant: one line, exit status 2."""
-
-    status = 2
 
 
 # ------------------------------------------------------------------------------------------ building and checking
@@ -225,8 +211,6 @@ def leaves_folder(path: str) -> bool:
 
 def _check(c: Config) -> None:
     """Raise ConfigError, naming the key, for values that cannot work together."""
-    from utils.distributed import world_size  # needs this module itself
-
     def require(holds: bool, message: str) -> None:
         if not holds:
             raise ConfigError(message)
@@ -273,7 +257,7 @@ def _check(c: Config) -> None:
         t.iterations <= t.horizon,
         f"train.iterations={t.iterations} is beyond train.horizon={t.horizon}, where the learning rate reaches zero",
     )
-    processes = world_size() if c.stage in TRAINING_STAGES else 1
+    processes = distributed.world_size() if c.stage in TRAINING_STAGES else 1
     for key in ("batch_source", "batch_target"):
         batch, parts = getattr(t, key), processes * t.accumulate
         of = f"{processes} processes with train.accumulate={t.accumulate}"
@@ -364,14 +348,21 @@ def run_cli(main: Callable[[Config], Any], default_config: str, usage: str, stag
     guarded(call, args.debug)
 
 
+def run_words(call: Callable[[list[str]], Any], usage: str, words: str = "key=value") -> None:
+    """Parse the command line of a module without a stage file and run `call(words)`; errors end as in `run_cli`."""
+    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of the user's mistakes too")
+    parser.add_argument("words", nargs="*", metavar=words, help="see `python train_bpl.py --help`")
+    args = parser.parse_args()
+    guarded(lambda: call(args.words), args.debug)
+
+
 def guarded(call: Callable[[], Any], debug: bool = False) -> None:
     """Run `call`; a `UserError` becomes its message on stderr and its exit status, as does what the system refuses.
 
     Where torchrun has started several processes, they meet here, and part here when all are done. Of what ends one of
     them, one line is said; it ends the others too.
     """
-    from utils import distributed  # needs this module itself
-
     try:
         try:
             distributed.start()
@@ -396,8 +387,6 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> None:
 
 
 def _say_and_leave(line: str, status: int) -> None:
-    from utils import distributed
-
     if distributed.first_to_say():
         print(line, file=sys.stderr)
     distributed.leave(status)

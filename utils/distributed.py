@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils.config import UserError
+from utils.errors import UserError
 
 MEET = timedelta(minutes=2)  # until all processes have met
 SLOW = timedelta(hours=1)  # that one may let the others wait: for a download, or a file system

@@ -122,7 +122,7 @@ class _Run:
         self.cfg, self.folder, self.files = cfg, cfg.run_dir, checkpoint.RunFiles(cfg.run_dir)
         saved, loaded = self.files.read() if self.files.there() and not cfg.train.restart else (None, "random weights")
         if saved:
-            _refuse_other_experiment(saved["config"], cfg)
+            refuse_other_experiment(saved["config"], cfg)
             checkpoint.refuse_changed_upstream(saved.get("upstream", {}), show_path(self.folder))
             if cfg.train.precision == "auto":  # as it was, on another device too
                 cfg = copy.deepcopy(cfg)
@@ -354,7 +354,8 @@ class _Run:
         self.iteration, self.best, self.last_scores = saved["iteration"], saved["best"], saved["last"]
 
 
-def _refuse_other_experiment(saved: dict, cfg: Config) -> None:
+def refuse_other_experiment(saved: dict, cfg: Config) -> None:
+    """UserError if a run's saved configuration, nested as in its config.yml, differs from `cfg` in what is learnt."""
     defaults = flatten(to_dict(default_config()))  # of keys that are newer than the run
     old, new = defaults | flatten(saved), flatten(to_dict(cfg))
     changed = [k for k in new if k not in HARMLESS and new[k] not in (old.get(k), "auto")]  # auto: as it was

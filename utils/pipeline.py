@@ -17,7 +17,6 @@ stage; what differs between stages belongs into the benchmark's `stages:` sectio
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 from pathlib import Path
@@ -34,7 +33,7 @@ import train_pst
 from data.datasets import build_dataset
 from data.taxonomy import IGNORE, ClassSet
 from utils import checkpoint, distributed
-from utils.config import ROOT, Config, ConfigError, guarded, load_config
+from utils.config import ROOT, Config, ConfigError, load_config, run_words
 from utils.controls import control_runs, gap_closed
 from utils.engine import fit
 from utils.inference import evaluate
@@ -157,7 +156,8 @@ def format_summary(rows: dict[str, dict]) -> str:
         "from long": "gap_closed_from_source_only_long",
         "over own": "over_own",
     }
-    columns |= {title: key for title, key in where_there.items() if any(row.get(key) is not None for row in rows.values())}
+    known = {key for row in rows.values() for key, value in row.items() if value is not None}
+    columns |= {title: key for title, key in where_there.items() if key in known}
     width = max(24, *map(len, rows))
     lines = [f"{'mIoU in percent':{width}}" + "".join(f"{title:>12}" for title in columns)]
     for stage, row in rows.items():
@@ -250,16 +250,12 @@ def own_keys(overrides: list[str]) -> tuple[list[str], bool, list[int]]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of the user's mistakes too")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see `python train_bpl.py --help`")
-    args = parser.parse_args()
 
-    def call() -> None:
-        overrides, controls, seeds = own_keys(args.overrides)
+    def call(words: list[str]) -> None:
+        overrides, controls, seeds = own_keys(words)
         run_seeds(overrides, seeds, controls) if seeds else run(overrides, controls)
 
-    guarded(call, args.debug)
+    run_words(call, __doc__)
 
 
 if __name__ == "__main__":

@@ -302,8 +302,9 @@ class _Page:
 
     def html(self) -> str:
         style = (Path(__file__).with_name("report.css")).read_text(encoding="utf-8")
-        parts = (self.seeds, self.scores, self.panels, self.classes, self.curves, self.confusion, self.pseudo_labels, self.features)
-        body = self.head() + self.overview() + "".join(part() for part in (*parts, self.configs))
+        parts = (self.seeds, self.scores, self.panels, self.classes, self.curves, self.confusion)
+        parts += (self.pseudo_labels, self.features, self.configs)
+        body = self.head() + self.overview() + "".join(part() for part in parts)
         name = escape(self.folder.name)
         return (
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>PBAL: ' + name + "</title>"

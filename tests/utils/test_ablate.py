@@ -15,7 +15,7 @@ import train_pst
 from data import pseudo_labels
 from utils import ablate, pipeline
 from utils.ablate import VARIANTS, own_stages, planned, read_variants
-from utils.config import ConfigError
+from utils.config import ConfigError, UserError
 from utils.report import write_report
 from utils.runs import find_runs
 
@@ -118,6 +118,15 @@ def test_runs_of_the_pipeline_are_taken_and_not_mixed_with_variants(given, varia
     assert {run.name for run in find_runs(folder / "ablation")} == {r for r in ROWS if "/" in r} - {"bpl/both"}
 
 
+def test_other_experiments_are_refused_before_anything_is_trained(given, variants, work, tmp_path):
+    train_bpl.main(own_stages([*given, "seed=7", "train.lr=2e-3", f"runs={tmp_path / 'runs/seed7'}"])["warmup"])
+    work.clear()
+    other = r"seed7/day_to_dusk/warmup holds another experiment \(train\.lr: 0\.002 -> 0\.001\)"
+    with pytest.raises(UserError, match=other):
+        ablate.run(given, [0, 7], variants)
+    assert not work
+
+
 def test_goes_on_where_it_was_stopped(given, variants, work, monkeypatch):
     step, calls = train_pst.PST.step, []
 
@@ -179,6 +188,7 @@ def test_own_list_fits_the_benchmarks(benchmark):
         ("bpl: {x: [{loss: 0}]}", "bpl/x must hold a list of key=value"),
         ("bpl: {../x: []}", "bpl/../x: a variant is named by"),
         ("bpl: {no: []}", "bpl/False: a variant is named by"),
+        ("bpl: {x: [pseudo.keep=0.1]}", "bpl/x: bpl learns from no pseudo labels"),
         ("bpl: {x: [seed=3]}", "bpl/x: seed=3 cannot differ"),
         ("bpl: {x: [loss.adversarial]}", "bpl/x: 'loss.adversarial' is not of the form key=value"),
         ("bpl: {x: [loss.adversary=0]}", "bpl/x: unknown key 'loss.adversary'"),

@@ -11,18 +11,16 @@ plain form), and the peak memory of tensors.
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import os
 import platform
 
 import torch
 
-from utils.config import ROOT, Config, ConfigError, guarded, load_config
+from utils.benchmark import data, evaluation, losses, plan, scaling, step
+from utils.config import ROOT, ConfigError, load_config, run_words
 from utils.setup import choose_device
 
-SECTIONS = {"losses": "losses", "data": "data", "step": "step", "eval": "evaluation", "scaling": "scaling"}
-OTHERS = {"plan": "plan"}
+SECTIONS = {"losses": losses, "data": data, "step": step, "eval": evaluation, "scaling": scaling, "plan": plan}
 
 
 def _hardware(device: torch.device) -> str:
@@ -33,24 +31,19 @@ def _hardware(device: torch.device) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of the user's mistakes too")
-    parser.add_argument("words", nargs="*", metavar="section or key=value", help="see above and train_bpl.py --help")
-    args = parser.parse_args()
 
-    def call() -> None:
-        overrides = [w for w in args.words if "=" in w]
-        known = SECTIONS | OTHERS
-        sections = [w for w in args.words if "=" not in w] or list(SECTIONS)
-        if unknown := [s for s in sections if s not in known]:
-            raise ConfigError(f"unknown section {unknown[0]!r}; known are {', '.join(known)}")
-        cfg: Config = load_config(ROOT / "configs" / "stage1_BPL.yml", overrides)
+    def call(words: list[str]) -> None:
+        overrides = [w for w in words if "=" in w]
+        sections = [w for w in words if "=" not in w] or [s for s in SECTIONS if s != "plan"]
+        if unknown := [s for s in sections if s not in SECTIONS]:
+            raise ConfigError(f"unknown section {unknown[0]!r}; known are {', '.join(SECTIONS)}")
+        cfg = load_config(ROOT / "configs" / "stage1_BPL.yml", overrides)
         device = choose_device(cfg)
         print(_hardware(device) + "\n")
         for section in sections:
-            importlib.import_module(f"utils.benchmark.{known[section]}").run(cfg, device)
+            SECTIONS[section].run(cfg, device)
 
-    guarded(call, args.debug)
+    run_words(call, __doc__, "section or key=value")
 
 
 if __name__ == "__main__":

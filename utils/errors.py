@@ -1,0 +1,19 @@
+"""What the user is told in one line. A module of its own: everything may import it."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """The user's mistake (a missing file, unusable data): one line, exit status 1."""
+
+    status = 1
+
+    def __init__(self, message: str):
+        # A DataLoader hands on its worker's error with the worker's whole traceback as the message.
+        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be meant: one line, exit status 2."""
+
+    status = 2
