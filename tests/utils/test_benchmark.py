@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import train_bpl
-from utils.benchmark import losses, plan, step
+from utils.benchmark import losses, plan, scaling, step
 from utils.benchmark.timing import Timing, compare, peak_memory_of
+from utils.config import ROOT
 from utils.setup import settle
 
 CPU = torch.device("cpu")
@@ -95,3 +96,20 @@ def test_peak_counts_what_is_alive_at_once():
         return a, torch.empty(2**19, dtype=torch.uint8)
 
     assert peak_memory_of(call, CPU) == pytest.approx(1.5 * 2**20, rel=0.01)
+
+
+def test_scaling_table(recipe, capsys, monkeypatch):
+    seconds = {1: 2.0, 2: 1.25}
+    monkeypatch.setattr(scaling.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(scaling, "_together", lambda cfg, n, *_: [(seconds[n] * slow, 0.004) for slow in (1, 9, 0.9)])
+    scaling.run(recipe(), CPU)
+    one, two = (line.split() for line in capsys.readouterr().out.splitlines()[1:3])
+    assert one == ["1", "process", "4", "0.50", "2.00", "4.0", "ms", "100%"]  # the median of each
+    assert two == ["2", "processes", "4", "0.80", "3.20", "4.0", "ms", "160%"]  # one batch, shared out
+
+
+def test_scaling_times_processes(recipe, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    cfg = recipe("data.crop=[64,32]", "device=cpu")
+    timings = scaling._together(cfg, 2, False, 2)
+    assert len(timings) == scaling.STEPS and all(0 < exchange < step for step, exchange in timings)
