@@ -1,6 +1,7 @@
 """Every stage runs two real steps on every layout, leaves what it should, and resumes exactly."""
 
 import contextlib
+import itertools
 import json
 import math
 import shutil
@@ -20,6 +21,7 @@ import test
 import train_bpl
 import train_pst
 from data.datasets import build_dataset
+from data.loaders import training_batches
 from data.taxonomy import IGNORE
 from loss import (
     bidirectional_prototype_loss,
@@ -30,7 +32,7 @@ from loss import (
     segmentation_loss,
 )
 from models import build_model, upsample
-from utils import checkpoint, pipeline
+from utils import checkpoint, engine, pipeline
 from utils.checkpoint import read
 from utils.config import UserError, to_dict
 from utils.engine import refuse_other_experiment
@@ -387,6 +389,32 @@ def test_equation_of_distillation(configure, runs, arch, form):
 
     compare_step(stage, expected_of)
     assert not any(p.requires_grad for p in stage.teacher.parameters())
+
+
+def test_links_of_a_chain_draw_apart(configure, runs, monkeypatch):
+    """A stage that began with the crops of the one before would learn from a few hundred for the second time."""
+    drawn = []
+
+    def batches(dataset, *others):
+        drawn.append((dataset.seed, torch.initial_seed()))
+        return training_batches(dataset, *others)
+
+    monkeypatch.setattr(engine, "training_batches", batches)
+
+    def run(script, file, *given):
+        drawn.clear()
+        script.main(configure("gta5_to_city", file, runs, "train.iterations=1", "train.restart=true", *given))
+        return list(drawn)
+
+    source_only = ["name=source_only", "loss.adversarial=0"]
+    links = [run(train_bpl, "stage0_warmup.yml", *given) for given in (source_only, [])]
+    links += [run(train_bpl, "stage1_BPL.yml"), run(distill, "stage3_distill.yml", "checkpoint=bpl")]
+    assert [len(link) for link in links] == [1, 2, 2, 4]  # source alone; source and target; the same in two rounds
+    every = list(itertools.chain(*links))
+    assert len({seed for seed, _ in every}) == len(every)
+    assert len({seed for _, seed in every}) == 5  # of dropout and colours: one a link
+    assert run(train_bpl, "stage1_BPL.yml") == links[2]
+    assert not {*run(train_bpl, "stage1_BPL.yml", "seed=1")} & {*every}
 
 
 def test_round_2_alone_needs_round_1(configure, runs):

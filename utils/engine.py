@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -33,7 +34,7 @@ from utils.logging import open_log, peak_memory, progress, show_path
 from utils.metrics import table
 from utils.process import Interruption, alone_in
 from utils.report import write_report
-from utils.schema import DatasetConfig, TestConfig
+from utils.schema import TRAINING_STAGES, DatasetConfig, TestConfig
 from utils.selection import target_free_scores
 from utils.setup import (
     build_network,
@@ -117,6 +118,14 @@ def fit(cfg: Config, stage_type: type[Stage]) -> dict:
             return run.train(batches, stop)
 
 
+def seeds(cfg: Config) -> list[int]:
+    """Of source draws, target draws, and of dropout and colours, for this link of the chain: stages that drew alike
+    would show a network the few hundred crops again that it has learnt just before."""
+    source_only = not (cfg.loss.adversarial or cfg.loss.bidirectional)
+    link = (TRAINING_STAGES.index(cfg.stage), cfg.distill.rounds[0] if cfg.stage == "distill" else int(source_only))
+    return np.random.SeedSequence([cfg.seed, *link]).generate_state(3).tolist()
+
+
 class _Run:
     def __init__(self, cfg: Config, stage_type: type[Stage]):
         self.cfg, self.folder, self.files = cfg, cfg.run_dir, checkpoint.RunFiles(cfg.run_dir)
@@ -130,10 +139,11 @@ class _Run:
         self.device = choose_device(cfg)
         prepare_data(cfg)
         d, labels = cfg.data, cfg.sibling_run(cfg.pseudo_labels) if stage_type.uses_pseudo_labels else None
+        source_seed, target_seed, own_seed = seeds(cfg)
         self.source, self.target, self.val, init, _ = check_inputs(
-            lambda: look_at(self._training_set(d.source, True, 2 * cfg.seed), "source", cfg),
+            lambda: look_at(self._training_set(d.source, True, source_seed), "source", cfg),
             lambda: look_at(
-                self._training_set(d.target, stage_type.uses_target_labels, 2 * cfg.seed + 1, labels), "target", cfg
+                self._training_set(d.target, stage_type.uses_target_labels, target_seed, labels), "target", cfg
             ),
             lambda: look_at(build_dataset(d.val, cfg.classes, True), "val", cfg),
             lambda: None if saved else checkpoint.find_init(cfg),
@@ -153,7 +163,7 @@ class _Run:
         self.iteration, self.last_scores, self.best = 0, None, None
         stage, file = self.stage, self.files.not_finite
         self.step, self.unreadable = GuardedStep(cfg, stage.networks, stage.optimizers, self.device, file), set()
-        checkpoint.seed_generators(cfg.seed)
+        checkpoint.seed_generators(own_seed)
         if saved:
             self._restore(saved)
         else:

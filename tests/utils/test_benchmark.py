@@ -55,9 +55,8 @@ def test_tables_of_losses_and_step(recipe, capsys, monkeypatch):
     losses.run(recipe(), CPU, repeats=1)
     said = capsys.readouterr().out
     assert said.count("plain") == said.count("here ") + 4 == 8  # heads say "of plain"
-    monkeypatch.setattr(step, "CPU_CROP", [64, 32])
     monkeypatch.setattr(step, "FORMS", {name: step.FORMS[name] for name in ("plain: float32", "here")})
-    step.run(recipe(), CPU, repeats=1)
+    step.run(recipe("data.crop=[64,32]"), CPU, repeats=1)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert rows[0].startswith("resnet18, 64x32, 2+2") and "of peak" in rows[0]
     assert [row.split("  ")[0] for row in rows[1:3]] == ["plain: float32", "here"] and len(rows) == 1 + len(step.FORMS)

@@ -22,7 +22,8 @@ from utils.inference import default_precision
 from utils.setup import compile_networks, settle
 from utils.step import GuardedStep
 
-CPU_CROP, CPU_BATCH = [256, 128], 2  # where the recipe's own are larger: what two cores do in seconds
+CPU_CROP, CPU_BATCH = [256, 128], 2  # what two cores do in seconds, instead of
+CPU_MOST = 512 * 256  # crops of more pixels, which the recipes' own have
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -54,7 +55,7 @@ def fitting(cfg: Config, device: torch.device) -> Config:
     """A copy with crops and batches that the device gets through."""
     cfg = copy.deepcopy(cfg)
     d, t = cfg.data, cfg.train
-    if device.type == "cpu" and d.crop[0] * d.crop[1] > CPU_CROP[0] * CPU_CROP[1]:
+    if device.type == "cpu" and d.crop[0] * d.crop[1] > CPU_MOST:
         d.crop, t.batch_source, t.batch_target = CPU_CROP, CPU_BATCH, CPU_BATCH
     return cfg
 
