@@ -214,7 +214,7 @@ class Config:
     checkpoint: str = opt("", "test and pseudo labels: the network, a run's name or a file; distill: the teacher")
     which: Literal["last", "best"] = opt("last", "checkpoint of a named run; best was chosen by looking at val labels")
     pseudo_labels: str = opt("pseudo_labels", "run that holds the pseudo labels")
-    seed: int = opt(0, "of weights, data order and augmentation", most=2**31)
+    seed: int = opt(0, "of weights, data order and augmentation, which differ from stage to stage too", most=2**31)
     device: str = opt("auto", "auto = cuda where there is one, under torchrun a GPU for each process | cpu | cuda:N")
     data: DataConfig = opt(None, "")
     model: ModelConfig = opt(None, "")
