@@ -1,12 +1,13 @@
 """The benchmark room: what it prints is about what is there."""
 
+import statistics
+
 import pytest
 import torch
 
 import train_bpl
 from utils.benchmark import losses, plan, scaling, step
 from utils.benchmark.timing import Timing, compare, peak_memory_of
-from utils.config import ROOT
 from utils.setup import settle
 
 CPU = torch.device("cpu")
@@ -107,8 +108,9 @@ def test_scaling_table(recipe, capsys, monkeypatch):
     assert two == ["2", "processes", "4", "0.80", "3.20", "4.0", "ms", "160%"]  # one batch, shared out
 
 
-def test_scaling_times_processes(recipe, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def test_scaling_times_processes(recipe):
     cfg = recipe("data.crop=[64,32]", "device=cpu")
     timings = scaling._together(cfg, 2, False, 2)
-    assert len(timings) == scaling.STEPS and all(0 < exchange < step for step, exchange in timings)
+    assert len(timings) == scaling.STEPS
+    a_step, exchange = (statistics.median(kind) for kind in zip(*timings))
+    assert 0 < exchange < a_step  # which has one in it

@@ -22,8 +22,8 @@ from utils.inference import default_precision
 from utils.setup import compile_networks, settle
 from utils.step import GuardedStep
 
-CPU_CROP, CPU_BATCH = [256, 128], 2  # what two cores do in seconds, instead of
-CPU_MOST = 512 * 256  # crops of more pixels, which the recipes' own have
+CPU_MOST = 512 * 256  # pixels of a crop that two cores do in seconds; of larger ones, as recipes have them,
+CPU_CROP, CPU_BATCH = [256, 128], 2  # these take the place
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
