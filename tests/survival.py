@@ -57,6 +57,7 @@ def in_process(call, errors=None, seconds=120):
             os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
             sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)  # pytest's own leads elsewhere
         torch.set_num_threads(1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
         guarded(call)
 
     process = FORK.Process(target=child)
