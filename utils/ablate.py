@@ -127,7 +127,9 @@ def run(overrides: list[str], seeds: list[int], variants: Path = VARIANTS) -> di
                 raise ConfigError(f"{show_path(variants)}: {row}: {error}" if own else str(error)) from None
         plans.append((plan, load_config(TESTS, [*seeded, f"benchmark={base.benchmark}"])))
     every = {cfg.run_dir: cfg for plan, _ in plans for steps in plan.values() for cfg in steps}.values()
-    check_inputs(*(lambda cfg=cfg, check=check: check(cfg) for cfg in every for check in (first_weights, _refuse_other)))
+    check_inputs(
+        *(lambda cfg=cfg, check=check: check(cfg) for cfg in every for check in (first_weights, _refuse_other))
+    )
 
     path, summaries, result = base.sibling_run("ablation.json"), [], {}
     for plan, tests in plans:

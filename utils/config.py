@@ -211,6 +211,7 @@ def leaves_folder(path: str) -> bool:
 
 def _check(c: Config) -> None:
     """Raise ConfigError, naming the key, for values that cannot work together."""
+
     def require(holds: bool, message: str) -> None:
         if not holds:
             raise ConfigError(message)

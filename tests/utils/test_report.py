@@ -167,7 +167,11 @@ def test_page_of_one_run(folder):
 
 
 def test_page_of_several_seeds(tmp_path, folder):
-    row = {"miou": {"mean": 50.25, "std": 1.5}, "iou": {"road": {"mean": 90.0, "std": 0.5}, EVIL: None}, "statistics": "target"}
+    row = {
+        "miou": {"mean": 50.25, "std": 1.5},
+        "iou": {"road": {"mean": 90.0, "std": 0.5}, EVIL: None},
+        "statistics": "target",
+    }
     content = {"seeds": [0, 1], "folders": {"0": "../seed0/b", "1": "../seed1/b"}, "stages": {"pst": row}}
     for place, others in ((tmp_path / "alone", False), (folder, True)):  # below a summary of one seed, beside its rows
         place.mkdir(exist_ok=True)
