@@ -62,7 +62,8 @@ def teacher_config(cfg: Config) -> Config:
 def round_config(cfg: Config, number: int) -> Config:
     """Configuration of one round: its run folder, its teacher and what the student starts from."""
     cfg = copy.deepcopy(cfg)
-    base, cfg.distill.rounds = cfg.name or cfg.stage, [number]
+    base = cfg.name or cfg.stage
+    cfg.distill.rounds = [number]
     cfg.name, cfg.pseudo_labels = f"{base}/round{number}", f"{base}/round{number}_pseudo_labels"
     if number == 2:
         cfg.checkpoint = cfg.model.init = f"{base}/round1"
