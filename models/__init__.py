@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from models.backbone import NORMALIZATIONS, statistics_kept
@@ -20,12 +22,19 @@ __all__ = [
     "load_weights",
     "open_weights",
     "parameter_groups",
+    "released_dilations",
     "statistics_kept",
     "upsample",
 ]
 
 ARCHITECTURES = {"deeplabv2": DeepLabV2, "deeplab_pbal": DeepLabPBAL}
 OUTPUT_STRIDE = {"deeplabv2": 8, "deeplab_pbal": 16}  # as released
+DILATIONS = {"deeplabv2": (6, 12, 18, 24), "deeplab_pbal": (6, 12, 18)}  # as released, at the stride above
+
+
+def released_dilations(arch: str, output_stride: int) -> list[int]:
+    """Dilations in pixels of the backbone's output that see the same part of the image as the released ones."""
+    return [d * OUTPUT_STRIDE[arch] // output_stride for d in DILATIONS[arch]]
 
 
 def build_model(
@@ -36,6 +45,7 @@ def build_model(
     dropout: float = 0.1,
     normalization: str = "auto",
     bn_clr: bool = False,
+    dilations: Sequence[int] | None = None,
 ) -> nn.Module:
     """A segmentation network with random weights.
 
@@ -47,6 +57,7 @@ def build_model(
         dropout: before the classifier.
         normalization: "auto" (what the backbone's weights expect), "imagenet", "half" or "none".
         bn_clr: deeplabv2 with one more BatchNorm behind the backbone, as ProDA's students from SimCLR have it.
+        dilations: of the head's 3x3 convolutions, in pixels of the backbone's output; None = `released_dilations`.
 
     Returns:
         A module that maps normalised images (N, 3, H, W) to {"feat": (N, 256, h, w), "logits": (N, K, h, w)}; its
@@ -60,7 +71,9 @@ def build_model(
     if bn_clr and arch != "deeplabv2":
         raise ValueError(f"bn_clr is a variant of deeplabv2, not of {arch}")
     variant = {"bn_clr": True} if bn_clr else {}
-    model = ARCHITECTURES[arch](num_classes, backbone, output_stride or OUTPUT_STRIDE[arch], dropout, **variant)
+    output_stride = output_stride or OUTPUT_STRIDE[arch]
+    dilations = released_dilations(arch, output_stride) if dilations is None else dilations
+    model = ARCHITECTURES[arch](num_classes, backbone, output_stride, dropout, dilations, **variant)
     if normalization != "auto":
         model.mean, model.std = NORMALIZATIONS[normalization]
     return model

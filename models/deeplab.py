@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ class ASPP(nn.Module):
     With `bn_clr`, one more BatchNorm on the backbone's output: it brings SimCLR's features to a scale (ProDA).
     """
 
-    def __init__(self, in_channels: int, dilations: tuple[int, ...], bn_clr: bool = False):
+    def __init__(self, in_channels: int, dilations: Sequence[int], bn_clr: bool = False):
         super().__init__()
         width = FEATURE_CHANNELS
 
@@ -67,7 +69,7 @@ def _conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 1, dilation
 class ASPPDecoder(nn.Module):
     """ASPP with image pooling, then a decoder that joins it with the first stage's output at stride 4."""
 
-    def __init__(self, in_channels: int, low_channels: int, dilations: tuple[int, ...]):
+    def __init__(self, in_channels: int, low_channels: int, dilations: Sequence[int]):
         super().__init__()
         width = FEATURE_CHANNELS
         self.branches = nn.ModuleList([_conv_bn_relu(in_channels, width)])
@@ -117,6 +119,7 @@ class DeepLabV2(DeepLab):
         backbone: see `models.backbone.build_backbone`.
         output_stride: 8 (as released) or 16.
         dropout: probability of dropping a whole feature channel before the classifier.
+        dilations: of ASPP's 3x3 convolutions, in pixels of the backbone's output.
         bn_clr: the variant for SimCLR weights.
     """
 
@@ -128,11 +131,10 @@ class DeepLabV2(DeepLab):
         backbone: str = "resnet101",
         output_stride: int = 8,
         dropout: float = 0.1,
+        dilations: Sequence[int] = (6, 12, 18, 24),
         bn_clr: bool = False,
     ):
         net = build_backbone(backbone, output_stride, caffe=True)
-        # Dilations are in feature pixels: at stride 16, half of the released ones see the same part of the image.
-        dilations = tuple(d * 8 // output_stride for d in (6, 12, 18, 24))
         head = ASPP(net.channels, dilations, bn_clr)
         super().__init__(net, head, nn.Dropout2d(dropout), nn.Conv2d(FEATURE_CHANNELS, num_classes, 1, bias=False))
 
@@ -144,14 +146,22 @@ class DeepLabPBAL(DeepLab):
         num_classes, backbone: as for `DeepLabV2`.
         output_stride: of the backbone, 16 (as released) or 8; the last stage's blocks have dilations 2, 4, 8 at 16.
         dropout: probability of dropping a value of the feature before the classifier.
+        dilations: as for `DeepLabV2`.
     """
 
     arch = "deeplab_pbal"
 
-    def __init__(self, num_classes: int, backbone: str = "resnet101", output_stride: int = 16, dropout: float = 0.1):
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str = "resnet101",
+        output_stride: int = 16,
+        dropout: float = 0.1,
+        dilations: Sequence[int] = (6, 12, 18),
+    ):
         finer = 16 // output_stride
         net = build_backbone(backbone, output_stride, last_dilations=tuple(d * finer for d in (2, 4, 8)))
-        head = ASPPDecoder(net.channels, net.low_channels, tuple(d * finer for d in (6, 12, 18)))
+        head = ASPPDecoder(net.channels, net.low_channels, dilations)
         super().__init__(net, head, nn.Dropout(dropout), nn.Conv2d(FEATURE_CHANNELS, num_classes, 1))
         nn.init.zeros_(self.classifier.bias)
 

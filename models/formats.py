@@ -157,11 +157,12 @@ def open_weights(path: str | Path) -> WeightFile:
     if _holds(content, "DeepLab", "model_state"):
         state = _rename(_tensors(path, content["DeepLab"]["model_state"]), _PBAL)
         settings = {"arch": "deeplab_pbal", "backbone": "resnet101", "output_stride": 16, "bn_clr": False}
-        return WeightFile(path, "PBAL", state, settings | {"normalization": "imagenet"}, networks=networks)
+        settings |= {"dilations": [6, 12, 18], "normalization": "imagenet"}
+        return WeightFile(path, "PBAL", state, settings, networks=networks)
     if _holds(content, "ResNet101", "model_state"):
         state = _rename(_tensors(path, content["ResNet101"]["model_state"]), _PRODA)
         settings = {"arch": "deeplabv2", "backbone": "resnet101", "output_stride": 8}
-        settings |= {"bn_clr": "head.bn_clr.weight" in state, "normalization": "none"}
+        settings |= {"dilations": [6, 12, 18, 24], "bn_clr": "head.bn_clr.weight" in state, "normalization": "none"}
         return WeightFile(path, "ProDA", state, settings, networks=networks)
     simclr = {"normalization": "none", "bn_clr": True}  # SimCLR and its students see images in [0, 1] as they are
     if _holds(content, "state_dict"):
@@ -183,7 +184,8 @@ def open_weights(path: str | Path) -> WeightFile:
 def own_checkpoint(path: Path, content: dict) -> WeightFile:
     """What one of our checkpoints, already read from `path`, holds."""
     recipe = content["recipe"] if isinstance(content["recipe"], dict) else {}
-    settings = {key: recipe[key] for key in ("arch", "backbone", "output_stride", "bn_clr") if key in recipe}
+    keys = ("arch", "backbone", "output_stride", "dilations", "bn_clr")
+    settings = {key: recipe[key] for key in keys if key in recipe}
     if "mean" in recipe and "std" in recipe:
         statistics = (tuple(recipe["mean"]), tuple(recipe["std"]))
         named = [name for name, known in NORMALIZATIONS.items() if known == statistics]

@@ -94,6 +94,7 @@ def recipe(cfg: Config, model: nn.Module) -> dict:
         "arch": cfg.model.arch,
         "backbone": cfg.model.backbone,
         "output_stride": cfg.model.output_stride,
+        "dilations": cfg.model.dilations,
         "bn_clr": cfg.model.bn_clr,
         "class_names": list(cfg.classes.names),
         "mean": list(model.mean),

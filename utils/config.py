@@ -53,6 +53,8 @@ def _all_keys(cls: type = Config, prefix: str = "") -> dict[str, tuple[Any, data
 
 
 def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Union:
+        return " | ".join(map(_type_name, typing.get_args(hint)))
     if typing.get_origin(hint) is Literal:
         return " | ".join(map(str, typing.get_args(hint)))
     return str(hint) if typing.get_origin(hint) else hint.__name__
@@ -67,6 +69,9 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         alike = [a for a in args if type(a) is type(value)] or args
         near = difflib.get_close_matches(str(value), map(str, alike), 1, 0)
         raise ConfigError(f"{key}={value!r} is not one of {_type_name(hint)}; nearest is {near[0]}")
+    for arg in args if origin is typing.Union else ():  # a word or a list
+        if value in typing.get_args(arg) or typing.get_origin(arg) is type(value):
+            return _coerce(value, arg, key)
     if origin is list and isinstance(value, list):
         return [_coerce(v, args[0], key) for v in value]
     if hint is dict and isinstance(value, dict):

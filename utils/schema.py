@@ -89,6 +89,12 @@ class ModelConfig:
     output_stride: Literal["auto", 8, 16] = opt(
         "auto", "input pixels per pixel of the backbone's output; default 8, deeplab_pbal 16 (as released)"
     )
+    dilations: Literal["auto"] | list[int] = opt(
+        "auto",
+        "of the 3x3 convolutions that see the backbone's output side by side, in its pixels; default as released: "
+        "[6, 12, 18, 24] at stride 8 and half of that at 16, deeplab_pbal [6, 12, 18] at 16",
+        least=1,
+    )
     bn_clr: Literal["auto", True, False] = opt(
         "auto", "deeplabv2: one more BatchNorm behind the backbone (ProDA, with SimCLR weights); default false"
     )

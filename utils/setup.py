@@ -13,7 +13,7 @@ from torch import nn
 from data import toy
 from data.datasets import SegmentationDataset
 from data.taxonomy import CLASS_SETS
-from models import OUTPUT_STRIDE, WeightFile, build_model
+from models import OUTPUT_STRIDE, WeightFile, build_model, released_dilations
 from models.backbone import check_backbone
 from utils import checkpoint, distributed
 from utils.config import Config, ConfigError, UserError
@@ -82,6 +82,7 @@ def settle(cfg: Config, file: WeightFile | None = None) -> Config:
     m.arch = DEFAULT_ARCH if m.arch == "auto" else m.arch
     m.backbone = DEFAULT_BACKBONE if m.backbone == "auto" else m.backbone
     m.output_stride = OUTPUT_STRIDE[m.arch] if m.output_stride == "auto" else m.output_stride
+    m.dilations = released_dilations(m.arch, m.output_stride) if m.dilations == "auto" else m.dilations
     m.bn_clr = m.bn_clr is True
     t = cfg.train
     t.precision = default_precision(torch.device(_device_name(cfg))) if t.precision == "auto" else t.precision
@@ -114,7 +115,16 @@ def build_network(cfg: Config, device: torch.device) -> nn.Module:
     m = cfg.model
     torch.manual_seed(cfg.seed)
     try:
-        model = build_model(m.arch, len(cfg.classes), m.backbone, m.output_stride, m.dropout, m.normalization, m.bn_clr)
+        model = build_model(
+            m.arch,
+            len(cfg.classes),
+            m.backbone,
+            m.output_stride,
+            m.dropout,
+            m.normalization,
+            m.bn_clr,
+            m.dilations,
+        )
         if cfg.train.checkpointing:
             model.backbone.set_checkpointing()
     except ValueError as error:

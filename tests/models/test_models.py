@@ -101,6 +101,16 @@ def test_stride_and_dilation_of_every_block(backbone, output_stride, strides, di
     assert [branch.padding for branch in branches[1:]] == [(d, d) for d in aspp]
 
 
+@pytest.mark.parametrize("arch", ["deeplabv2", "deeplab_pbal"])
+def test_dilations_of_ones_own(arch):
+    model = build_model(arch, 7, "resnet18", dilations=[2, 5])
+    convs = [branch[0] for branch in model.head.branches]
+    assert [(conv.kernel_size, conv.dilation, conv.padding) for conv in convs] == [
+        ((1, 1), (1, 1), (0, 0)),
+        *(((3, 3), (d, d), (d, d)) for d in (2, 5)),
+    ]
+
+
 @pytest.mark.parametrize(
     ("arch", "options"), [("deeplabv2", {}), ("deeplabv2", {"bn_clr": True}), ("deeplab_pbal", {})], ids=str
 )

@@ -72,6 +72,7 @@ def test_unknown_key_of_a_file_names_the_file(tmp_path):
         "train.lr=",
         "data.jitter=1",
         "data.crop=64",
+        "model.dilations=6",
         "data.crop=[64.5, 32]",
         "data.source.id_map=[1]",
     ],

@@ -1,5 +1,7 @@
 """What is checked before a script's work starts."""
 
+import re
+
 import pytest
 
 from models import WeightFile
@@ -14,7 +16,7 @@ def cfg(configure, tmp_path):
     return settle(configure("gta5_to_city", "stage1_BPL.yml", tmp_path))
 
 
-PBAL = {"arch": "deeplab_pbal", "backbone": "resnet101", "output_stride": 16, "bn_clr": False}
+PBAL = {"arch": "deeplab_pbal", "backbone": "resnet101", "output_stride": 16, "dilations": [6, 12, 18], "bn_clr": False}
 AUTO = dict.fromkeys((*PBAL, "normalization"), "auto")
 
 
@@ -29,13 +31,16 @@ def settled(cfg, given=(), file=None, alone=False, classes=19):
 
 
 def test_settings_follow_the_file_then_the_default(cfg):
-    v2 = ("deeplabv2", "resnet101", 8, False)
+    v2 = ("deeplabv2", "resnet101", 8, [6, 12, 18, 24], False)
     assert settled(cfg) == (*v2, "auto")
-    assert settled(cfg, {"arch": "deeplab_pbal"}) == ("deeplab_pbal", "resnet101", 16, False, "auto")
+    assert settled(cfg, {"arch": "deeplab_pbal"}) == (*PBAL.values(), "auto")
+    own = {"output_stride": 16, "dilations": [2, 4]}
+    assert settled(cfg, {"output_stride": 16}) == (*v2[:2], 16, [3, 6, 9, 12], False, "auto")
+    assert settled(cfg, own) == settled(cfg, {}, own) == (*v2[:2], 16, [2, 4], False, "auto")
     assert settled(cfg, {}, PBAL | {"normalization": "imagenet"}) == (*PBAL.values(), "imagenet")
     assert settled(cfg, {"arch": "deeplab_pbal", "output_stride": 16}, PBAL) == (*PBAL.values(), "auto")
     simclr = {"normalization": "none", "bn_clr": True}
-    assert settled(cfg, {}, simclr, alone=True) == (*v2[:3], True, "none")
+    assert settled(cfg, {}, simclr, alone=True) == (*v2[:4], True, "none")
     # A backbone's settings are advice: it may be trained on otherwise.
     assert settled(cfg, {"normalization": "imagenet", "bn_clr": False}, simclr, alone=True) == (*v2, "imagenet")
     assert settled(cfg, {"arch": "deeplab_pbal"}, simclr, alone=True) == (*PBAL.values(), "none")
@@ -48,13 +53,15 @@ def test_settings_follow_the_file_then_the_default(cfg):
         ("arch", "deeplabv2"),
         ("backbone", "resnet50"),
         ("output_stride", 8),
+        ("dilations", [3, 6]),
         ("bn_clr", True),
         ("normalization", "none"),
     ],
 )
 def test_contradiction_of_the_file_is_said(cfg, key, value):
     told = PBAL | {"normalization": "imagenet"}
-    with pytest.raises(UserError, match=rf"x\.pkl \(PBAL\) .*model\.{key}={told[key]}, not {value}"):
+    said = re.escape(f"model.{key}={told[key]}, not {value}")
+    with pytest.raises(UserError, match=rf"x\.pkl \(PBAL\) .*{said}"):
         settled(cfg, {key: value}, told)
 
 
