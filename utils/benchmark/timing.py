@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -67,11 +68,17 @@ def peak_memory_of(call: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 0) -> float:
-    """FLOP/s of a large matrix product, measured here and now."""
-    size = size or (8192 if device.type == "cuda" else 2048)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = min(seconds_of(lambda: a @ b, device) for _ in range(5))
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, measured here and now.
+
+    One that takes a twentieth of a second is large enough: bfloat16 on a CPU without instructions for it would take
+    minutes at the size that float32 needs.
+    """
+    size, most, best = 128, 8192 if device.type == "cuda" else 2048, 0.0
+    while size < most and best < 0.05:
+        size *= 2
+        product = functools.partial(torch.mm, *torch.randn(2, size, size, device=device).to(dtype))
+        best = min(seconds_of(product, device) for _ in range(5))
     return 2 * size**3 / best
 
 
