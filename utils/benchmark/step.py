@@ -123,6 +123,7 @@ def run(cfg: Config, device: torch.device, repeats: int = 0) -> None:
             calls["here"]()
     half = default_precision(device) if device.type == "cuda" else "bfloat16"
     peaks = {p: matmul_peak(device, DTYPES.get(p, torch.float32)) for p in ("float32", half)}
+    peaks[half] = max(peaks.values())  # a CPU without instructions for it may multiply slower than its convolutions
     t, (width, height) = cfg.train, cfg.data.crop
     title = f"{cfg.model.backbone}, {width}x{height}, {t.batch_source}+{t.batch_target}"
     shares = {name: peaks[form.precision or half] for name, form in forms.items()}
