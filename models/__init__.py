@@ -73,7 +73,7 @@ def build_model(
     variant = {"bn_clr": True} if bn_clr else {}
     output_stride = output_stride or OUTPUT_STRIDE[arch]
     dilations = released_dilations(arch, output_stride) if dilations is None else dilations
-    model = ARCHITECTURES[arch](num_classes, backbone, output_stride, dropout, dilations, **variant)
+    model = ARCHITECTURES[arch](num_classes, backbone, output_stride, dropout, dilations=dilations, **variant)
     if normalization != "auto":
         model.mean, model.std = NORMALIZATIONS[normalization]
     return model

@@ -131,8 +131,9 @@ class DeepLabV2(DeepLab):
         backbone: str = "resnet101",
         output_stride: int = 8,
         dropout: float = 0.1,
-        dilations: Sequence[int] = (6, 12, 18, 24),
         bn_clr: bool = False,
+        *,
+        dilations: Sequence[int],
     ):
         net = build_backbone(backbone, output_stride, caffe=True)
         head = ASPP(net.channels, dilations, bn_clr)
@@ -157,7 +158,8 @@ class DeepLabPBAL(DeepLab):
         backbone: str = "resnet101",
         output_stride: int = 16,
         dropout: float = 0.1,
-        dilations: Sequence[int] = (6, 12, 18),
+        *,
+        dilations: Sequence[int],
     ):
         finer = 16 // output_stride
         net = build_backbone(backbone, output_stride, last_dilations=tuple(d * finer for d in (2, 4, 8)))
