@@ -1,8 +1,9 @@
 """Control runs: what the stages of a benchmark must be compared with before a gain is called adaptation.
 
-`source_only_long` learns from source labels alone for as many steps as the whole chain: longer training helps too.
-`labelled_bound` learns from the labels of both domains for as many steps: what the stages could reach at most. It is
-the only run that ever opens target training labels.
+Both start from the very network that the warm-up starts from, at the warm-up's rates, and learn for as many steps as all
+stages from there on together: what differs is what they learn from. `source_only_long` has source labels alone, as
+longer training helps too. `labelled_bound` has the labels of both domains, which is what the stages could reach at
+most. It is the only run that ever opens target training labels.
 """
 
 from __future__ import annotations
@@ -33,20 +34,17 @@ class LabelledBound(Stage):
 
 
 def chain_steps(configs: dict[str, Config]) -> int:
-    """Training steps of all stages together; those of source-only count where the warm-up starts from it."""
+    """Training steps of all stages from the warm-up on."""
     stages = ["warmup", "bpl", "pst"] + ["distill"] * len(configs["distill"].distill.rounds)
-    if configs["warmup"].model.init == "source_only":
-        stages.append("source_only")
     return sum(configs[stage].train.iterations for stage in stages)
 
 
 def control_runs(configs: dict[str, Config]) -> Iterator[tuple[str, Config, type[Stage]]]:
-    """(name, configuration, stage) of each control: source-only's recipe, its schedule stretched to the chain's steps."""
+    """(name, configuration, stage) of each control: the warm-up without its adversary, stretched to the chain's steps."""
     steps = chain_steps(configs)
     for name, stage in (("source_only_long", BPL), ("labelled_bound", LabelledBound)):
-        cfg = copy.deepcopy(configs["source_only"])
-        cfg.name, t = name, cfg.train
-        cfg.batchnorm = copy.deepcopy(configs["bpl"].batchnorm)  # judged as the stages are
+        cfg = copy.deepcopy(configs["warmup"])
+        cfg.name, cfg.loss.adversarial, t = name, 0.0, cfg.train
         t.horizon = round(steps * t.horizon / t.iterations)
         t.iterations = steps
         if stage is LabelledBound:

@@ -8,9 +8,9 @@ Runs source-only, warm-up, BPL, pseudo labels, PST, distillation and the tests. 
 stopped. Writes runs/<benchmark>/summary.json and panel.png (image | each stage | truth). A key=value reaches every
 stage; what differs between stages belongs into the benchmark's `stages:` section. Two keys are the pipeline's own:
 
-  controls=true  also trains source_only_long (the source alone, as many steps as the whole chain) and, where target
-                 training labels exist, labelled_bound (labels of both domains), and says which share of the gap
-                 between them each stage closes
+  controls=true  also trains, from where the warm-up starts and for as many steps as all stages together,
+                 source_only_long (the source alone) and, where target training labels exist, labelled_bound (labels of
+                 both domains), and says which share of the gap between them each stage closes
   seeds=0,1,2    runs once for each seed, in runs/seed0/<benchmark> and so on, and writes mean and standard deviation
                  into runs/<benchmark>/seeds.json
 """
