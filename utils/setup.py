@@ -118,12 +118,12 @@ def build_network(cfg: Config, device: torch.device) -> nn.Module:
         model = build_model(
             m.arch,
             len(cfg.classes),
-            m.backbone,
-            m.output_stride,
-            m.dropout,
-            m.normalization,
-            m.bn_clr,
-            m.dilations,
+            backbone=m.backbone,
+            output_stride=m.output_stride,
+            dropout=m.dropout,
+            normalization=m.normalization,
+            bn_clr=m.bn_clr,
+            dilations=m.dilations,
         )
         if cfg.train.checkpointing:
             model.backbone.set_checkpointing()
