@@ -20,7 +20,7 @@ class Loaded:
         format: the file's.
         matched: how many tensors were taken.
         missing: keys of the model that keep their initial values.
-        differing: what in the file does not fit the part that may differ, in words.
+        differing: how a backbone's file is of another architecture than the model, in words.
     """
 
     format: str
@@ -35,14 +35,12 @@ class Loaded:
         )
 
 
-def load_weights(model: nn.Module, file: str | Path | WeightFile, may_differ: tuple[str, ...] = ()) -> Loaded:
+def load_weights(model: nn.Module, file: str | Path | WeightFile) -> Loaded:
     """Load a file of any known format into `model`: all that fits, or nothing.
 
     Args:
         model: from `build_model`.
-        file: its path, or from `open_weights`.
-        may_differ: prefixes of keys that may be missing, unexpected or of another shape, e.g. "classifier." for
-            another K; those of the model keep their values. For files of a backbone alone, all but the backbone.
+        file: its path, or from `open_weights`. Of a file of a backbone alone, the rest of the model keeps its values.
 
     Returns:
         What was loaded.
@@ -55,8 +53,7 @@ def load_weights(model: nn.Module, file: str | Path | WeightFile, may_differ: tu
     for key, value in own.items():  # files older than these counters lack them
         if key.endswith(".num_batches_tracked") and key.replace("num_batches_tracked", "running_mean") in state:
             state.setdefault(key, torch.zeros_like(value))
-    if file.backbone_alone:
-        may_differ = (*may_differ, *{k.split(".")[0] + "." for k in own if not k.startswith("backbone.")})
+    beside = {k.split(".")[0] + "." for k in own if not k.startswith("backbone.")} if file.backbone_alone else ()
 
     arch = file.settings.get("arch", model.arch)
     words = [] if arch == model.arch else [f"{arch} file, {model.arch} model"]
@@ -66,7 +63,7 @@ def load_weights(model: nn.Module, file: str | Path | WeightFile, may_differ: tu
     fits = {k: v for k, v in state.items() if k in own and k not in other_shape}
     problems = []
     missing, unexpected, shapes = (
-        [k for k in keys if not k.startswith(tuple(may_differ))]
+        [k for k in keys if not k.startswith(tuple(beside))]
         for keys in ([k for k in own if k not in state], [k for k in state if k not in own], other_shape)
     )
     if missing:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from golden_vectors import GOLDEN, golden_shapes, golden_state, save_published
+from golden_vectors import GOLDEN, golden_shapes, save_published
 
 from models import PatchDiscriminator, build_model, load_weights, open_weights
 from models.formats import read_checkpoint
@@ -76,9 +76,6 @@ def test_misfits_are_said_in_words(published):
     with pytest.raises(ValueError, match="19-class file, 16-class model") as error:
         load_weights(model, path)
     assert "\n" not in str(error.value)
-    loaded = load_weights(model, path, may_differ=("classifier.",))  # the caller has named it
-    assert "19-class file, 16-class model" in str(loaded) and "classifier.weight" in loaded.missing
-    assert loaded.matched == len(golden_state(name)) - len(loaded.missing)
     assert torch.equal(model.classifier.weight, before)
 
     other = "deeplab_pbal" if arch == "deeplabv2" else "deeplabv2"

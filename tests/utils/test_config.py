@@ -27,6 +27,14 @@ def test_every_stage_goes_with_every_benchmark(stage_file, benchmark):
     assert cfg.benchmark_name == benchmark
 
 
+@pytest.mark.parametrize("file", ["pseudo_labels.yml", "test_from_gta_to_city.yml"])
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_a_network_is_used_as_it_was_validated(benchmark, file):
+    """No benchmark decides for a network which statistics it had, nor asks for target images that `test.images` lacks."""
+    cfg = load_config(ROOT / "configs" / file, [f"benchmark={benchmark}"])
+    assert cfg.batchnorm.statistics == "saved"
+
+
 def test_the_released_recipe_is_the_default():
     cfg = load_config(BPL)
     assert (cfg.benchmark, cfg.stage) == ("gta5_to_cityscapes", "bpl")
