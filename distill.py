@@ -26,7 +26,10 @@ from utils.setup import load_network, refuse_unusable_backbone
 
 
 class Distillation(Stage):
-    """L = CE(z_s, y_s) + CE(z_t, ŷ_t) + KL(teacher || student), target in ProDA's strong view."""
+    """L = CE(z_s, y_s) + CE(z_t, ŷ_t) + KL(teacher || student), target in ProDA's strong view, source as it is.
+
+    Where `train.accumulate` or several processes part the batch, what cutout hides still counts in CE's divisor.
+    """
 
     uses_pseudo_labels = True
 
@@ -38,16 +41,16 @@ class Distillation(Stage):
 
     def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
         weight = self.cfg.loss
-        logits = self.model(self.views.strong(source["image"]))["logits"]
+        logits = self.model(self.views.weak(source["image"]))["logits"]
         ce = segmentation_loss(logits, source["label"], source.get("labelled"))
         del logits
         backward(ce, ce_source=ce)
 
-        view = self.views.distill(target["image"])
+        view, label = self.views.distill(target["image"], target["label"])
         with torch.no_grad():
             teacher_logits = self.teacher(renormalize(view, self.model, self.teacher))["logits"]
         logits = self.model(view)["logits"]
-        ce = segmentation_loss(logits, target["label"], target.get("labelled"))
+        ce = segmentation_loss(logits, label, target.get("labelled"))
         kl = distillation_loss(logits, teacher_logits, weight.distill_form)
         backward(weight.pseudo_ce * ce + weight.distill * kl, ce_target=ce, distill=kl)
 

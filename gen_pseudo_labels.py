@@ -52,6 +52,7 @@ def _generate(cfg: Config) -> dict:
         "checkpoint": checkpoint.file_hash(weights),
         "images": len(target),
         "statistics": cfg.batchnorm.statistics,
+        "statistics_of": cfg.batchnorm.images if cfg.batchnorm.statistics == "target" else None,
         **vars(cfg.pseudo),
     }
     if (folder / store.MANIFEST).is_file():
@@ -80,7 +81,9 @@ def _generate(cfg: Config) -> dict:
     bar = progress(total=len(mine), desc="predict", unit="img")
     with store.Beside() as beside:
         for indices, images, _ in same_size_batches(loader, device):
-            found = predict_labels(model, images, cfg.pseudo.flip, cfg.train.precision, with_confidence=True)
+            found = predict_labels(
+                model, images, cfg.pseudo.flip, cfg.train.precision, softmax_first=True, with_confidence=True
+            )
             counts += torch.bincount((found[0].long() * 256 + found[1]).flatten(), minlength=len(counts))
             labels, levels = (maps.cpu().numpy() for maps in found)
             for i, index in enumerate(indices):

@@ -110,8 +110,7 @@ class Views:
         self.mean, self.std, self.cutout = mean, std, cfg.cutout
         low, high = cfg.jitter_factor
         self.jitter = v2.ColorJitter((low, high), (low, high), (low, high), cfg.jitter_hue) if cfg.jitter else None
-        number, magnitude = cfg.randaugment
-        self.randaugment = _randaugment(number, magnitude)
+        self.randaugment = cfg.randaugment
 
     def weak(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) -> float32, normalised."""
@@ -126,17 +125,27 @@ class Views:
             image.copy_(_jittered(image, self.jitter.make_params([])))
         return _normalize(out, self.mean, self.std)
 
-    def distill(self, images: Tensor) -> Tensor:
-        """As `weak`, after RandAugment's colour operations and cutout (ProDA's strong view); geometry stays."""
-        out = torch.stack([self.randaugment(image) for image in images])
+    def distill(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As `weak`, after RandAugment's colour operations and cutout (ProDA's strong view); geometry stays.
+
+        Args:
+            labels: uint8 (N, H, W).
+
+        Returns:
+            The view, and the labels, which are `IGNORE` where cutout hides the image.
+        """
+        out = torch.stack([_randaugmented(image, *self.randaugment) for image in images])
         if self.cutout:
+            labels = labels.clone()
             height, width = out.shape[2:]
             hole_h, hole_w = round(height * self.cutout), round(width * self.cutout)
-            for image in out:
+            for image, label in zip(out, labels):
                 top = int(torch.randint(height - hole_h + 1, ()))
                 left = int(torch.randint(width - hole_w + 1, ()))
-                image[:, top : top + hole_h, left : left + hole_w] = 127  # grey: about the mean after normalisation
-        return self.weak(out)
+                hole = (slice(top, top + hole_h), slice(left, left + hole_w))
+                image[:, *hole] = 127  # grey: about the mean after normalisation
+                label[hole] = IGNORE
+        return self.weak(out), labels
 
 
 def renormalize(images: Tensor, before: nn.Module, after: nn.Module) -> Tensor:
@@ -188,22 +197,26 @@ def _turn_hue(image: Tensor, turn: float) -> Tensor:
     return out
 
 
-def _randaugment(number: int, magnitude: int) -> v2.Transform:
-    """RandAugment's colour operations (its geometric ones would part an image from its label).
+# ProDA's pool, FixMatch's, without its geometric operations, which would part an image from its label; `v` is 0.1 to 0.9.
+_RANDAUGMENT = (
+    lambda image, v: image,
+    lambda image, v: F.autocontrast(image),
+    lambda image, v: F.equalize(image),
+    lambda image, v: F.posterize(image, 4 + int(4 * v)),
+    lambda image, v: F.solarize(image, 256 - int(256 * v)),
+    lambda image, v: F.adjust_sharpness(image, 0.05 + 0.9 * v),
+    lambda image, v: F.adjust_brightness(image, 0.05 + 0.9 * v),
+    lambda image, v: F.adjust_contrast(image, 0.05 + 0.9 * v),
+    lambda image, v: F.adjust_saturation(image, 0.05 + 0.9 * v),
+)
 
-    `number` operations in a row, each drawn anew; `magnitude` 0..10 scales their strength (FixMatch's ranges).
-    """
-    share = magnitude / 10
-    factors = (1 - 0.95 * share, 1 + 0.9 * share)
-    operations = [
-        v2.Identity(),
-        v2.RandomAutocontrast(1),
-        v2.RandomEqualize(1),
-        v2.RandomPosterize(8 - round(4 * share), 1),
-        v2.RandomSolarize(255 - 127 * share, 1),
-        v2.RandomAdjustSharpness(1 + 0.9 * share, 1),
-        v2.ColorJitter(brightness=factors),
-        v2.ColorJitter(contrast=factors),
-        v2.ColorJitter(saturation=factors),
-    ]
-    return v2.Compose([v2.RandomChoice(operations) for _ in range(number)] or [v2.Identity()])
+
+def _randaugmented(image: Tensor, number: int, magnitude: int) -> Tensor:
+    """A uint8 image (3, H, W) after `number` operations, each drawn anew with a strength below `magnitude` (0..10), and
+    left out half of the time (as ProDA has it)."""
+    for _ in range(number):
+        operation = _RANDAUGMENT[int(torch.randint(len(_RANDAUGMENT), ()))]
+        strength = int(torch.randint(1, max(2, magnitude), ())) / 10
+        if torch.rand(()) < 0.5:
+            image = operation(image, strength)
+    return image

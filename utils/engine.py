@@ -121,8 +121,12 @@ def fit(cfg: Config, stage_type: type[Stage]) -> dict:
 def seeds(cfg: Config) -> list[int]:
     """Of source draws, target draws, and of dropout and colours, for this link of the chain: stages that drew alike
     would show a network the few hundred crops again that it has learnt just before."""
-    source_only = not (cfg.loss.adversarial or cfg.loss.bidirectional)
-    link = (TRAINING_STAGES.index(cfg.stage), cfg.distill.rounds[0] if cfg.stage == "distill" else int(source_only))
+    number = 0
+    if cfg.stage == "distill":
+        number = cfg.distill.rounds[0]
+    elif cfg.stage == "warmup" and not cfg.loss.adversarial:  # source alone, from its beginning or going on from it
+        number = 1 if cfg.model.init in ("scratch", "imagenet", "simclr") else 2
+    link = (TRAINING_STAGES.index(cfg.stage), number)
     return np.random.SeedSequence([cfg.seed, *link]).generate_state(3).tolist()
 
 
@@ -234,6 +238,8 @@ class _Run:
         trained = scores is not None
         if not trained:
             scores = self.last_scores
+            if scores is None or scores["iteration"] != self.iteration:  # train.iterations has been lowered since
+                scores = self._validate_and_save(True)
             self.log.say(f"{show_path(self.folder)} is complete; train.restart=true begins anew")
         result = {"last": scores, "best": self.best, "best_chosen_by": f"mIoU on data.val, {len(self.val)} images"}
         checkpoint.write_json(result_file, result)

@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as F
 from data.datasets import SegmentationDataset
 from data.loaders import whole_images
 from data.taxonomy import ClassSet
-from models import upsample
+from models import DeepLabPBAL, upsample
 from utils import distributed
 from utils.config import Config, UserError
 from utils.logging import progress
@@ -57,6 +57,7 @@ def predict(
     scales: Sequence[float] = (1.0,),
     window: Sequence[int] = (),
     overlap: float = 0.5,
+    softmax_first: bool = False,
 ) -> Tensor:
     """Class probabilities at image size, float32 (N, K, H, W): the mean over scales, mirrors and windows.
 
@@ -70,10 +71,12 @@ def predict(
         scales: factors by which the images are resized for the network, one prediction each.
         window: [width, height] in pixels of the resized images that the network sees at once; () = all.
         overlap: least share of a window that its neighbour sees too, in 0..1.
+        softmax_first: take the softmax before the maps are brought to image size, as ProDA's pseudo labels do, not
+            after: pixels between two regions that are sure of themselves are then less sure.
     """
-    views = _see(model, images, flip, precision, scales, window, overlap)
+    views = _see(model, images, flip, precision, scales, window, overlap, softmax_first)
     size = images.shape[2:]
-    strips = list(_strips(size, views[0].logits))
+    strips = list(_strips(size, views[0].maps))
     return torch.stack([torch.cat([_probabilities(views, i, r) for r in strips], 1) for i in range(len(images))])
 
 
@@ -85,27 +88,28 @@ def predict_labels(
     scales: Sequence[float] = (1.0,),
     window: Sequence[int] = (),
     overlap: float = 0.5,
+    softmax_first: bool = False,
     with_confidence: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The likeliest class of each pixel, uint8 (N, H, W), and its probability as round(255 p), uint8 too, or None.
 
     Strip by strip: neither logits nor probabilities ever exist at image size. Arguments are those of `predict`.
     """
-    views = _see(model, images, flip, precision, scales, window, overlap)
+    views = _see(model, images, flip, precision, scales, window, overlap, softmax_first)
     size = images.shape[2:]
     labels = images.new_empty(len(images), *size)
     confidence = images.new_empty(len(images), *size) if with_confidence else None
 
     def label(place: tuple[int, slice]) -> None:
         i, rows = place
-        if len(views) == 1 and not with_confidence:  # softmax does not change which class is largest
+        if len(views) == 1 and not with_confidence:  # a softmax of these does not change which class is largest
             labels[i, rows] = _largest(views[0].at_image_size(i, rows))[1]
             return
         largest, labels[i, rows] = _largest(_probabilities(views, i, rows))
         if with_confidence:
             confidence[i, rows] = largest.mul_(255).round_()
 
-    _each(label, [(i, rows) for i in range(len(images)) for rows in _strips(size, views[0].logits)], images.device)
+    _each(label, [(i, rows) for i in range(len(images)) for rows in _strips(size, views[0].maps)], images.device)
     return labels, confidence
 
 
@@ -114,26 +118,28 @@ class _View:
     """What the network says of one part of the images, at its own resolution.
 
     Attributes:
-        logits: float32 (N, K, h, w).
+        maps: float32 (N, K, h, w), logits, or probabilities where `softmaxed`.
         place: rows and columns of the images that it was shown.
         mirrored: whether it was shown them mirrored.
         seen: float32 (H, W), in how many views of this scale each pixel is.
+        softmaxed: whether the softmax was taken at this resolution.
     """
 
-    logits: Tensor
+    maps: Tensor
     place: tuple[slice, slice]
     mirrored: bool
     seen: Tensor
+    softmaxed: bool
 
     def at_image_size(self, i: int, rows: slice) -> Tensor:
-        """Logits (K, R, W') of image `i` in some of its rows, which lie within the view: as `upsample` has them."""
-        logits, (view_rows, columns) = self.logits[i], self.place
-        steps, last = view_rows.stop - view_rows.start - 1, logits.shape[1] - 1
-        at = torch.arange(rows.start, rows.stop, device=logits.device, dtype=torch.float32) - view_rows.start
+        """Maps (K, R, W') of image `i` in some of its rows, which lie within the view: as `upsample` has them."""
+        maps, (view_rows, columns) = self.maps[i], self.place
+        steps, last = view_rows.stop - view_rows.start - 1, maps.shape[1] - 1
+        at = torch.arange(rows.start, rows.stop, device=maps.device, dtype=torch.float32) - view_rows.start
         at = at * (last / max(1, steps))
         above = at.long().clamp_(max=max(0, last - 1))
         below = (above + 1).clamp_(max=last)
-        strip = torch.lerp(logits[:, above], logits[:, below], (at - above)[:, None])
+        strip = torch.lerp(maps[:, above], maps[:, below], (at - above)[:, None])
         return upsample(strip[None], (strip.shape[1], columns.stop - columns.start))[0]
 
 
@@ -145,6 +151,7 @@ def _see(
     scales: Sequence[float],
     window: Sequence[int],
     overlap: float,
+    softmax_first: bool,
 ) -> list[_View]:
     """Every forward pass that `predict` asks for."""
     size = images.shape[2:]
@@ -160,19 +167,21 @@ def _see(
             view = scaled[:, :, *crop]
             with torch.no_grad(), autocast(x.device, precision):
                 logits = model(view.flip(-1) if mirrored else view)["logits"].float()
-            views.append(_View(logits, place, mirrored, seen))
+            maps = logits.softmax(1) if softmax_first else logits
+            views.append(_View(maps, place, mirrored, seen, softmax_first))
     return views
 
 
 def _probabilities(views: list[_View], i: int, rows: slice) -> Tensor:
     """Of image `i` in some of its rows, float32 (K, R, W)."""
     scales, width = len({id(view.seen) for view in views}), views[0].seen.shape[1]
-    total = views[0].logits.new_zeros(views[0].logits.shape[1], rows.stop - rows.start, width)
+    total = views[0].maps.new_zeros(views[0].maps.shape[1], rows.stop - rows.start, width)
     for view in views:
         view_rows, columns = view.place
         inside = slice(max(rows.start, view_rows.start), min(rows.stop, view_rows.stop))
         if inside.start < inside.stop:
-            part = view.at_image_size(i, inside).softmax(0)
+            part = view.at_image_size(i, inside)
+            part = part if view.softmaxed else part.softmax(0)
             part = (part.flip(-1) if view.mirrored else part).div_(view.seen[inside, columns])
             total[:, inside.start - rows.start : inside.stop - rows.start, columns] += part
     return total.div_(scales)
@@ -322,6 +331,9 @@ def recompute_batchnorm(model: nn.Module, target: SegmentationDataset, cfg: Conf
 
     Training alternates source and target batches, so running averages mix both domains and fit neither. Costs one
     forward pass over `batchnorm.images` images, evenly spread over the dataset.
+
+    Raises:
+        UserError: "deeplab_pbal", which normalises pooled features over a batch, finds no two images of one size.
     """
     plain = copy.copy(target)
     plain.transform = None
@@ -329,6 +341,20 @@ def recompute_batchnorm(model: nn.Module, target: SegmentationDataset, cfg: Conf
     indices = torch.linspace(0, len(plain) - 1, wanted).round().long().tolist()
     loader = whole_images(plain, cfg.train.batch_target, cfg.data.workers, indices)
     was_training = model.training
+    least, batches = 2 if isinstance(model, DeepLabPBAL) else 1, 0
+
+    def inputs() -> Iterator[Tensor]:
+        nonlocal batches
+        for _, images, _ in same_size_batches(loader, device):
+            if len(images) >= least:  # an image that is left over alone has no deviation
+                batches += 1
+                yield normalized(images, model)
+
     with autocast(device, cfg.train.precision):
-        update_bn((normalized(images, model) for _, images, _ in same_size_batches(loader, device)), model)
+        update_bn(inputs(), model)
     model.train(was_training)
+    if not batches:
+        raise UserError(
+            "batchnorm.statistics=target needs two target images of one size in a batch with model.arch=deeplab_pbal: "
+            "see train.batch_target, data.target.size"
+        )

@@ -117,7 +117,7 @@ def first_weights(cfg: Config) -> None:
 def _test(tests: Config, run_name: str, statistics: str) -> dict:
     """Scores of a run's last checkpoint under one kind of BatchNorm statistics; kept from an earlier call."""
     cfg = copy.deepcopy(tests)
-    cfg.checkpoint, cfg.batchnorm.statistics = run_name, statistics
+    cfg.checkpoint, cfg.which, cfg.batchnorm.statistics = run_name, "last", statistics
     cfg.name, cfg.test.dataset, cfg.test.images = f"test/{run_name}_{statistics}", "val", ""
     before = cfg.run_dir / "metrics.json"
     if before.is_file():
@@ -174,7 +174,7 @@ def format_summary(rows: dict[str, dict]) -> str:
 def _panel(cfg: Config, runs: dict[str, str], path: Path) -> None:
     """image | each stage | truth; rows from the image that gained most pixels over all stages to the one that lost most."""
     cfg, device = copy.deepcopy(cfg), choose_device(cfg)
-    cfg.batchnorm.statistics = "saved"
+    cfg.which, cfg.batchnorm.statistics = "last", "saved"
     models = [load_network(cfg, checkpoint.find_checkpoint(cfg, run_name), device)[0] for run_name in runs.values()]
     val = build_dataset(cfg.data.val, cfg.classes)
     gains = np.zeros(len(val))

@@ -14,6 +14,7 @@ from data.transforms import Crop, RandomScaleCropFlip, Views
 from utils.config import ROOT, load_config
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LABELS = torch.arange(16, dtype=torch.uint8)[:, None, None].expand(16, 32, 48)
 
 
 def data_config(**changes):
@@ -215,7 +216,8 @@ def test_strong_views_change_colours_and_stay_in_range(view):
     images = torch.randint(0, 256, (1, 3, 32, 48), dtype=torch.uint8).expand(8, -1, -1, -1)
     before = images.clone()
     torch.manual_seed(0)
-    out = getattr(Views(data_config(cutout=0.0), (0,) * 3, (1,) * 3), view)(images)
+    views = Views(data_config(cutout=0.0), (0,) * 3, (1,) * 3)
+    out = views.strong(images) if view == "strong" else views.distill(images, LABELS[:8])[0]
     assert out.shape == images.shape and out.dtype == torch.float32 and out.min() >= 0 and out.max() <= 1
     assert len({image.numpy().tobytes() for image in out}) > 4  # each image has colours of its own
     assert torch.equal(images, before)
@@ -252,12 +254,12 @@ def test_views_are_equal_without_jitter():
 
 
 def test_cutout_is_one_grey_hole_of_the_asked_size():
-    images = torch.zeros(4, 3, 40, 60, dtype=torch.uint8)
-    views = Views(data_config(cutout=0.25, randaugment=[1, 5]), (0,) * 3, (1,) * 3)
-    views.randaugment = lambda image: image
-    holes = views.distill(images)[:, 0] > 0
+    images, labels = torch.zeros(4, 3, 40, 60, dtype=torch.uint8), torch.full((4, 40, 60), 3, dtype=torch.uint8)
+    out, seen = Views(data_config(cutout=0.25, randaugment=[0, 5]), (0,) * 3, (1,) * 3).distill(images, labels)
+    holes = out[:, 0] > 0
     for hole in holes:
         assert hole.any(1).sum() == 10 and hole.any(0).sum() == 15 and hole.sum() == 10 * 15
+    assert torch.equal(seen == IGNORE, holes) and (seen[~holes] == 3).all() and (labels == 3).all()
     assert len({hole.numpy().tobytes() for hole in holes}) > 1
 
 
@@ -266,7 +268,7 @@ def test_every_strength_of_randaugment_works(randaugment):
     images = torch.randint(0, 256, (16, 3, 32, 48), dtype=torch.uint8)
     torch.manual_seed(0)
     views = Views(data_config(randaugment=randaugment, cutout=0.0), (0,) * 3, (1,) * 3)
-    out = views.distill(images)
-    assert out.isfinite().all()
-    if randaugment[0] == 0:
-        assert torch.equal(out, views.weak(images))
+    out, labels = views.distill(images, LABELS)
+    assert out.isfinite().all() and torch.equal(labels, LABELS)
+    unchanged = [torch.equal(*pair) for pair in zip(out, views.weak(images))]
+    assert all(unchanged) if randaugment[0] == 0 else 0 < sum(unchanged) < len(unchanged)

@@ -105,6 +105,17 @@ def test_recomputing_leaves_the_dataset_augmented_and_the_weights_alone(cfg, tar
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_no_image_is_left_alone_with_pooled_features(cfg, target):
+    """deeplab_pbal normalises one value an image and channel over the batch."""
+    model = build_model("deeplab_pbal", 16, "resnet18", 16)
+    cfg.train.batch_target, cfg.batchnorm.images = 2, 3
+    recompute_batchnorm(model, target, cfg, CPU)
+    assert all(b.isfinite().all() for b in batchnorm_statistics(model).values())
+    cfg.batchnorm.images = 1
+    with pytest.raises(UserError, match="two target images"):
+        recompute_batchnorm(model, target, cfg, CPU)
+
+
 class Columns(nn.Module):
     """Its first class grows sure to the right, whatever the image."""
 
@@ -229,6 +240,8 @@ def test_strips_are_what_one_upsampling_of_all_gives(size, small, monkeypatch):
     assert nothing is None and labels.dtype == torch.uint8
     assert (labels != whole.argmax(1)).float().mean() < 1e-5
     torch.testing.assert_close(predict(Given(logits), images), whole.softmax(1), rtol=0, atol=1e-6)
+    first = upsample(logits.softmax(1), size)
+    torch.testing.assert_close(predict(Given(logits), images, softmax_first=True), first, rtol=0, atol=1e-6)
     alone = [predict_labels(Given(logits[i : i + 1]), images[:1], True, with_confidence=True) for i in range(2)]
     for found, single in zip(predict_labels(Given(logits), images, True, with_confidence=True), zip(*alone)):
         assert torch.equal(found, torch.cat(single))  # whatever the batch
@@ -250,8 +263,9 @@ def test_threads_that_take_strips_change_nothing(photos, monkeypatch):
     assert all(map(torch.equal, shared, serial))
 
 
-def test_labels_and_confidences_are_those_of_the_averaged_probabilities(deeplab, photos):
-    options = {"flip": True, "scales": [0.5, 1], "window": [40, 32]}
+@pytest.mark.parametrize("softmax_first", [False, True])
+def test_labels_and_confidences_are_those_of_the_averaged_probabilities(deeplab, photos, softmax_first):
+    options = {"flip": True, "scales": [0.5, 1], "window": [40, 32], "softmax_first": softmax_first}
     labels, confidence = predict_labels(deeplab, photos, **options, with_confidence=True)
     largest, likeliest = predict(deeplab, photos, **options).max(1)
     assert torch.equal(labels, likeliest.byte()) and torch.equal(confidence, (255 * largest).round().byte())
