@@ -4,8 +4,9 @@
     python gen_pseudo_labels.py benchmark=synthia_to_cityscapes
     python gen_pseudo_labels.py checkpoint=my.pth pseudo.selection=class_balanced
 
-Softmax averaged with the mirrored image's, argmax, pixels below a confidence become ignore. Writes label and
-confidence PNGs and manifest.json into runs/<benchmark>/pseudo_labels/; a finished folder is left as it is.
+Softmax, brought to image size, averaged with the mirrored image's, argmax; pixels below a confidence become ignore (as
+ProDA has it). Writes label and confidence PNGs and manifest.json into runs/<benchmark>/pseudo_labels/; a finished
+folder is left as it is.
 """
 
 from __future__ import annotations

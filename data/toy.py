@@ -2,6 +2,9 @@
 
     python -m data.toy --root data/toy --seed 0
 
+Runs draw seed 0 into `data.toy_root` themselves; for other drawings, name a folder of their own as the three roots and
+set data.toy_root=''.
+
 The scenes hold all 19 Cityscapes classes with exact label maps and cost a few seconds to draw, so that the
 whole pipeline (loaders, training, evaluation) runs end to end without any download.
 """
@@ -116,6 +119,7 @@ def generate(root: str | Path = "data/toy", seed: int = 0, counts: dict[str, int
             list(pool.map(write_pair, *zip(*jobs)))
         (partial / "toy.json").write_text(json.dumps(recipe, indent=2) + "\n")
         if root.exists():
+            print(f"{root} held other drawings (another seed, number or version): drawn again")
             root.rename(outdated)
         partial.rename(root)
         shutil.rmtree(outdated, ignore_errors=True)
