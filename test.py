@@ -46,8 +46,8 @@ def main(cfg: Config) -> dict:
         lambda: build_dataset(cfg.data.target, cfg.classes, with_labels=False) if recompute else None,
     )
     file = checkpoint.open_file(weights)
-    cfg = settle(cfg, file)
     model, message = load_network(cfg, file, device, target)
+    cfg = settle(cfg, file)
     if not images:
         dataset = build_dataset(section, cfg.classes)  # by as many classes as the checkpoint has
     log = open_log(cfg)

@@ -97,7 +97,7 @@ def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> tuple[list[Sampl
         relative = image.relative_to(root)
         label = root / label_of(relative) if with_labels else None
         samples.append(Sample(image, label, relative.with_suffix("").as_posix()))
-    if not with_labels:
+    if not with_labels or cfg.format == "folder":  # a folder may hold more labels than its globs name images
         return samples, []
     # The label of a glob is the glob of the labels.
     labels = {path for pattern in globs for path in root.glob(label_of(Path(pattern)).as_posix())}
@@ -139,6 +139,12 @@ def _gta5(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:
         except (OSError, KeyError, ValueError, MatReadError) as error:
             raise UserError(f"cannot read split={cfg.split} from {split}: {_first_line(error)}") from None
         images = [f"images/{i:05d}.png" for i in ids]
+        missing = [name for name in images if not (Path(cfg.root) / name).is_file()]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of the {len(images)} images that {split} lists for split={cfg.split} are not below "
+                f"{cfg.root}, the first is {missing[0]}"
+            )
     return images, lambda image: Path("labels") / image.name
 
 
@@ -246,17 +252,18 @@ def read_label_ids(path: Path) -> np.ndarray:
     """
     try:
         with _opened(path) as picture:
-            if picture.mode in ("L", "P", "I;16"):
+            mode = picture.mode
+            if mode in ("L", "P", "I;16"):
                 return np.asarray(picture)
-            if picture.mode == "I":
-                return np.asarray(picture).astype(np.uint16)
+            if mode in ("1", "I"):
+                return np.asarray(picture).astype(np.uint8 if mode == "1" else np.uint16)
         # Pillow cuts 16-bit colour down to 8 bits, which turns every SYNTHIA class into 0.
         ids = decode_image(str(path), mode=ImageReadMode.UNCHANGED)
     except Exception as error:
         raise UserError(f"cannot read label {path}: {_first_line(error)}") from None
     if ids.dtype != torch.uint16:
         raise UserError(
-            f"label {path} is an 8-bit colour picture; a grey, palette or 16-bit PNG of label ids is needed"
+            f"label {path} is an 8-bit picture of mode {mode}; a grey, palette or 16-bit PNG of label ids is needed"
         )
     return ids[0].numpy()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -78,6 +79,9 @@ def _loader(dataset: SegmentationDataset, batch_size: int, workers: int, sampler
         sampler=sampler,
         num_workers=workers,
         worker_init_fn=functools.partial(_start_worker, os.getpid()),
+        multiprocessing_context="fork"
+        if workers and sys.platform == "linux"
+        else None,  # as ever, from Python 3.14 on too
         generator=torch.Generator(),  # a loader's start leaves the global random stream, and so a resumed run, alone
         **options,
     )

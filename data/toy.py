@@ -26,7 +26,7 @@ from PIL import Image
 
 from data.taxonomy import CITYSCAPES_LABEL_IDS, CITYSCAPES_PALETTE, SYNTHIA_TO_TRAIN
 from data.toy_scene import BICYCLE, LOOKS, PERSON, STYLES, draw_scene
-from utils.config import UserError
+from utils.config import UserError, guarded
 
 VERSION = 1  # raise it whenever a painter changes, so that existing toy folders are drawn again
 COUNTS = {"GTA5": 240, "SYNTHIA": 240, "Cityscapes/train": 160, "Cityscapes/val": 48}  # images per split
@@ -131,8 +131,14 @@ def main() -> None:
     parser.add_argument("--root", default="data/toy", help="folder to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all drawings (default: %(default)s)")
     args = parser.parse_args()
-    root = generate(args.root, args.seed)
-    print(f"{root}: " + ", ".join(f"{count} {split}" for split, count in COUNTS.items()) + " images")
+    if args.seed < 0:
+        parser.error("--seed must be 0 or more")
+
+    def call() -> None:
+        root = generate(args.root, args.seed)
+        print(f"{root}: " + ", ".join(f"{count} {split}" for split, count in COUNTS.items()) + " images")
+
+    guarded(call)
 
 
 if __name__ == "__main__":

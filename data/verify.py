@@ -106,8 +106,8 @@ def look_at(cfg: DatasetConfig, classes: ClassSet, with_labels: bool, workers: i
     except UserError as error:
         report.fault("no files", error)
         return report, Files([], cfg, classes)
-    fixed = cfg.format != "folder"  # a folder may hold more labels than its globs name images, and images of any size
-    for path in orphans if fixed else []:
+    fixed = cfg.format != "folder"  # whose images may be of any size
+    for path in orphans:
         report.fault("label without image", path)
     files, per_image = Files(samples, cfg, classes), []
     loader = DataLoader(files, batch_size=None, num_workers=workers, collate_fn=dict)

@@ -64,10 +64,12 @@ def build_model(
         `classifier` is the 1x1 convolution, `mean` and `std` the input statistics.
 
     Raises:
-        ValueError: an unknown architecture or backbone, or bn_clr with another architecture.
+        ValueError: an unknown architecture, backbone, output stride or normalization; bn_clr with another architecture.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}; known are {', '.join(ARCHITECTURES)}")
+    if normalization not in ("auto", *NORMALIZATIONS):
+        raise ValueError(f"unknown normalization {normalization!r}; known are auto, {', '.join(NORMALIZATIONS)}")
     if bn_clr and arch != "deeplabv2":
         raise ValueError(f"bn_clr is a variant of deeplabv2, not of {arch}")
     variant = {"bn_clr": True} if bn_clr else {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Iterator
 
 import torch
@@ -163,7 +164,11 @@ def check_backbone(name: str, output_stride: int) -> None:
 
 
 def build_backbone(name: str, output_stride: int, **resnet_options) -> nn.Module:
-    """`resnet50` or `timm/NAME`; further options are `ResNet`'s alone."""
+    """`resnet50` or `timm/NAME`; further options are `ResNet`'s alone. Raises ValueError if there is no such network."""
+    if output_stride not in (8, 16):
+        raise ValueError(f"output_stride={output_stride!r} is neither 8 nor 16")
     if name.startswith("timm/"):
         return TimmBackbone(name.removeprefix("timm/"), output_stride)
+    if not (re.fullmatch(r"resnet\d+", name) and hasattr(torchvision.models, name)):
+        raise ValueError(f"unknown backbone {name!r}: resnet18 to resnet152, or timm/NAME")
     return ResNet(name, output_stride, **resnet_options)

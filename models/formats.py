@@ -120,9 +120,11 @@ def read_checkpoint(path: str | Path) -> dict:
         with torch.serialization.safe_globals(_NUMPY_TYPES):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class|operand)[: ]+([\w.]+)", str(error))
+        refused = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class)[: ]+([\w.]+)", str(error))
         if refused:
             raise ValueError(f"{path} is refused: it holds {refused[1] or refused[2]}, not weights alone") from None
+        if "Unsupported operand" in str(error):  # an instruction of pickle's that no weights need
+            raise ValueError(f"{path} is refused: it holds more than weights, or is damaged") from None
         raise ValueError(f"{path} is not a weight file, or cut short") from None
     except Exception as error:  # a damaged stream fails in every way there is
         reason = str(error).strip().split("\n")[0] or "it is empty"

@@ -42,7 +42,7 @@ def tiny_discriminator(num_classes):
 
 def use_tiny_networks(monkeypatch):
     """Steps in milliseconds and checkpoints in kilobytes."""
-    monkeypatch.setattr("utils.setup.build_model", lambda arch, num_classes, *args: TinyNetwork(num_classes))
+    monkeypatch.setattr("utils.setup.build_model", lambda arch, num_classes, **others: TinyNetwork(num_classes))
     monkeypatch.setattr("train_bpl.PatchDiscriminator", tiny_discriminator)
 
 

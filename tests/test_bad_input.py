@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+import torchvision
 import yaml
 from conftest import HEIGHT, WIDTH
 from PIL import Image
@@ -131,6 +132,10 @@ class Attack:
         return os.system, ("touch attacked",)
 
 
+def backbone(place):
+    torch.save(torchvision.models.resnet18().state_dict(), place / "net.pth")
+
+
 def evil(place):
     with open(place / "evil.pth", "wb") as file:
         pickle.dump({"model": Attack()}, file)
@@ -239,6 +244,8 @@ CASES = [
     case("weights are text", "bpl", "name=x model.init=a.pth", write("a.pth", b"hello"), "a.pth is not a weight file"),
     case("weights hold code", "bpl", "name=x model.init=evil.pth", evil, "evil.pth is refused: it holds"),
     case("weights to test missing", "test", "checkpoint=none.pth", nothing, "no weights at none.pth"),
+    case("a backbone to test", "test", "checkpoint=net.pth", backbone, "net.pth", "holds a backbone alone"),
+    case("a backbone to label by", "labels", "name=x checkpoint=net.pth", backbone, "net.pth", "holds a backbone alone"),
     case("teacher missing", "distill", "checkpoint=none.pth", nothing, "no weights at none.pth"),
     case("both states damaged", "warmup", "name= train.iterations=3", damaged_state, "last.pth", "previous.pth", "restart=true"),
     case("another experiment", "warmup", "name= train.lr=0.5", nothing, "holds another experiment (train.lr: 0.001 -> 0.5)"),

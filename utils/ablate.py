@@ -170,6 +170,8 @@ def main() -> None:
         given = [o for o in words if not o.startswith("variants=")]
         files = [o.removeprefix("variants=") for o in words if o not in given]
         overrides, controls, seeds = own_keys(given)
+        if any(o.startswith("seed=") for o in overrides):
+            raise ConfigError("seed= is given; seeds=0,1,2 says which to run")
         if controls:
             raise ConfigError("controls=true is for utils.pipeline, which trains them")
         run(overrides, seeds or SEEDS, *map(Path, files[-1:]))

@@ -119,7 +119,7 @@ def rng_state() -> dict:
         "python": random.getstate(),
         "numpy": (version, torch.from_numpy(keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
     }
 
 
@@ -130,7 +130,7 @@ def set_rng_state(state: dict) -> None:
     random.setstate((version_py, tuple(internal), gauss))
     np.random.set_state((version, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and state["cuda"]:
+    if torch.cuda.is_initialized() and state["cuda"]:
         of_each = state["cuda"]  # of every GPU in older files
         torch.cuda.set_rng_state(of_each[torch.cuda.current_device() % len(of_each)])
 

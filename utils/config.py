@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 
 from data.taxonomy import ID_TO_NAME, resolve_id_map
@@ -173,7 +174,9 @@ def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
     stage_file = Path(stage_file)
     stage_delta = read_yaml(stage_file)
     commands = [_override(o) for o in overrides]
-    chosen = {key: next(iter(value.values())) for key, value in commands if key in ("benchmark", "stage", "name")}
+    if any(key == "stage" for key, _ in commands):
+        raise ConfigError("stage is set by the stage file: give another one with --config")
+    chosen = {key: next(iter(value.values())) for key, value in commands if key in ("benchmark", "name")}
     benchmark = chosen.get("benchmark") or stage_delta.get("benchmark") or config.benchmark
     _apply(config, stage_delta, str(stage_file))
     benchmark_file = _find_benchmark(str(benchmark))
@@ -383,13 +386,22 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> None:
         if isinstance(error, OSError):
             error = UserError(f"{error.filename or 'the system says'}: {error.strerror or error}")
         _say_and_leave(f"error: {error}", error.status)
+    except torch.OutOfMemoryError as error:
+        if debug:
+            traceback.print_exc()
+        _say_and_leave(
+            f"error: {str(error).split('. ')[0]}: see train.checkpointing, train.accumulate, data.crop and test.batch; "
+            "`python -m utils.benchmark plan` says what fits",
+            1,
+        )
     except KeyboardInterrupt:
         _say_and_leave("interrupted", 130)
     except Exception as error:
         if distributed.world_size() == 1:
             raise
         gone = distributed.others_are_gone(error) and not debug
-        _say_and_leave(f"error: {distributed.GONE}" if gone else traceback.format_exc(), 1)
+        said = f"error: {distributed.GONE} ({str(error).strip().split(chr(10))[0]}); --debug says more"
+        _say_and_leave(said if gone else traceback.format_exc(), 1)
 
 
 def _say_and_leave(line: str, status: int) -> None:

@@ -12,7 +12,6 @@ Features count by direction alone, as the method's cosines do: scaling them chan
 from __future__ import annotations
 
 import argparse
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -223,7 +222,9 @@ def run(overrides: list[str], only: list[str] = ()) -> dict:
     target = build_dataset(cfg.data.target, classes, False) if cfg.batchnorm.statistics == "target" else None
     views, numbers = [], {}
     for name, path in weights.items():
-        model, _ = load_network(copy.deepcopy(cfg), path, device, target)
+        model, _ = load_network(cfg, path, device, target)
+        if (number := len(model.classifier.weight)) != len(classes):
+            raise UserError(f"{path} knows {number} classes, the benchmark has {len(classes)}: see data.class_set")
         view = see(name, model, val, classes, cfg, device)
         compact = {classes.names[k]: value for k, value in view.centres.compactness().items()}
         numbers[name] = {

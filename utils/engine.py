@@ -51,12 +51,13 @@ from utils.visual import Gallery, spread
 Backward = Callable[..., None]
 
 # Keys that may differ between the two parts of a resumed run: they change where and how fast, not what is learnt.
-HARMLESS = {"runs", "device", "data.workers", "data.check"} | {f"test.{f.name}" for f in dataclasses.fields(TestConfig)}
+HARMLESS = {"benchmark", "runs", "device", "data.workers", "data.check", "data.on_error", "data.max_skipped"}
+HARMLESS |= {f"test.{f.name}" for f in dataclasses.fields(TestConfig)}
 HARMLESS |= {
     f"train.{key}"
     for key in (
         *("iterations", "log_every", "save_every", "val_every", "panels", "restart", "deterministic"),
-        *("checkpointing", "compile"),
+        *("checkpointing", "compile", "on_nonfinite", "max_skipped"),
     )
 }
 
@@ -170,11 +171,11 @@ class _Run:
         checkpoint.seed_generators(own_seed)
         if saved:
             self._restore(saved)
-        else:
-            self.files.clear()
         distributed.same_weights(stage.networks)
         if cfg.train.compile:
             compile_networks(stage.networks, self.device)
+        if not saved:
+            self.files.clear()  # last of all: what is refused above leaves a run that was to be replaced as it is
         self.saved_at = self.iteration
         self.log = open_log(cfg, self.iteration, saved and saved.get("lengths"))
         place = f"{self.device}" if distributed.world_size() == 1 else f"{distributed.world_size()} {self.device.type}s"
@@ -280,7 +281,7 @@ class _Run:
                 self.log.say(f"left out ({len(self.unreadable)} so far): {message}")
         if len(self.unreadable) > self.cfg.data.max_skipped:
             raise UserError(
-                f"more than data.max_skipped={self.cfg.data.max_skipped} files cannot be used, the last: {messages[-1]}"
+                f"more than data.max_skipped={self.cfg.data.max_skipped} files cannot be used: {'; '.join(messages[-1:])}"
             )
 
     def _leave(self, stop: Interruption) -> None:

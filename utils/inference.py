@@ -335,6 +335,8 @@ def recompute_batchnorm(model: nn.Module, target: SegmentationDataset, cfg: Conf
     Raises:
         UserError: "deeplab_pbal", which normalises pooled features over a batch, finds no two images of one size.
     """
+    if not batchnorm_statistics(model):
+        return
     plain = copy.copy(target)
     plain.transform = None
     wanted = min(cfg.batchnorm.images or len(plain), len(plain))

@@ -19,7 +19,7 @@ class ConfusionMatrix:
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """Count integer maps of one shape; pixels whose label is `IGNORE` are left out."""
         k = self.num_classes
-        rows = label.long().clamp_(max=k)  # ignored pixels have a row of their own: to leave them out, one would wait
+        rows = label.long().clamp(max=k)  # ignored pixels have a row of their own: to leave them out, one would wait
         counts = torch.bincount(rows.mul_(k).add_(prediction).flatten(), minlength=(k + 1) * k)[: k * k].view(k, k)
         self.counts = counts if self.counts is None else self.counts.add_(counts)
 

@@ -63,6 +63,7 @@ def run(overrides: list[str], controls: bool = False) -> dict:
     benchmark = f"benchmark={configs['bpl'].benchmark}"  # named in any case: the tests' file has one of its own
     check_inputs(*(lambda cfg=cfg: first_weights(cfg) for cfg in configs.values()))
     tests = load_config(ROOT / "configs" / "test_from_gta_to_city.yml", [*overrides, benchmark])
+    tests.data.class_set = configs["bpl"].data.class_set  # of a stages.test that follows the file
     final_run = {}
     rows: dict[str, dict] = {}
     for stage, script, _, _ in STEPS:
@@ -243,8 +244,12 @@ def own_keys(overrides: list[str]) -> tuple[list[str], bool, list[int]]:
                 raise ConfigError(f"seeds={text!r} has the wrong type: seeds=0,1,2 is needed") from None
             if len(set(seeds)) < len(seeds):
                 raise ConfigError(f"seeds={text!r} names a seed twice")
+        elif key == "name":
+            raise ConfigError("name= would be the one folder of all stages; runs= keeps pipelines apart")
         else:
             others.append(assignment)
+    if seeds and any(assignment.startswith("seed=") for assignment in others):
+        raise ConfigError("seed= and seeds= are given; seeds= says all")
     return others, controls, seeds
 
 

@@ -165,6 +165,8 @@ def load_network(
         UserError: the file cannot be read or does not fit.
     """
     file = weights if isinstance(weights, WeightFile) else checkpoint.open_file(weights)
+    if file.backbone_alone:
+        raise UserError(f"{file.path} ({file.format}) holds a backbone alone, no trained network")
     cfg = settle(cfg, file)
     model = build_network(cfg, device)
     message = checkpoint.load({"model": model}, file, cfg)

@@ -90,6 +90,10 @@ def test_gta5_split_file_is_needed_for_a_split_alone(copied):
     savemat(tree.root / "split.mat", {"trainIds": [[1], [4]], "valIds": [[2]], "testIds": [[3]]})
     names = [s.name for s in list_samples(dataset_config(**tree.section | {"split": "train"}))]
     assert names == ["images/00001", "images/00004"]
+    (tree.root / "images/00002.png").unlink()
+    (tree.root / "labels/00002.png").unlink()
+    with pytest.raises(UserError, match=r"1 of the 1 images that .*split\.mat lists .* first is images/00002\.png"):
+        list_samples(dataset_config(**tree.section | {"split": "val"}))
 
 
 def test_16_bit_label_keeps_its_first_channel(trees):
@@ -104,13 +108,15 @@ def test_16_bit_label_keeps_its_first_channel(trees):
         ("{dir}/{stem}.png", "a/b/x_rgb.png"),
         ("truth/{parent}/{stem}.png", "truth/b/x_rgb.png"),
         ("{stem}_id.png", "x_rgb_id.png"),
+        ("{dir}annot/{stem}.png", "a/bannot/x_rgb.png"),
     ],
 )
 def test_label_of_a_folder_image(tmp_path, template, label):
     touch(tmp_path, "a/b/x_rgb.jpg", label)
-    cfg = dataset_config(format="folder", root=str(tmp_path), images=["a/*/*.jpg"], labels=template)
-    (sample,) = list_samples(cfg)
-    assert sample.label == tmp_path / label and sample.name == "a/b/x_rgb"
+    for images in ("a/*/*.jpg", "a/**/*.jpg"):
+        cfg = dataset_config(format="folder", root=str(tmp_path), images=[images], labels=template)
+        (sample,) = list_samples(cfg)
+        assert sample.label == tmp_path / label and sample.name == "a/b/x_rgb"
 
 
 def test_strip_cuts_the_ending_of_the_stem_alone(tmp_path):
@@ -162,7 +168,7 @@ def test_unreadable_files_are_named(copied):
             assert "\n" not in str(error.value)
     label = dataset.samples[3].label
     Image.new("RGB", (WIDTH, HEIGHT)).save(label)
-    with pytest.raises(UserError, match=f"label {label} is an 8-bit colour picture"):
+    with pytest.raises(UserError, match=f"label {label} is an 8-bit picture of mode RGB"):
         dataset[3]
 
 

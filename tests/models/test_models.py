@@ -135,6 +135,14 @@ def test_unknown_names_are_refused():
         build_model("fcn", 7)
     with pytest.raises(ValueError, match="bn_clr is a variant of deeplabv2"):
         build_model("deeplab_pbal", 7, bn_clr=True)
+    for given, said in (
+        ({"backbone": "resnet19"}, "'resnet19': resnet18 to"),
+        ({"backbone": "vgg16"}, "'vgg16'"),
+        ({"output_stride": 32}, "32 is neither 8 nor 16"),
+        ({"normalization": "imagenet2"}, "'imagenet2'; known are auto, imagenet"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            build_model("deeplabv2", 7, **given)
 
 
 def test_bn_clr_normalises_the_output_of_the_backbone():

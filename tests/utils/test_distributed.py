@@ -44,7 +44,7 @@ class Plain(TinyNetwork):
 @contextlib.contextmanager
 def networks(kind):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("utils.setup.build_model", lambda arch, num_classes, *args: kind(num_classes))
+        monkeypatch.setattr("utils.setup.build_model", lambda arch, num_classes, **others: kind(num_classes))
         monkeypatch.setattr("train_bpl.PatchDiscriminator", tiny_discriminator)
         yield
 

@@ -32,6 +32,12 @@ def test_scores_by_hand():
     assert scores["confusion"] == [[1, 0, 2], [1, 1, 0], [0, 0, 1]]
 
 
+def test_counting_leaves_the_labels_alone():
+    label = torch.tensor([0, 2, IGNORE])
+    ConfusionMatrix(3).update(torch.tensor([1, 2, 0]), label)
+    assert label.tolist() == [0, 2, IGNORE]
+
+
 def test_class_without_pixels_is_left_out_and_a_false_one_is_zero():
     scores = confusion_of(THREE, ([0, 0], [0, 0])).scores(THREE)
     assert scores["iou"] == {"a": 100, "b": None, "c": None} and scores["miou"] == 100
