@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import gen_pseudo_labels
+from data.taxonomy import IGNORE
 from data.transforms import renormalize
 from loss import distillation_loss, segmentation_loss
 from utils import checkpoint
@@ -28,7 +29,7 @@ from utils.setup import load_network, refuse_unusable_backbone
 class Distillation(Stage):
     """L = CE(z_s, y_s) + CE(z_t, ŷ_t) + KL(teacher || student), target in ProDA's strong view, source as it is.
 
-    Where `train.accumulate` or several processes part the batch, what cutout hides still counts in CE's divisor.
+    CE's mean is over the pixels that cutout leaves; of a batch in parts, each part goes by its own share of them.
     """
 
     uses_pseudo_labels = True
@@ -50,7 +51,11 @@ class Distillation(Stage):
         with torch.no_grad():
             teacher_logits = self.teacher(renormalize(view, self.model, self.teacher))["logits"]
         logits = self.model(view)["logits"]
-        ce = segmentation_loss(logits, label, target.get("labelled"))
+        labelled = target.get("labelled")
+        if labelled is not None:
+            left, all_of_it = ((labels != IGNORE).sum() for labels in (label, target["label"]))
+            labelled = labelled * left / all_of_it.clamp(min=1)
+        ce = segmentation_loss(logits, label, labelled)
         kl = distillation_loss(logits, teacher_logits, weight.distill_form)
         backward(weight.pseudo_ce * ce + weight.distill * kl, ce_target=ce, distill=kl)
 

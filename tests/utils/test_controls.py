@@ -83,8 +83,8 @@ def test_mean_and_deviation_over_seeds():
     assert "41.5 ± 2.1" in pipeline.format_summary({"pst": row})
 
 
-@pytest.mark.parametrize("given", ["controls=yes", "seeds=0,x", "seeds=1,1", "seeds="])
+@pytest.mark.parametrize("given", ["controls=yes", "seeds=0,x", "seeds=1,1", "seeds=", "name=x", "seed=1 seeds=0,1"])
 def test_own_keys_are_checked(given):
     with pytest.raises(ConfigError, match=given.split("=")[0]):
-        pipeline.own_keys([given])
-    assert pipeline.own_keys(["seed=1", "controls=true", "seeds=0,1"]) == (["seed=1"], True, [0, 1])
+        pipeline.own_keys(given.split())
+    assert pipeline.own_keys(["train.lr=1", "controls=true", "seeds=0,1"]) == (["train.lr=1"], True, [0, 1])

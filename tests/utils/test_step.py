@@ -26,7 +26,12 @@ class PlainViews:
     def weak(self, images):
         return images / 255
 
-    strong = distill = weak
+    strong = weak
+
+    def distill(self, images, labels):
+        labels = labels.clone()
+        labels[:, :, :16] = IGNORE  # the same share of every part
+        return self.weak(images), labels
 
 
 def batch(seed):
