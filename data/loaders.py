@@ -73,15 +73,15 @@ def _usable(samples: list[dict]) -> list[dict]:
 
 
 def _loader(dataset: SegmentationDataset, batch_size: int, workers: int, sampler, **options) -> DataLoader:
+    # A worker's parent must be the trainer, which it watches over; from Python 3.14 on, Linux has another default.
+    context = "fork" if workers and sys.platform == "linux" else None
     return DataLoader(
         dataset,
         batch_size,
         sampler=sampler,
         num_workers=workers,
         worker_init_fn=functools.partial(_start_worker, os.getpid()),
-        multiprocessing_context="fork"
-        if workers and sys.platform == "linux"
-        else None,  # as ever, from Python 3.14 on too
+        multiprocessing_context=context,
         generator=torch.Generator(),  # a loader's start leaves the global random stream, and so a resumed run, alone
         **options,
     )
