@@ -400,7 +400,7 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> None:
         if distributed.world_size() == 1:
             raise
         gone = distributed.others_are_gone(error) and not debug
-        _say_and_leave(f"error: {distributed.GONE} (or else --debug shows why)" if gone else traceback.format_exc(), 1)
+        _say_and_leave(f"error: {distributed.GONE}" if gone else traceback.format_exc(), 1)
 
 
 def _say_and_leave(line: str, status: int) -> None:

@@ -29,7 +29,10 @@ SLOW = timedelta(hours=1)  # that one may let the others wait: for a download, o
 BEAT, SILENCE = 2.0, 20.0
 GRACE = 10.0  # seconds that a process may take to end by itself once the run has
 
-GONE = "a process of this run has ended or cannot be reached; the same command started again resumes the run"
+GONE = (
+    "a process of this run has ended or cannot be reached; the same command started again resumes the run, and --debug "
+    "shows what else it may be"
+)
 
 _watch: _Watch | None = None
 _starts = itertools.count()  # keys of an earlier group in the same store are not this one's

@@ -281,7 +281,8 @@ class _Run:
                 self.log.say(f"left out ({len(self.unreadable)} so far): {message}")
         if len(self.unreadable) > self.cfg.data.max_skipped:
             raise UserError(
-                f"more than data.max_skipped={self.cfg.data.max_skipped} files cannot be used: {'; '.join(messages[-1:])}"
+                f"more than data.max_skipped={self.cfg.data.max_skipped} files cannot be used, the last: "
+                f"{(messages or sorted(self.unreadable))[-1]}"
             )
 
     def _leave(self, stop: Interruption) -> None:

@@ -34,6 +34,7 @@ def test_controls_start_where_the_warmup_does_and_run_as_long_as_the_stages(conf
     for cfg in (long, bound):
         assert cfg.train.iterations == 24 and cfg.train.horizon == 48  # the same share of the poly schedule is run
         assert cfg.model.init == "source_only" and cfg.train.lr == 0.02
+    assert long.batchnorm == every["bpl"].batchnorm
     assert long.loss.adversarial == 0 and long.loss.bidirectional == 0 and stage.uses_target_labels
     assert every["warmup"].loss.adversarial > 0 and every["warmup"].train.iterations == 5
 
