@@ -1,5 +1,6 @@
 """Small datasets in the layouts of the real ones, and benchmarks that train on them in seconds."""
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from PIL import Image
 
 from data.toy import png16
 from utils.config import ROOT, Config, load_config
+
+# Tests compute on the CPU, and some of them fork: where torch sees a GPU, a forked child cannot train.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # Name, label id of Cityscapes and GTA5, label id of SYNTHIA, as the datasets' own documentation has them: what
 # readers give is checked against these.

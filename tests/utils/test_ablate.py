@@ -163,15 +163,15 @@ def test_plans(given):
     assert run.pseudo_labels == labels.name and not labels.pseudo.flip
 
 
-@pytest.mark.parametrize("benchmark", ["toy", "camvid_day_to_dusk", "gta5_to_cityscapes"])
-def test_own_list_fits_the_benchmarks(benchmark):
-    rows, overrides = read_variants(VARIANTS), [f"benchmark={benchmark}"]
+@pytest.mark.parametrize("name", ["toy", "camvid_day_to_dusk", "gta5_to_cityscapes"])
+def test_own_list_fits_the_benchmarks(name):
+    rows, overrides = read_variants(VARIANTS), [f"benchmark={name}"]
     stages = own_stages(overrides)
     plans = {row: planned(stages, overrides, row, own) for row, own in rows.items()}
     known = {row for row, plan in plans.items() if not plan[-1].name}
     contrast = {"toy": set(), "camvid_day_to_dusk": {"pst/contrast_0.1"}, "gta5_to_cityscapes": {"pst/contrast_1"}}
-    threshold = "constant" if "gta5" in benchmark else "balanced"
-    own = {"pst/prototypes_stopped", f"pst/threshold_{threshold}"} | contrast[benchmark]
+    threshold = "constant" if "gta5" in name else "balanced"
+    own = {"pst/prototypes_stopped", f"pst/threshold_{threshold}"} | contrast[name]
     assert known == {"bpl", "pst", "bpl/both_directions"} | own
     others = len(rows) - len(known) + 2  # all of the known are one of two runs
     names = {cfg.run_dir for plan in plans.values() for cfg in plan}

@@ -20,18 +20,18 @@ def refused(match, *overrides, stage_file=BPL):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("benchmark", BENCHMARKS)
+@pytest.mark.parametrize("name", BENCHMARKS)  # "benchmark" is a fixture of the plugin pytest-benchmark
 @pytest.mark.parametrize("stage_file", STAGE_FILES, ids=lambda path: path.stem)
-def test_every_stage_goes_with_every_benchmark(stage_file, benchmark):
-    cfg = load_config(stage_file, [f"benchmark={benchmark}"])
-    assert cfg.benchmark_name == benchmark
+def test_every_stage_goes_with_every_benchmark(stage_file, name):
+    cfg = load_config(stage_file, [f"benchmark={name}"])
+    assert cfg.benchmark_name == name
 
 
 @pytest.mark.parametrize("file", ["pseudo_labels.yml", "test_from_gta_to_city.yml"])
-@pytest.mark.parametrize("benchmark", BENCHMARKS)
-def test_a_network_is_used_as_it_was_validated(benchmark, file):
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_network_is_used_as_it_was_validated(name, file):
     """No benchmark decides for a network which statistics it had, nor asks for target images that `test.images` lacks."""
-    cfg = load_config(ROOT / "configs" / file, [f"benchmark={benchmark}"])
+    cfg = load_config(ROOT / "configs" / file, [f"benchmark={name}"])
     assert cfg.batchnorm.statistics == "saved"
 
 
