@@ -8,6 +8,7 @@ import torch
 import train_bpl
 from utils.benchmark import losses, plan, scaling, step
 from utils.benchmark.timing import Timing, compare, peak_memory_of
+from utils.config import ConfigError
 from utils.setup import settle
 
 CPU = torch.device("cpu")
@@ -62,6 +63,24 @@ def test_tables_of_losses_and_step(recipe, capsys, monkeypatch):
     assert rows[0].startswith("resnet18, 64x32, 2+2") and "of peak" in rows[0]
     assert [row.split("  ")[0] for row in rows[1:3]] == ["plain: float32", "here"] and len(rows) == 1 + len(step.FORMS)
     assert all(0 < float(row.split()[-1].rstrip("%")) < 100 for row in rows[1:])
+
+
+def test_form_that_does_not_fit_is_left_out(recipe, capsys, monkeypatch):
+    stepper = step.stepper
+
+    def small_card(cfg, form, device, folder):
+        if form is step.PLAIN:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+        return stepper(cfg, form, device, folder)
+
+    monkeypatch.setattr(step, "stepper", small_card)
+    monkeypatch.setattr(step, "FORMS", {name: step.FORMS[name] for name in ("plain: float32", "here")})
+    step.run(recipe("data.crop=[64,32]"), CPU, repeats=1)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert said[0] == "plain: float32 is left out: CUDA out of memory."
+    assert [line.split("  ")[0] for line in said[2:]] == ["here"]
+    with pytest.raises(ConfigError, match="tf32"):
+        step.run(recipe("train.precision=tf32"), CPU)
 
 
 def test_forms_are_one_step(recipe, tmp_path):

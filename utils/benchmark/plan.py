@@ -22,6 +22,7 @@ import train_bpl
 from data.taxonomy import IGNORE
 from models import OUTPUT_STRIDE, statistics_kept
 from utils.config import Config
+from utils.inference import default_precision
 from utils.setup import settle
 
 META = torch.device("meta")
@@ -166,7 +167,9 @@ def device_memory(device: torch.device) -> int:
 def run(cfg: Config, device: torch.device) -> None:
     """Print the table, and for each size of memory the settings that come closest to the recipe."""
     cfg = copy.deepcopy(cfg)
-    half = "bfloat16" if cfg.train.precision in ("auto", "float32", "tf32") else cfg.train.precision
+    half = cfg.train.precision
+    if half in ("auto", "float32", "tf32"):
+        half = default_precision(device) if device.type == "cuda" else "bfloat16"
     cfg.model.arch = "deeplabv2" if cfg.model.arch == "auto" else cfg.model.arch
     own_stride = OUTPUT_STRIDE[cfg.model.arch] if cfg.model.output_stride == "auto" else cfg.model.output_stride
     peaks = settings(cfg, half)

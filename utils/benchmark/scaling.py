@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import statistics
 
@@ -34,7 +35,10 @@ def run(cfg: Config, device: torch.device) -> None:
         return
     cfg = copy.deepcopy(cfg)
     cfg.device = device.type
-    if not on_gpus:
+    if on_gpus:  # what sections before this one have left belongs to this process, and the first GPU is a child's
+        gc.collect()
+        torch.cuda.empty_cache()
+    else:
         cfg.model.backbone, cfg.model.output_stride, cfg.data.crop = CPU_NETWORK, CPU_STRIDE, CPU_CROP
     cfg = settle(cfg)
     found: dict[int, list[tuple[float, float]]] = {n: [] for n in counts}

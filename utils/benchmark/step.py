@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_bpl
 from utils.benchmark.losses import plain_bidirectional
 from utils.benchmark.timing import compare, matmul_peak, report
-from utils.config import Config
+from utils.config import Config, ConfigError, UserError
 from utils.inference import default_precision
 from utils.setup import compile_networks, settle
 from utils.step import GuardedStep
@@ -113,14 +113,27 @@ def _at_once(step: Callable[..., None]) -> Callable[..., None]:
 
 
 def run(cfg: Config, device: torch.device, repeats: int = 0) -> None:
-    """Print the table."""
+    """Print the table; a form that the device cannot hold or compile is left out, with a line that says so.
+
+    Raises:
+        ConfigError: tf32, which torch has for a whole process and not for one form of the step.
+    """
+    if cfg.train.precision == "tf32":
+        raise ConfigError("train.precision=tf32 would change every row of the step's table; leave it out")
     cfg = settle(fitting(cfg, device))
     forms = FORMS | ({"  torch.compile": Form(compiled=True)} if device.type == "cuda" else {})
     with tempfile.TemporaryDirectory() as folder:
-        calls = {name: stepper(cfg, form, device, Path(folder)) for name, form in forms.items()}
+        calls = {}
+        for name, form in forms.items():
+            try:
+                calls[name] = stepper(cfg, form, device, Path(folder))
+            except (UserError, torch.OutOfMemoryError) as error:
+                print(f"{name.strip()} is left out: {str(error).splitlines()[0]}")
+        if not calls:
+            return
         timings = compare(calls, device, repeats or (7 if device.type == "cuda" else 3))
         with FlopCounterMode(display=False) as counter:
-            calls["here"]()
+            calls.get("here", next(iter(calls.values())))()
     half = default_precision(device) if device.type == "cuda" else "bfloat16"
     peaks = {p: matmul_peak(device, DTYPES.get(p, torch.float32)) for p in ("float32", half)}
     peaks[half] = max(peaks.values())  # a CPU without instructions for it may multiply slower than its convolutions
