@@ -160,9 +160,9 @@ def format_summary(rows: dict[str, dict]) -> str:
     known = {key for row in rows.values() for key, value in row.items() if value is not None}
     columns |= {title: key for title, key in where_there.items() if key in known}
     width = max(24, *map(len, rows))
-    lines = [f"{'mIoU in percent':{width}}" + "".join(f"{title:>12}" for title in columns)]
+    lines = [f"{'mIoU in percent':{width}}" + "".join(f"{title:>14}" for title in columns)]
     for stage, row in rows.items():
-        lines.append(f"{stage:{width}}" + "".join(f"{_cell(row.get(key)):>12}" for key in columns.values()))
+        lines.append(f"{stage:{width}}" + "".join(f"{_cell(row.get(key)):>14}" for key in columns.values()))
     lines.append("mIoU: the last checkpoint, as its stage validates it; best: the highest on the validation labels")
     if "from long" in columns:
         lines.append(
