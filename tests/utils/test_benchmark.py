@@ -65,6 +65,15 @@ def test_tables_of_losses_and_step(recipe, capsys, monkeypatch):
     assert all(0 < float(row.split()[-1].rstrip("%")) < 100 for row in rows[1:])
 
 
+def test_no_share_of_peak_where_operations_cannot_be_counted(recipe, capsys, monkeypatch):
+    def share(backbone):
+        step.run(recipe(f"model.backbone={backbone}", "data.crop=[64,32]"), CPU, repeats=1)
+        return "of peak" in capsys.readouterr().out
+
+    monkeypatch.setattr(step, "FORMS", {"here": step.FORMS["here"]})
+    assert share("resnet18") and not share("timm/mobilenetv3_small_050")
+
+
 def test_form_that_does_not_fit_is_left_out(recipe, capsys, monkeypatch):
     stepper = step.stepper
 

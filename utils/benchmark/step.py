@@ -19,7 +19,7 @@ from utils.benchmark.losses import plain_bidirectional
 from utils.benchmark.timing import compare, matmul_peak, report
 from utils.config import Config, ConfigError, UserError
 from utils.inference import default_precision
-from utils.setup import compile_networks, settle
+from utils.setup import build_network, compile_networks, settle
 from utils.step import GuardedStep
 
 CPU_MOST = 512 * 256  # pixels of a crop that two cores do in seconds; of larger ones, as recipes have them,
@@ -134,10 +134,14 @@ def run(cfg: Config, device: torch.device, repeats: int = 0) -> None:
         timings = compare(calls, device, repeats or (7 if device.type == "cuda" else 3))
         with FlopCounterMode(display=False) as counter:
             calls.get("here", next(iter(calls.values())))()
+    t, (width, height) = cfg.train, cfg.data.crop
+    title = f"{cfg.model.backbone}, {width}x{height}, {t.batch_source}+{t.batch_target}"
+    images = t.batch_source + t.batch_target
+    if any(getattr(module, "groups", 1) > 1 for module in build_network(cfg, device).modules()):
+        report(title, timings, images)  # torch counts the backward pass of grouped convolutions as if of one group
+        return
     half = default_precision(device) if device.type == "cuda" else "bfloat16"
     peaks = {p: matmul_peak(device, DTYPES.get(p, torch.float32)) for p in ("float32", half)}
     peaks[half] = max(peaks.values())  # a CPU without instructions for it may multiply slower than its convolutions
-    t, (width, height) = cfg.train, cfg.data.crop
-    title = f"{cfg.model.backbone}, {width}x{height}, {t.batch_source}+{t.batch_target}"
     shares = {name: peaks[form.precision or half] for name, form in forms.items()}
-    report(title, timings, t.batch_source + t.batch_target, counter.get_total_flops(), shares)
+    report(title, timings, images, counter.get_total_flops(), shares)
