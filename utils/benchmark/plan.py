@@ -21,8 +21,8 @@ import loss.cosine
 import train_bpl
 from data.taxonomy import IGNORE
 from models import OUTPUT_STRIDE, statistics_kept
+from utils.benchmark.timing import half_precision
 from utils.config import Config
-from utils.inference import default_precision
 from utils.setup import settle
 
 META = torch.device("meta")
@@ -169,7 +169,7 @@ def run(cfg: Config, device: torch.device) -> None:
     cfg = copy.deepcopy(cfg)
     half = cfg.train.precision
     if half in ("auto", "float32", "tf32"):
-        half = default_precision(device) if device.type == "cuda" else "bfloat16"
+        half = half_precision(device)
     cfg.model.arch = "deeplabv2" if cfg.model.arch == "auto" else cfg.model.arch
     own_stride = OUTPUT_STRIDE[cfg.model.arch] if cfg.model.output_stride == "auto" else cfg.model.output_stride
     peaks = settings(cfg, half)

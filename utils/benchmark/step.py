@@ -16,9 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_bpl
 from utils.benchmark.losses import plain_bidirectional
-from utils.benchmark.timing import compare, matmul_peak, report
+from utils.benchmark.timing import compare, half_precision, matmul_peak, report
 from utils.config import Config, ConfigError, UserError
-from utils.inference import default_precision
 from utils.setup import build_network, compile_networks, settle
 from utils.step import GuardedStep
 
@@ -74,8 +73,7 @@ def batches(cfg: Config, device: torch.device) -> tuple[dict[str, Tensor], dict[
 def stepper(cfg: Config, form: Form, device: torch.device, folder: Path) -> Callable[[], None]:
     """A call that makes one step in a form, with networks and optimisers of its own."""
     cfg = copy.deepcopy(cfg)
-    half = default_precision(device) if device.type == "cuda" else "bfloat16"
-    cfg.train.precision, cfg.train.checkpointing = form.precision or half, form.checkpointing
+    cfg.train.precision, cfg.train.checkpointing = form.precision or half_precision(device), form.checkpointing
     cfg = settle(cfg)
     stage = train_bpl.BPL(cfg, device)
     if not form.channels_last:
@@ -132,15 +130,15 @@ def run(cfg: Config, device: torch.device, repeats: int = 0) -> None:
         if not calls:
             return
         timings = compare(calls, device, repeats or (7 if device.type == "cuda" else 3))
+        t, (width, height) = cfg.train, cfg.data.crop
+        title = f"{cfg.model.backbone}, {width}x{height}, {t.batch_source}+{t.batch_target}"
+        images = t.batch_source + t.batch_target
+        if any(getattr(module, "groups", 1) > 1 for module in build_network(cfg, device).modules()):
+            report(title, timings, images)  # torch counts the backward pass of grouped convolutions as if of one group
+            return
         with FlopCounterMode(display=False) as counter:
             calls.get("here", next(iter(calls.values())))()
-    t, (width, height) = cfg.train, cfg.data.crop
-    title = f"{cfg.model.backbone}, {width}x{height}, {t.batch_source}+{t.batch_target}"
-    images = t.batch_source + t.batch_target
-    if any(getattr(module, "groups", 1) > 1 for module in build_network(cfg, device).modules()):
-        report(title, timings, images)  # torch counts the backward pass of grouped convolutions as if of one group
-        return
-    half = default_precision(device) if device.type == "cuda" else "bfloat16"
+    half = half_precision(device)
     peaks = {p: matmul_peak(device, DTYPES.get(p, torch.float32)) for p in ("float32", half)}
     peaks[half] = max(peaks.values())  # a CPU without instructions for it may multiply slower than its convolutions
     shares = {name: peaks[form.precision or half] for name, form in forms.items()}

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from utils.inference import default_precision
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -23,6 +25,11 @@ class Timing:
     def median(self) -> float:
         """Of the seconds."""
         return statistics.median(self.seconds)
+
+
+def half_precision(device: torch.device) -> str:
+    """`train.precision` of what is measured in half: what `auto` takes on this GPU; on a CPU, where that is float32, bfloat16."""
+    return default_precision(device) if device.type == "cuda" else "bfloat16"
 
 
 def compare(variants: dict[str, Callable[[], object]], device: torch.device, repeats: int = 7) -> dict[str, Timing]:
