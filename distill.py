@@ -19,11 +19,14 @@ import gen_pseudo_labels
 from data.taxonomy import IGNORE
 from data.transforms import renormalize
 from loss import distillation_loss, segmentation_loss
-from utils import checkpoint
-from utils.config import Config, UserError, run_cli
-from utils.engine import Backward, Stage, fit
-from utils.schema import ModelConfig
-from utils.setup import load_network, refuse_unusable_backbone
+from models import upsample
+from utils.config import Config, UserError
+from utils.config.keys import ModelConfig
+from utils.engine import checkpoint
+from utils.engine.command_line import run_cli
+from utils.engine.loop import Backward, Stage, fit
+from utils.engine.setup import load_network, refuse_unusable_backbone
+from utils.report.page import write_report
 
 
 class Distillation(Stage):
@@ -42,8 +45,9 @@ class Distillation(Stage):
 
     def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
         weight = self.cfg.loss
+        size = source["image"].shape[2:]
         logits = self.model(self.views.weak(source["image"]))["logits"]
-        ce = segmentation_loss(logits, source["label"], source.get("labelled"))
+        ce = segmentation_loss(upsample(logits.float(), size), source["label"], source.get("normalizer"))
         del logits
         backward(ce, ce_source=ce)
 
@@ -51,11 +55,13 @@ class Distillation(Stage):
         with torch.no_grad():
             teacher_logits = self.teacher(renormalize(view, self.model, self.teacher))["logits"]
         logits = self.model(view)["logits"]
-        labelled = target.get("labelled")
-        if labelled is not None:
-            left, all_of_it = ((labels != IGNORE).sum() for labels in (label, target["label"]))
-            labelled = labelled * left / all_of_it.clamp(min=1)
-        ce = segmentation_loss(logits, label, labelled)
+        if teacher_logits.shape != logits.shape:  # another output stride
+            teacher_logits = upsample(teacher_logits.float(), logits.shape[2:])
+        normalizer = target.get("normalizer")
+        if normalizer is not None:
+            left, before = ((labels != IGNORE).sum() for labels in (label, target["label"]))
+            normalizer = normalizer * left / before.clamp(min=1)
+        ce = segmentation_loss(upsample(logits.float(), label.shape[1:]), label, normalizer)
         kl = distillation_loss(logits, teacher_logits, weight.distill_form)
         backward(weight.pseudo_ce * ce + weight.distill * kl, ce_target=ce, distill=kl)
 
@@ -93,6 +99,7 @@ def main(cfg: Config) -> dict:
         labels.name = this_round.pseudo_labels
         gen_pseudo_labels.main(labels)
         metrics = fit(this_round, Distillation)
+        write_report(this_round.run_dir)
     return metrics
 
 

@@ -17,28 +17,30 @@ import numpy as np
 import torch
 
 from data import pseudo_labels as store
+from data.check import check_samples
 from data.datasets import SegmentationDataset, build_dataset
-from data.first_look import look_at
 from data.loaders import whole_images
-from utils import checkpoint, distributed
-from utils.config import Config, UserError, run_cli, to_dict
-from utils.inference import predict_labels, same_size_batches
-from utils.logging import progress, show_path
-from utils.process import alone_in
-from utils.setup import check_inputs, choose_device, load_network, prepare_data
+from data.taxonomy import class_set
+from utils.config import Config, UserError, to_dict
+from utils.engine import checkpoint, distributed
+from utils.engine.command_line import run_cli
+from utils.engine.log import progress, show_path
+from utils.engine.run_folder import run_lock
+from utils.engine.setup import check_inputs, choose_device, load_network, prepare_data
+from utils.evaluation.prediction import predict_labels, same_size_batches
 
 
 def main(cfg: Config) -> dict:
     """Write the pseudo labels that `cfg` asks for, unless they are there; returns their manifest."""
-    with alone_in(cfg.run_dir):
+    with run_lock(cfg.run_dir):
         return _generate(cfg)
 
 
 def _target(cfg: Config) -> SegmentationDataset:
-    target = build_dataset(cfg.data.target, cfg.classes, with_labels=False)
+    target = build_dataset(cfg.data.target, class_set(cfg.data), with_labels=False)
     target.skips = cfg.data.on_error == "skip"
     store.refuse_double_names(target.samples)
-    return look_at(target, "target", cfg)
+    return check_samples(target, "target", cfg)
 
 
 def _generate(cfg: Config) -> dict:
@@ -76,8 +78,8 @@ def _generate(cfg: Config) -> dict:
     print(message)
 
     # First pass: predictions and confidences; the thresholds of classes are known at its end.
-    counts = torch.zeros(len(cfg.classes) * 256, dtype=torch.int64, device=device)
-    mine, own = distributed.deal(len(target), cfg.test.batch), set()  # indices, and names of what is written
+    counts = torch.zeros(len(class_set(cfg.data)) * 256, dtype=torch.int64, device=device)
+    mine, own = distributed.shard_indices(len(target), cfg.test.batch), set()  # indices, and names of what is written
     loader = whole_images(target, cfg.test.batch, cfg.data.workers, mine)
     bar = progress(total=len(mine), desc="predict", unit="img")
     with store.Beside() as beside:
@@ -121,7 +123,7 @@ def _generate(cfg: Config) -> dict:
         "kept": kept.sum() / predicted.sum(),
         "classes": {
             name: {"threshold": limits[k] / 255, "predicted": int(predicted[k]), "kept": int(kept[k])}
-            for k, name in enumerate(cfg.classes.names)
+            for k, name in enumerate(class_set(cfg.data).names)
         },
         "left_out": left_out,
         "config": to_dict(cfg),
@@ -131,7 +133,7 @@ def _generate(cfg: Config) -> dict:
     distributed.wait()
     checkpoint.write_json(folder / store.MANIFEST, manifest)
     print(f"{'class':16} {'share':>7} {'threshold':>9} {'kept':>7}")
-    for k, name in enumerate(cfg.classes.names):
+    for k, name in enumerate(class_set(cfg.data).names):
         fraction = f"{kept[k] / predicted[k]:7.1%}" if predicted[k] else "      -"
         print(f"{name:16} {predicted[k] / predicted.sum():7.2%} {limits[k] / 255:9.3f} {fraction}")
     print(f"{len(written)} pseudo labels in {show_path(folder)}: {manifest['kept']:.1%} of all pixels kept")

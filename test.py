@@ -17,14 +17,17 @@ test.export=true, predictions/ in colour, over the image, as train ids and as la
 from __future__ import annotations
 
 from data.datasets import SegmentationDataset, build_dataset, find_images, label_ids
-from utils import checkpoint, distributed
-from utils.config import Config, UserError, run_cli
-from utils.export import Exporter
-from utils.inference import evaluate, predictions
-from utils.logging import open_log, show_path
-from utils.metrics import class_table, confusion_table
-from utils.setup import check_inputs, choose_device, load_network, prepare_data, settle
-from utils.visual import Gallery, Worst, spread
+from data.loaders import spread
+from data.taxonomy import class_set
+from utils.config import Config, UserError
+from utils.engine import checkpoint, distributed
+from utils.engine.command_line import run_cli
+from utils.engine.log import open_log, show_path
+from utils.engine.setup import check_inputs, choose_device, load_network, prepare_data, resolve_auto
+from utils.evaluation.export import Exporter
+from utils.evaluation.metrics import class_table, confusion_table
+from utils.evaluation.pictures import Gallery, Worst
+from utils.evaluation.prediction import evaluate, predictions
 
 
 def mode(cfg: Config) -> dict:
@@ -41,17 +44,17 @@ def main(cfg: Config) -> dict:
     recompute = cfg.batchnorm.statistics == "target"
     section, images = getattr(cfg.data, cfg.test.dataset), cfg.test.images
     dataset, weights, target = check_inputs(
-        lambda: SegmentationDataset(find_images(images)) if images else build_dataset(section, cfg.classes),
+        lambda: SegmentationDataset(find_images(images)) if images else build_dataset(section, class_set(cfg.data)),
         lambda: checkpoint.find_checkpoint(cfg, cfg.checkpoint, cfg.model.published),
-        lambda: build_dataset(cfg.data.target, cfg.classes, with_labels=False) if recompute else None,
+        lambda: build_dataset(cfg.data.target, class_set(cfg.data), with_labels=False) if recompute else None,
     )
     file = checkpoint.open_file(weights)
     model, message = load_network(cfg, file, device, target)
-    cfg = settle(cfg, file)
+    cfg = resolve_auto(cfg, file)
     if not images:
-        dataset = build_dataset(section, cfg.classes)  # by as many classes as the checkpoint has
+        dataset = build_dataset(section, class_set(cfg.data))  # by as many classes as the checkpoint has
     log = open_log(cfg)
-    log.say(message)
+    log.info(message)
     result = {
         "checkpoint": str(weights),
         "checkpoint_hash": checkpoint.file_hash(weights),
@@ -62,28 +65,28 @@ def main(cfg: Config) -> dict:
     }
     folder = log.folder / "predictions"
     export = (
-        [Exporter(folder, dataset, cfg.classes, label_ids(section, cfg.classes))] if images or cfg.test.export else []
+        [Exporter(folder, dataset, class_set(cfg.data), label_ids(section, class_set(cfg.data)))] if images or cfg.test.export else []
     )
     if images:
         for seen in predictions(model, dataset, cfg, device, "predict"):
             export[0](*seen)
         distributed.wait()
-        log.say(f"{len(dataset)} predictions written to {show_path(folder)}")
+        log.info(f"{len(dataset)} predictions written to {show_path(folder)}")
         log.close()
         return result
 
-    gallery = Gallery(spread(len(dataset), cfg.test.panels), cfg.classes)
-    worst = Worst(cfg.test.panels, [s.name for s in dataset.samples], cfg.classes)
-    scores = evaluate(model, dataset, cfg.classes, cfg, device, gallery, worst, *export)
+    gallery = Gallery(spread(len(dataset), cfg.test.panels), class_set(cfg.data))
+    worst = Worst(cfg.test.panels, [s.name for s in dataset.samples], class_set(cfg.data))
+    scores = evaluate(model, dataset, class_set(cfg.data), cfg, device, gallery, worst, *export)
     for name, pictures in (("test", gallery), ("worst", worst)):
         if pictures.shown:
             pictures.save(log.folder / "panels" / f"{name}.png")
     result |= scores | {"worst": list(worst.scores.values())}
     checkpoint.write_json(log.folder / "metrics.json", result)
-    log.say(confusion_table(scores, cfg.classes))
-    log.say("\n".join(["worst images:", *(f"mIoU {w['miou']:6.2f}  {w['image']}" for w in result["worst"])]))
-    log.say(class_table(scores, cfg.classes))
-    log.say(f"written to {show_path(log.folder)}")
+    log.info(confusion_table(scores, class_set(cfg.data)))
+    log.info("\n".join(["worst images:", *(f"mIoU {w['miou']:6.2f}  {w['image']}" for w in result["worst"])]))
+    log.info(class_table(scores, class_set(cfg.data)))
+    log.info(f"written to {show_path(log.folder)}")
     log.close()
     distributed.wait()
     return result

@@ -14,10 +14,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from data.taxonomy import class_set
 from loss import bidirectional_prototype_loss, discriminator_loss, generator_loss, segmentation_loss
 from models import PatchDiscriminator, classifier_prototypes, upsample
-from utils.config import Config, run_cli
-from utils.engine import Backward, Stage, fit
+from utils.config import Config
+from utils.engine import distributed
+from utils.engine.command_line import run_cli
+from utils.engine.loop import Backward, Stage, fit
+from utils.report.page import write_report
 
 
 class BPL(Stage):
@@ -28,7 +32,7 @@ class BPL(Stage):
         self.uses_target = bool(cfg.loss.adversarial or cfg.loss.bidirectional)
         self.discriminator = None
         if cfg.loss.adversarial:
-            self.discriminator = PatchDiscriminator(len(cfg.classes)).to(device)
+            self.discriminator = PatchDiscriminator(len(class_set(cfg.data))).to(device)
             self.networks["discriminator"] = self.discriminator
             self.optimizers["discriminator"] = torch.optim.Adam(
                 self.discriminator.parameters(), lr=cfg.train.lr_discriminator, betas=(0.9, 0.99)
@@ -37,7 +41,8 @@ class BPL(Stage):
     def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
         weight = self.cfg.loss
         logits_s = self.model(self.views.strong(source["image"]))["logits"]
-        ce = segmentation_loss(logits_s, source["label"], source.get("labelled"))
+        size = source["image"].shape[2:]
+        ce = segmentation_loss(upsample(logits_s.float(), size), source["label"], source.get("normalizer"))
         backward(ce, ce_source=ce)
         logits_s = logits_s.detach()  # nothing of the source's graph stays
         if not self.uses_target:
@@ -46,14 +51,15 @@ class BPL(Stage):
         out_t = self.model(self.views.weak(target["image"]))
         total, terms = 0, {}
         if self.discriminator:
-            size = target["image"].shape[2:]
             maps_t = upsample(out_t["logits"].float(), size).softmax(1)
             self.discriminator.requires_grad_(False)  # it only judges here
             terms["adversarial"] = generator_loss(self.discriminator(maps_t), weight.gan)
             total = total + weight.adversarial * terms["adversarial"]
         if weight.bidirectional:
             prototypes = classifier_prototypes(self.model.classifier)
-            s2t, t2s = bidirectional_prototype_loss(out_t["feat"], out_t["logits"], prototypes)
+            s2t, t2s = bidirectional_prototype_loss(
+                out_t["feat"], out_t["logits"], prototypes, distributed.merge_softmax_means()
+            )
             terms |= {"s2t": s2t, "t2s": t2s}
             total = total + weight.bidirectional * {"both": s2t + t2s, "s2t": s2t, "t2s": t2s}[weight.directions]
         backward(total, **terms)
@@ -68,7 +74,9 @@ class BPL(Stage):
 
 def main(cfg: Config) -> dict:
     """Train the warm-up or BPL; returns the run's metrics."""
-    return fit(cfg, BPL)
+    metrics = fit(cfg, BPL)
+    write_report(cfg.run_dir)
+    return metrics
 
 
 if __name__ == "__main__":

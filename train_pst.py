@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from loss import prototype_contrast_loss, segmentation_loss
-from models import Projection, classifier_prototypes
-from utils.config import Config, run_cli
-from utils.engine import Backward, Stage, fit
+from models import Projection, classifier_prototypes, upsample
+from utils.config import Config
+from utils.engine.command_line import run_cli
+from utils.engine.loop import Backward, Stage, fit
+from utils.report.page import write_report
 
 
 class PST(Stage):
@@ -40,7 +42,8 @@ class PST(Stage):
         """One domain's losses; nothing of its graph is left when the other's begins."""
         weight = self.cfg.loss
         out = self.model(self.views.strong(batch["image"]))
-        ce = segmentation_loss(out["logits"], batch["label"], batch.get("labelled"))
+        logits = upsample(out["logits"].float(), batch["label"].shape[1:])
+        ce = segmentation_loss(logits, batch["label"], batch.get("normalizer"))
         feat, prototypes = out["feat"], classifier_prototypes(self.model.classifier, not weight.prototype_gradient)
         if self.projection:
             feat, prototypes = self.projection(feat, prototypes)
@@ -50,7 +53,9 @@ class PST(Stage):
 
 def main(cfg: Config) -> dict:
     """Train PST; returns the run's metrics."""
-    return fit(cfg, PST)
+    metrics = fit(cfg, PST)
+    write_report(cfg.run_dir)
+    return metrics
 
 
 if __name__ == "__main__":

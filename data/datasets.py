@@ -31,7 +31,7 @@ from torchvision.transforms.v2 import functional as F
 from data.taxonomy import ID_TO_NAME, KNOWN_IDS, UNKNOWN, ClassSet, resolve_id_map
 from data.transforms import Crop
 from utils.config import UserError
-from utils.schema import DatasetConfig
+from utils.config.keys import DatasetConfig
 
 HOW_TO_GET = {
     "gta5": "https://download.visinf.tu-darmstadt.de/data/from_games/",

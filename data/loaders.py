@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -12,8 +13,6 @@ import torch
 from torch.utils.data import DataLoader, Sampler, default_collate
 
 from data.datasets import UNREADABLE, SegmentationDataset
-from utils import distributed
-from utils.process import leave_signals_to
 
 
 class EndlessSampler(Sampler):
@@ -41,15 +40,21 @@ class EndlessSampler(Sampler):
 
 
 def training_batches(
-    dataset: SegmentationDataset, batch_size: int, workers: int, start_step: int = 0, pin: bool = False
+    dataset: SegmentationDataset,
+    batch_size: int,
+    workers: int,
+    start_step: int = 0,
+    pin: bool = False,
+    part: range | None = None,
 ) -> Iterator[dict]:
     """Endless batches from step `start_step` on: image uint8 (N, 3, H, W), label uint8 (N, H, W) if there are any.
 
-    Of several processes, each has its part of every batch: together they have the batches that one would have.
+    Args:
+        part: which samples of every batch are given, all by default: several processes share a batch.
 
     Where `dataset.skips`, the batch's entry `UNREADABLE` lists why samples were replaced.
     """
-    part = distributed.share(batch_size)
+    part = part or range(batch_size)
     sampler = EndlessSampler(len(dataset), dataset.seed, start_step * batch_size, batch_size, part)
     return iter(_loader(dataset, len(part), workers, sampler, pin_memory=pin, collate_fn=_collate))
 
@@ -89,4 +94,23 @@ def _loader(dataset: SegmentationDataset, batch_size: int, workers: int, sampler
 
 def _start_worker(parent: int, worker: int) -> None:
     torch.set_num_threads(1)  # workers are parallel already
-    leave_signals_to(parent)
+    _leave_signals_to(parent)
+
+
+def _leave_signals_to(parent: int) -> None:
+    """For loader processes: a Ctrl-C or SIGTERM to the whole group must not take the batches away under a last step.
+
+    They watch over their parent themselves, but for one that was killed before they began: it is looked for here.
+    """
+    if os.getppid() != parent:
+        os._exit(1)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's own way to end them
+
+
+def spread(length: int, count: int) -> list[int]:
+    """`count` indices spread evenly over 0..length-1, ends left out, so that repeated draws show the same images."""
+    count = min(count, length)
+    return [(2 * i + 1) * length // (2 * count) for i in range(count)]

@@ -24,9 +24,7 @@ from PIL import Image
 
 from data.datasets import Sample, SegmentationDataset, mark_unknown
 from data.taxonomy import IGNORE, ClassSet
-from utils.checkpoint import file_hash
 from utils.config import UserError
-from utils.process import LOCK
 
 MANIFEST = "manifest.json"
 THREADS = min(8, os.cpu_count() or 1)  # that write files: compression is all they do, outside of Python's lock
@@ -85,7 +83,7 @@ def clear(folder: Path) -> None:
     """Delete pseudo labels, finished or not; raises UserError if the folder holds anything else."""
     if not folder.exists():
         return
-    foreign = sorted({p.name for p in folder.iterdir()} - {"labels", "confidence", MANIFEST, LOCK})
+    foreign = sorted({p.name for p in folder.iterdir() if p.name[0] != "."} - {"labels", "confidence", MANIFEST})
     if foreign:
         raise UserError(f"{folder} holds {foreign[0]}, which is no pseudo label: choose another name=")
     (folder / MANIFEST).unlink(missing_ok=True)  # first: what is half deleted is unfinished
@@ -159,16 +157,12 @@ def attach(target: SegmentationDataset, folder: Path, classes: ClassSet) -> None
     """Make a target dataset's pseudo labels its labels; images that the generator left out are left out here too.
 
     Raises:
-        UserError: they are unfinished, one is missing, two images share one, they are of other classes, or the
-            checkpoint that made them has changed since.
+        UserError: they are unfinished, one is missing, two images share one, or they are of other classes.
     """
     manifest = read_manifest(folder)
     again = "make them again with `python gen_pseudo_labels.py train.restart=true`"
     if list(manifest.get("classes", {})) != list(classes.names):
         raise UserError(f"the pseudo labels in {folder} are of other classes; {again}")
-    weights = Path(manifest.get("weights", ""))
-    if weights.is_file() and file_hash(weights) != manifest.get("checkpoint"):
-        raise UserError(f"the pseudo labels in {folder} are stale: {weights} has been trained on since; {again}")
     refuse_double_names(target.samples)
     left_out = set(manifest.get("left_out", []))
     samples = [s for s in target.samples if s.name not in left_out]

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from utils.config.errors import ConfigError
+from utils.config.keys import DataConfig
+
 IGNORE = 255
 UNKNOWN = 254  # stands for label ids that a dataset cannot hold; samples with it are refused
 
@@ -173,3 +176,25 @@ def resolve_id_map(id_map: dict, classes: ClassSet) -> dict[int, str]:
             near = difflib.get_close_matches(str(name), [*classes.names, "ignore"], 1, 0)
             raise ValueError(f"id_map: label id {label_id} -> {name!r} is not a class; nearest is {near[0]!r}")
     return dict(id_map)
+
+
+def class_set(data: DataConfig) -> ClassSet:
+    """The class set that a configuration names; `auto` stands for cityscapes19 until a checkpoint says otherwise."""
+    if data.class_set == "custom":
+        return custom_class_set(data.class_names, data.palette)
+    return CLASS_SETS["cityscapes19" if data.class_set == "auto" else data.class_set]
+
+
+def check_classes(data: DataConfig) -> None:
+    """ConfigError for classes, palettes and id maps that cannot be meant, or a class that no source label can hold."""
+    key = ""
+    try:
+        classes = class_set(data)
+        for name in ("source", "target", "val"):
+            section, key = getattr(data, name), f"data.{name}."
+            id_to_name = ID_TO_NAME.get(section.format) or resolve_id_map(section.id_map, classes)
+            untaught = [n for n in classes.names if n not in id_to_name.values()]
+            if untaught and name == "source":
+                raise ValueError(f"format and id_map have no label id for class {untaught[0]!r} of the class set")
+    except ValueError as error:
+        raise ConfigError(f"{key}{error}") from None

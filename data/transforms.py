@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from data.taxonomy import IGNORE
-from utils.schema import DataConfig
+from utils.config.keys import DataConfig
 
 
 @dataclass(frozen=True)

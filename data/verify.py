@@ -19,13 +19,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.datasets import Sample, label_ids, pair_files, read_image, read_label_ids
-from data.taxonomy import IGNORE, KNOWN_IDS, ClassSet
-from utils.checkpoint import atomic_write
-from utils.config import Config, UserError, run_cli
-from utils.logging import show_path
-from utils.schema import DatasetConfig
-from utils.setup import prepare_data
-from utils.visual import colorize, save_panel, spread, to_picture
+from data.loaders import spread
+from data.taxonomy import IGNORE, KNOWN_IDS, ClassSet, class_set
+from utils.config import Config, UserError
+from utils.config.keys import DatasetConfig
+from utils.engine.checkpoint import atomic_write
+from utils.engine.command_line import run_cli
+from utils.engine.log import show_path
+from utils.engine.setup import prepare_data
+from utils.evaluation.pictures import colorize, save_panel, to_picture
 
 TOLERANCE = 0.1  # sizes that differ by less are brought to one by `size`: some of GTA5's do
 FEW_COLOURS = 40  # a grey or palette picture of no more is a label map, not a photograph
@@ -170,7 +172,7 @@ def contact_sheet(files: Files, cfg: Config, name: str) -> None:
         try:
             picture = to_picture(read_image(sample.image))
             if sample.label:
-                label = colorize(files.lookup_table[read_label_ids(sample.label)], classes=cfg.classes)
+                label = colorize(files.lookup_table[read_label_ids(sample.label)], classes=class_set(cfg.data))
                 label = np.asarray(Image.fromarray(label).resize(picture.shape[1::-1], Image.Resampling.NEAREST))
                 rows.append([picture, label, (picture // 2 + label // 2)])
             else:
@@ -187,13 +189,13 @@ def main(cfg: Config) -> dict[str, Report]:
     reports: dict[str, Report] = {}
     for name in ("source", "target", "val"):
         section = getattr(cfg.data, name)
-        reports[name], files = look_at(section, cfg.classes, name != "target", cfg.data.workers, name)
+        reports[name], files = look_at(section, class_set(cfg.data), name != "target", cfg.data.workers, name)
         contact_sheet(files, cfg, name)
     for name in ("source", "target"):
         for twin in reports[name].hashes.keys() & reports["val"].hashes.keys():
             pair = f"{reports[name].hashes[twin]} = {reports['val'].hashes[twin]}"
             reports["val"].fault(f"validation image that is in {name} too", pair)
-    print(summary(reports, cfg.classes))
+    print(summary(reports, class_set(cfg.data)))
     every = []
     for name, report in reports.items():
         for kind, texts in report.faults.items():

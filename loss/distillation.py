@@ -1,11 +1,9 @@
-"""Knowledge distillation between softmax maps (ProDA stage 2 and 3)."""
+"""Knowledge distillation between softmax maps (ProDA stages 2 and 3)."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
-
-from models.deeplab import upsample
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, form: str = "kl") -> Tensor:
@@ -13,13 +11,11 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, form: str 
 
     Args:
         student_logits: float (N, K, h, w).
-        teacher_logits: float (N, K, h', w'), brought to the student's resolution; no gradient reaches the teacher.
-        form: "kl", or "released": as ProDA's code has it, Σ_k t_k (log t_k - s_k) / K with the student's probability
-            s_k where its logarithm belongs. Its gradient -t_k / K on s_k is bounded, and some hundred times weaker.
+        teacher_logits: float (N, K, h, w), at the same size; no gradient reaches the teacher.
+        form: "kl"; or "released", as ProDA's code has it: Σ_k t_k (log t_k - s_k) / K with the student's probability
+            s_k in place of its logarithm. The gradient of that is bounded by t_k / K, and some hundred times weaker.
     """
     teacher = teacher_logits.detach().float()
-    if teacher.shape != student_logits.shape:
-        teacher = upsample(teacher, student_logits.shape[2:])
     if form == "released":
         return F.kl_div(student_logits.float().softmax(1), teacher.softmax(1), reduction="none").mean()
     student = student_logits.float().log_softmax(1)

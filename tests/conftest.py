@@ -11,8 +11,9 @@ import torch
 import yaml
 from PIL import Image
 
-from data.toy import png16
-from utils.config import ROOT, Config, load_config
+from data.toy.files import png16
+from utils.config import ROOT, Config
+from utils.engine.setup import load_config
 
 # Tests compute on the CPU, and some of them fork: where torch sees a GPU, a forked child cannot train.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -14,9 +14,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from utils.checkpoint import read
-from utils.config import guarded
-from utils.step import GuardedStep
+from utils.engine.checkpoint import read
+from utils.engine.command_line import guarded
+from utils.engine.step import GuardedStep
 
 
 class TinyNetwork(nn.Module):
@@ -42,7 +42,7 @@ def tiny_discriminator(num_classes):
 
 def use_tiny_networks(monkeypatch):
     """Steps in milliseconds and checkpoints in kilobytes."""
-    monkeypatch.setattr("utils.setup.build_model", lambda arch, num_classes, **others: TinyNetwork(num_classes))
+    monkeypatch.setattr("utils.engine.setup.build_model", lambda arch, num_classes, **others: TinyNetwork(num_classes))
     monkeypatch.setattr("train_bpl.PatchDiscriminator", tiny_discriminator)
 
 
@@ -120,7 +120,7 @@ def metrics_of(folder):
 def log_of(folder):
     """log.txt without times, speeds, and what it says of starts, stops and the folder."""
     lines = [line[20:] for line in (folder / "log.txt").read_text(encoding="utf-8").splitlines()]
-    own = ("validation images;", "started again", "is complete")
+    own = ("validation images;", "the same command resumes", "is complete")
     return [re.sub(r"  img/s .*", "", line) for line in lines if not any(text in line for text in own)]
 
 

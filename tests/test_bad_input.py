@@ -21,8 +21,10 @@ import gen_pseudo_labels
 import test
 import train_bpl
 import train_pst
-from utils.checkpoint import file_hash
-from utils.config import ROOT, guarded, load_config
+from utils.config import ROOT
+from utils.engine.checkpoint import file_hash
+from utils.engine.command_line import guarded
+from utils.engine.setup import load_config
 
 STAGES = {
     "warmup": (train_bpl, "stage0_warmup.yml"),

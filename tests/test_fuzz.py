@@ -16,10 +16,11 @@ from survival import FORK
 from test_bad_input import png
 
 from data.datasets import read_image, read_label_ids
-from data.toy import png16
+from data.toy.files import png16
 from models.formats import read_checkpoint
-from utils.config import ROOT, ConfigError, UserError, _all_keys, load_config
-from utils.schema import STAGES
+from utils.config import ROOT, ConfigError, UserError, _all_keys
+from utils.config.keys import STAGES
+from utils.engine.setup import load_config
 
 KEYS = sorted(_all_keys())
 quick = settings(

@@ -17,13 +17,13 @@ import train_bpl
 import train_pst
 from data import pseudo_labels
 from data.datasets import build_dataset
-from data.taxonomy import IGNORE
+from data.taxonomy import IGNORE, class_set
 from models import build_model, load_weights, open_weights
 from models.backbone import IMAGENET_MEAN, IMAGENET_STD
-from utils import engine
-from utils.checkpoint import write_json
 from utils.config import UserError
-from utils.inference import predict
+from utils.engine import loop
+from utils.engine.checkpoint import write_json
+from utils.evaluation.prediction import predict
 
 COLUMNS = {
     "bpl": ("ce_source", "adversarial", "s2t", "t2s", "discriminator"),
@@ -87,7 +87,7 @@ def weights(tmp_path):
 )
 def test_four_released_steps(configure, weights, tmp_path, monkeypatch, stage, script, file, overrides):
     domains = iter(("source", "target"))
-    monkeypatch.setattr(engine, "training_batches", lambda *args: golden_batches(next(domains)))
+    monkeypatch.setattr(loop, "training_batches", lambda *args: golden_batches(next(domains)))
     overrides = (*AS_RELEASED, *overrides, f"model.init={weights}", "model.backbone=auto", "model.output_stride=auto")
     cfg = configure("gta5_to_city", file, tmp_path / "runs", *overrides)
     # Pseudo labels come with the batches.
@@ -103,7 +103,7 @@ def test_four_released_steps(configure, weights, tmp_path, monkeypatch, stage, s
     error = np.abs(losses / golden["losses"] - 1)
     assert error[0].max() < 2e-4
     assert error[1:].max() < 0.015  # BatchNorm on few pixels amplifies rounding
-    state = engine.checkpoint.read(cfg.run_dir / "checkpoints" / "last.pth")
+    state = loop.checkpoint.read(cfg.run_dir / "checkpoints" / "last.pth")
     rates = [group["lr"] for group in state["optimizers"]["model"]["param_groups"]]
     assert rates == pytest.approx(golden["final_lrs"].tolist(), rel=1e-12)
     ours = [state["model"][OURS[key]].norm().item() for key in golden["norm_keys"].tolist()]
@@ -132,7 +132,7 @@ def test_published_files_are_tested_at_once(configure, tmp_path, name, layout, a
     model = build_model(arch, classes, normalization=normalization, bn_clr=name == "proda_bn_clr").eval()
     load_weights(model, path)
     hits, said, true = np.zeros(classes), np.zeros(classes), np.zeros(classes)
-    val = build_dataset(cfg.data.val, cfg.classes)
+    val = build_dataset(cfg.data.val, class_set(cfg.data))
     for i in range(len(val)):
         label = val[i]["label"].numpy()
         prediction = predict(model, val[i]["image"][None])[0].argmax(0).numpy()

@@ -22,7 +22,7 @@ import train_bpl
 import train_pst
 from data.datasets import build_dataset
 from data.loaders import training_batches
-from data.taxonomy import IGNORE
+from data.taxonomy import IGNORE, class_set
 from loss import (
     bidirectional_prototype_loss,
     discriminator_loss,
@@ -32,12 +32,13 @@ from loss import (
     segmentation_loss,
 )
 from models import build_model, upsample
-from utils import checkpoint, engine, pipeline
-from utils.checkpoint import read
+from utils import pipeline
 from utils.config import UserError, to_dict
-from utils.engine import refuse_other_experiment
-from utils.inference import predict
-from utils.setup import load_network, settle
+from utils.engine import checkpoint, loop
+from utils.engine.checkpoint import read
+from utils.engine.loop import refuse_other_experiment
+from utils.engine.setup import load_network, resolve_auto
+from utils.evaluation.prediction import predict
 
 STAGES = (
     ("warmup", train_bpl, "stage0_warmup.yml"),
@@ -209,7 +210,7 @@ def test_pseudo_labels_one_for_each_image(finished, trees):
 @one_layout
 def test_confidence_is_that_of_the_mirrored_average(finished, configure):
     cfg = configure(finished.layout, "pseudo_labels.yml", finished.runs)
-    target = build_dataset(cfg.data.target, cfg.classes, with_labels=False)
+    target = build_dataset(cfg.data.target, class_set(cfg.data), with_labels=False)
     model, _ = load_network(cfg, finished.folder / "bpl" / "checkpoints" / "last.pth", torch.device("cpu"))
     for index, sample in enumerate(target.samples):
         image = target[index]["image"][None]
@@ -327,7 +328,7 @@ def compare_step(stage, expected_of):
 def test_equation_of_bpl(configure, runs, gan, directions):
     weights = ("loss.adversarial=0.3", "loss.bidirectional=0.7")
     weights = (*weights, f"loss.gan={gan}", f"loss.directions={directions}")
-    stage = train_bpl.BPL(settle(configure("gta5_to_city", "stage1_BPL.yml", runs, *weights)), torch.device("cpu"))
+    stage = train_bpl.BPL(resolve_auto(configure("gta5_to_city", "stage1_BPL.yml", runs, *weights)), torch.device("cpu"))
 
     def expected_of(source, target):
         out_s, out_t = stage.model(1 - source["image"] / 255), stage.model(target["image"] / 255)
@@ -349,7 +350,7 @@ def test_equation_of_bpl(configure, runs, gan, directions):
 )
 def test_equation_of_pst(configure, runs, switches):
     weights = ("loss.contrast=0.4", "loss.pseudo_ce=0.6", "loss.temperature=0.2", *switches)
-    stage = train_pst.PST(settle(configure("gta5_to_city", "stage2_PST.yml", runs, *weights)), torch.device("cpu"))
+    stage = train_pst.PST(resolve_auto(configure("gta5_to_city", "stage2_PST.yml", runs, *weights)), torch.device("cpu"))
     g = stage.projection.layers if switches else torch.nn.Identity()
 
     def expected_of(source, target):
@@ -380,7 +381,7 @@ def test_equation_of_distillation(configure, runs, arch, form):
     weights = ("loss.distill=0.9", "loss.pseudo_ce=0.6", f"checkpoint={runs / 'teacher.pth'}")
     cfg = configure("gta5_to_city", "stage3_distill.yml", runs, *weights, f"loss.distill_form={form}")
     cfg.model.arch = "deeplabv2"
-    stage = distill.Distillation(settle(cfg), torch.device("cpu"))
+    stage = distill.Distillation(resolve_auto(cfg), torch.device("cpu"))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (stage.model.mean, stage.model.std))
 
     def expected_of(source, target):
@@ -403,7 +404,7 @@ def test_links_of_a_chain_draw_apart(configure, runs, monkeypatch):
         drawn.append((dataset.seed, torch.initial_seed()))
         return training_batches(dataset, *others)
 
-    monkeypatch.setattr(engine, "training_batches", batches)
+    monkeypatch.setattr(loop, "training_batches", batches)
 
     def run(script, file, *given):
         drawn.clear()

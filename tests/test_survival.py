@@ -26,10 +26,10 @@ import distill
 import gen_pseudo_labels
 import train_bpl
 import train_pst
-from utils.checkpoint import read
 from utils.config import UserError
-from utils.process import LOCK, alone_in
-from utils.step import GuardedStep
+from utils.engine.checkpoint import read
+from utils.engine.run_folder import LOCK, run_lock
+from utils.engine.step import GuardedStep
 
 TOTAL, KILLED, SAVE = 8, 6, 4  # steps in all, the step killed in, steps between saves
 STAGES = {
@@ -206,7 +206,7 @@ def test_second_signal_ends_the_run_at_once(configure, upstream, folders):
 
 def test_lock_keeps_a_second_run_out_and_ends_with_the_first(tmp_path):
     def hold():
-        with alone_in(tmp_path / "run"):
+        with run_lock(tmp_path / "run"):
             (tmp_path / "held").touch()
             time.sleep(60)
 
@@ -215,13 +215,13 @@ def test_lock_keeps_a_second_run_out_and_ends_with_the_first(tmp_path):
     while not (tmp_path / "held").exists():
         time.sleep(0.01)
     with pytest.raises(UserError, match=rf"run is in use by process {process.pid} on .*give this run another name="):
-        alone_in(tmp_path / "run").__enter__()
+        run_lock(tmp_path / "run").__enter__()
     process.kill()
     process.join()
     (tmp_path / "run" / ".last.pth.1.partial").touch()
-    with alone_in(tmp_path / "run"):
+    with run_lock(tmp_path / "run"):
         assert [p.name for p in (tmp_path / "run").iterdir()] == [LOCK]  # what the dead run had half written
-    with contextlib.suppress(KeyError), alone_in(tmp_path / "new" / "run"):
+    with contextlib.suppress(KeyError), run_lock(tmp_path / "new" / "run"):
         raise KeyError
     assert not (tmp_path / "new").exists()  # nothing was begun
 

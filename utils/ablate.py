@@ -19,13 +19,14 @@ from pathlib import Path
 
 import yaml
 
-from utils import checkpoint
-from utils.config import ROOT, Config, ConfigError, load_config, read_yaml, run_words
-from utils.engine import refuse_other_experiment
-from utils.logging import show_path
+from utils.config import ROOT, Config, ConfigError, read_yaml
+from utils.engine import checkpoint
+from utils.engine.command_line import run_words
+from utils.engine.log import show_path
+from utils.engine.loop import refuse_other_experiment
+from utils.engine.setup import check_inputs, load_config
 from utils.pipeline import STEPS, first_weights, format_summary, over_seeds, own_keys, stage_rows
-from utils.runs import ABLATION, read_mapping
-from utils.setup import check_inputs
+from utils.report.runs import ABLATION, read_mapping
 
 VARIANTS = ROOT / "configs" / "ablations" / "default.yml"
 STAGES = ("warmup", "bpl", "pst")  # that may have variants

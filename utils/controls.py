@@ -15,9 +15,10 @@ from torch import Tensor
 
 from data.datasets import list_samples
 from loss import segmentation_loss
+from models import upsample
 from train_bpl import BPL
 from utils.config import Config, UserError
-from utils.engine import Backward, Stage
+from utils.engine.loop import Backward, Stage
 
 
 class LabelledBound(Stage):
@@ -28,7 +29,8 @@ class LabelledBound(Stage):
     def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
         for domain, batch in (("source", source), ("target", target)):
             logits = self.model(self.views.strong(batch["image"]))["logits"]
-            ce = segmentation_loss(logits, batch["label"], batch.get("labelled"))
+            logits = upsample(logits.float(), batch["label"].shape[1:])
+            ce = segmentation_loss(logits, batch["label"], batch.get("normalizer"))
             del logits
             backward(ce, **{f"ce_{domain}": ce})
 

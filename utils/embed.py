@@ -22,15 +22,16 @@ from torch import Tensor, nn
 
 from data.datasets import SegmentationDataset, build_dataset
 from data.loaders import whole_images
-from data.taxonomy import IGNORE, ClassSet
+from data.taxonomy import IGNORE, ClassSet, class_set
 from models import classifier_prototypes
-from utils import checkpoint
-from utils.config import ROOT, Config, UserError, guarded, load_config
-from utils.inference import autocast, normalized, same_size_batches
-from utils.logging import show_path
-from utils.report import write_report
-from utils.runs import find_runs, title_of
-from utils.setup import choose_device, load_network, prepare_data
+from utils.config import ROOT, Config, UserError
+from utils.engine import checkpoint
+from utils.engine.command_line import guarded
+from utils.engine.log import show_path
+from utils.engine.setup import choose_device, load_config, load_network, prepare_data
+from utils.evaluation.prediction import autocast, normalized, same_size_batches
+from utils.report.page import write_report
+from utils.report.runs import find_runs, title_of
 
 LEAST_PIXELS = 10  # features that a class needs to have a centre
 PIXELS_PER_CLASS = 150  # drawn points of a class: road must not hide the rest
@@ -211,7 +212,7 @@ def run(overrides: list[str], only: list[str] = ()) -> dict:
         UserError: no run, a network that does not fit the benchmark, or missing data.
     """
     cfg = load_config(ROOT / "configs" / "test_from_gta_to_city.yml", overrides)
-    device, folder, classes = choose_device(cfg), cfg.sibling_run(""), cfg.classes
+    device, folder, classes = choose_device(cfg), cfg.sibling_run(""), class_set(cfg.data)
     file = f"{cfg.which}.pth"
     names = list(only) or [r.name for r in find_runs(folder) if (r.folder / "checkpoints" / file).is_file()]
     weights = {name: checkpoint.find_checkpoint(cfg, name) for name in names}

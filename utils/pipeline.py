@@ -31,18 +31,19 @@ import test
 import train_bpl
 import train_pst
 from data.datasets import build_dataset
-from data.taxonomy import IGNORE, ClassSet
-from utils import checkpoint, distributed
-from utils.config import ROOT, Config, ConfigError, load_config, run_words
+from data.taxonomy import IGNORE, ClassSet, class_set
+from utils.config import ROOT, Config, ConfigError
+from utils.config.keys import TRAINING_STAGES
 from utils.controls import control_runs, gap_closed
-from utils.engine import fit
-from utils.inference import evaluate
-from utils.logging import show_path
-from utils.metrics import mean_over
-from utils.report import write_report
-from utils.schema import TRAINING_STAGES
-from utils.setup import check_inputs, choose_device, load_network, refuse_unusable_backbone
-from utils.visual import Gallery, save_panel
+from utils.engine import checkpoint, distributed
+from utils.engine.command_line import run_words
+from utils.engine.log import show_path
+from utils.engine.loop import fit
+from utils.engine.setup import check_inputs, choose_device, load_config, load_network, refuse_unusable_backbone
+from utils.evaluation.metrics import mean_over
+from utils.evaluation.pictures import Gallery, save_panel
+from utils.evaluation.prediction import evaluate
+from utils.report.page import write_report
 
 # (stage, its script, its config, what sets it apart), in order.
 STEPS = (
@@ -98,9 +99,9 @@ def stage_rows(stage: str, run_name: str, cfg: Config, metrics: dict, tests: Con
     scores = {own: metrics["last"], other: _test(tests, run_name, other)}
     both = {"miou_running": scores["running"]["miou"], "miou_target_bn": scores["target"]["miou"]}
     best = {"best_miou": metrics["best"]["miou"]}
-    rows = {stage: _row(scores[own], tests.classes) | {"statistics": own} | both | best}
+    rows = {stage: _row(scores[own], class_set(tests.data)) | {"statistics": own} | both | best}
     if stage == "source_only":
-        target = _row(scores["target"], tests.classes) | {"statistics": "target"}
+        target = _row(scores["target"], class_set(tests.data)) | {"statistics": "target"}
         rows["source_only_target_bn"] = target | {"miou_target_bn": target["miou"]}
     return rows
 
@@ -177,14 +178,14 @@ def _panel(cfg: Config, runs: dict[str, str], path: Path) -> None:
     cfg, device = copy.deepcopy(cfg), choose_device(cfg)
     cfg.which, cfg.batchnorm.statistics = "last", "saved"
     models = [load_network(cfg, checkpoint.find_checkpoint(cfg, run_name), device)[0] for run_name in runs.values()]
-    val = build_dataset(cfg.data.val, cfg.classes)
+    val = build_dataset(cfg.data.val, class_set(cfg.data))
     gains = np.zeros(len(val))
     for model, sign in ((models[0], -1), (models[-1], 1)):
 
         def see(index: int, image: Tensor, prediction: Tensor, label: Tensor, sign: int = sign) -> None:
             gains[index] += sign * ((prediction == label).sum() / (label != IGNORE).sum().clamp(min=1)).item()
 
-        evaluate(model, val, cfg.classes, cfg, device, see)
+        evaluate(model, val, class_set(cfg.data), cfg, device, see)
     gains = sum(distributed.gathered(gains))
     ranked = np.argsort(-gains, kind="stable")
     chosen = ranked[np.linspace(0, len(val) - 1, min(5, len(val))).round().astype(int)]
@@ -192,8 +193,8 @@ def _panel(cfg: Config, runs: dict[str, str], path: Path) -> None:
 
     columns: list[list[np.ndarray]] = []
     for model in models:
-        gallery = Gallery(range(len(val)), cfg.classes)
-        evaluate(model, val, cfg.classes, cfg, device, gallery)
+        gallery = Gallery(range(len(val)), class_set(cfg.data))
+        evaluate(model, val, class_set(cfg.data), cfg, device, gallery)
         shown = [gallery.shown[i] for i in range(len(val))]
         columns.append([prediction for _, prediction, _ in shown])
     images, truths = [s[0] for s in shown], [s[2] for s in shown]

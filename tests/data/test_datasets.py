@@ -13,8 +13,10 @@ from data.datasets import build_dataset, find_images, list_samples, read_image, 
 from data.loaders import whole_images
 from data.taxonomy import CLASS_SETS, IGNORE, custom_class_set
 from data.transforms import RandomScaleCropFlip
-from utils.config import ROOT, UserError, guarded, load_config
-from utils.schema import DatasetConfig
+from utils.config import ROOT, UserError
+from utils.config.keys import DatasetConfig
+from utils.engine.command_line import guarded
+from utils.engine.setup import load_config
 
 NINETEEN = CLASS_SETS["cityscapes19"]
 OWN = custom_class_set(CUSTOM["class_names"], CUSTOM["palette"])

@@ -10,8 +10,9 @@ from data.datasets import build_dataset
 from data.loaders import EndlessSampler, training_batches, whole_images
 from data.taxonomy import CLASS_SETS
 from data.transforms import RandomScaleCropFlip
-from utils.config import ROOT, load_config
-from utils.schema import DatasetConfig
+from utils.config import ROOT
+from utils.config.keys import DatasetConfig
+from utils.engine.setup import load_config
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from data import pseudo_labels as store
 from data.datasets import build_dataset
 from data.taxonomy import CLASS_SETS, IGNORE
 from utils.config import UserError
-from utils.schema import DatasetConfig
+from utils.config.keys import DatasetConfig
 
 
 @pytest.fixture

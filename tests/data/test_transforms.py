@@ -11,7 +11,8 @@ from torchvision.transforms.v2 import functional as F
 
 from data.taxonomy import IGNORE
 from data.transforms import Crop, RandomScaleCropFlip, Views
-from utils.config import ROOT, load_config
+from utils.config import ROOT
+from utils.engine.setup import load_config
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LABELS = torch.arange(16, dtype=torch.uint8)[:, None, None].expand(16, 32, 48)

@@ -18,8 +18,8 @@ import train_pst
 from models import build_model, parameter_groups
 from models.backbone import check_backbone
 from utils import pipeline
-from utils.checkpoint import read
 from utils.config import ConfigError
+from utils.engine.checkpoint import read
 
 pytest.importorskip("timm")
 

@@ -9,7 +9,7 @@ import train_bpl
 from utils.benchmark import losses, plan, scaling, step
 from utils.benchmark.timing import Timing, compare, peak_memory_of
 from utils.config import ConfigError
-from utils.setup import settle
+from utils.engine.setup import resolve_auto
 
 CPU = torch.device("cpu")
 
@@ -20,7 +20,7 @@ def recipe(configure, tmp_path):
 
     def make(*given):
         sizes = ("data.crop=[192,96]", "train.batch_source=2", "train.batch_target=2")
-        return settle(configure("gta5_to_city", "stage1_BPL.yml", tmp_path, *sizes, *given))
+        return resolve_auto(configure("gta5_to_city", "stage1_BPL.yml", tmp_path, *sizes, *given))
 
     return make
 

@@ -8,8 +8,9 @@ import pytest
 
 from data import datasets
 from utils import pipeline
-from utils.config import ROOT, ConfigError, load_config
+from utils.config import ROOT, ConfigError
 from utils.controls import chain_steps, control_runs, gap_closed
+from utils.engine.setup import load_config
 from utils.pipeline import STEPS
 
 

@@ -17,8 +17,9 @@ import platform
 import torch
 
 from utils.benchmark import data, evaluation, losses, plan, scaling, step
-from utils.config import ROOT, ConfigError, load_config, run_words
-from utils.setup import choose_device
+from utils.config import ROOT, ConfigError
+from utils.engine.command_line import run_words
+from utils.engine.setup import choose_device, load_config
 
 SECTIONS = {"losses": losses, "data": data, "step": step, "eval": evaluation, "scaling": scaling, "plan": plan}
 

@@ -20,7 +20,7 @@ from data.transforms import RandomScaleCropFlip, Views
 from models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from utils.benchmark.timing import Timing, compare, report, seconds_of
 from utils.config import Config
-from utils.schema import DataConfig, DatasetConfig
+from utils.config.keys import DataConfig, DatasetConfig
 
 SIZE = (1914, 1052)  # of GTA5's images
 IDS = 35  # that its labels may hold

@@ -16,15 +16,15 @@ from data.taxonomy import IGNORE
 from models import build_model, upsample
 from utils.benchmark.timing import compare, report
 from utils.config import Config
-from utils.inference import normalized, predict_labels
-from utils.metrics import ConfusionMatrix
+from utils.evaluation.metrics import ConfusionMatrix
+from utils.evaluation.prediction import normalized, predict_labels
 
 CLASSES = 19
 SIZE = (1024, 2048)  # of Cityscapes: height, width
 IMAGES = 2  # one after the other, so that one's files can be written beside the next one's prediction
 
 
-class Given(nn.Module):
+class FixedLogits(nn.Module):
     """In place of a network: logits that are there already, at the resolution of a real one's."""
 
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -44,7 +44,7 @@ def run(cfg: Config, device: torch.device) -> None:
     On a CPU the networks see a sixteenth of the area, to be done within a minute.
     """
     size = SIZE if device.type == "cuda" else tuple(side // 4 for side in SIZE)
-    _compare(Given(_logits(device)), "nothing", SIZE, device, 3, True)
+    _compare(FixedLogits(_logits(device)), "nothing", SIZE, device, 3, True)
     for backbone in ("resnet18", "resnet101"):
         model = build_model("deeplabv2", CLASSES, backbone).to(device, memory_format=torch.channels_last).eval()
         _compare(model, backbone, size, device, 2, backbone == "resnet18")

@@ -23,7 +23,7 @@ from data.taxonomy import IGNORE
 from models import OUTPUT_STRIDE, statistics_kept
 from utils.benchmark.timing import half_precision
 from utils.config import Config
-from utils.setup import settle
+from utils.engine.setup import resolve_auto
 
 META = torch.device("meta")
 GIB = 2**30
@@ -90,7 +90,7 @@ class _NoViews:
 
 def memory_of_step(cfg: Config) -> Memory:
     """Of one BPL step as the configuration has it, with train.accumulate=1."""
-    cfg = settle(cfg)
+    cfg = resolve_auto(cfg)
     with META:
         stage = train_bpl.BPL(cfg, META)
     stage.views = _NoViews()
@@ -145,7 +145,7 @@ def _cast(module: nn.Module, inputs: tuple) -> tuple:
 def settings(cfg: Config, half: str) -> dict[tuple[str, int, bool, int], float]:
     """Peak in bytes by (precision, output stride, checkpointing, accumulate)."""
     peaks, t = {}, cfg.train
-    least = 2 if cfg.model.arch == "deeplab_pbal" else 1  # images in a part, see `settle`
+    least = 2 if cfg.model.arch == "deeplab_pbal" else 1  # images in a part, see `resolve_auto`
     parts = [n for n in (1, 2, 4, 8) if not (t.batch_source % n or t.batch_target % n)]
     parts = [n for n in parts if min(t.batch_source, t.batch_target) // n >= least]
     for precision, stride, again in itertools.product((half, "float32"), (8, 16), (False, True)):

@@ -12,11 +12,13 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train_bpl
-from utils import distributed
+from data.taxonomy import class_set
 from utils.benchmark.timing import seconds_of
-from utils.config import Config, UserError, guarded
-from utils.setup import choose_device, settle
-from utils.step import GuardedStep
+from utils.config import Config, UserError
+from utils.engine import distributed
+from utils.engine.command_line import guarded
+from utils.engine.setup import choose_device, resolve_auto
+from utils.engine.step import GuardedStep
 
 CPU_NETWORK, CPU_STRIDE, CPU_CROP = "resnet18", 16, [128, 64]  # what a few cores get through
 WARM_UP, STEPS = 2, 5
@@ -40,7 +42,7 @@ def run(cfg: Config, device: torch.device) -> None:
         torch.cuda.empty_cache()
     else:
         cfg.model.backbone, cfg.model.output_stride, cfg.data.crop = CPU_NETWORK, CPU_STRIDE, CPU_CROP
-    cfg = settle(cfg)
+    cfg = resolve_auto(cfg)
     found: dict[int, list[tuple[float, float]]] = {n: [] for n in counts}
     for n in [*counts, *counts]:  # in turn, as a machine may slow down
         found[n] += _together(cfg, n, on_gpus, units)
@@ -82,9 +84,9 @@ def _steps(cfg: Config, threads: int) -> list[tuple[float, float]]:
         stage = train_bpl.BPL(cfg, device)
         step = GuardedStep(cfg, stage.networks, stage.optimizers, device, cfg.run_dir / "not_finite.pth")
         width, height = cfg.data.crop
-        source, target = (len(distributed.share(n)) for n in (cfg.train.batch_source, cfg.train.batch_target))
+        source, target = (len(distributed.local_batch(n)) for n in (cfg.train.batch_source, cfg.train.batch_target))
         images = torch.randint(0, 256, (source + target, 3, height, width), dtype=torch.uint8, device=device)
-        labels = torch.randint(0, len(cfg.classes), (source, height, width), dtype=torch.uint8, device=device)
+        labels = torch.randint(0, len(class_set(cfg.data)), (source, height, width), dtype=torch.uint8, device=device)
         batch = ({"image": images[:source], "label": labels}, {"image": images[source:]})
         gradients = [torch.zeros_like(p) for n in stage.networks.values() for p in n.parameters()]
         for i in range(WARM_UP + STEPS):

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_bpl
+from data.taxonomy import class_set
 from utils.benchmark.losses import plain_bidirectional
 from utils.benchmark.timing import compare, half_precision, matmul_peak, report
 from utils.config import Config, ConfigError, UserError
-from utils.setup import build_network, compile_networks, settle
-from utils.step import GuardedStep
+from utils.engine.setup import build_network, compile_networks, resolve_auto
+from utils.engine.step import GuardedStep
 
 CPU_MOST = 512 * 256  # pixels of a crop that two cores do in seconds; of larger ones, as recipes have them,
 CPU_CROP, CPU_BATCH = [256, 128], 2  # these take the place
@@ -66,7 +67,7 @@ def batches(cfg: Config, device: torch.device) -> tuple[dict[str, Tensor], dict[
     def images(count: int, channels: int, end: int) -> Tensor:
         return torch.randint(0, end, (count, channels, height, width), generator=draw, dtype=torch.uint8).to(device)
 
-    labels = images(t.batch_source, 1, len(cfg.classes))[:, 0]
+    labels = images(t.batch_source, 1, len(class_set(cfg.data)))[:, 0]
     return {"image": images(t.batch_source, 3, 256), "label": labels}, {"image": images(t.batch_target, 3, 256)}
 
 
@@ -74,7 +75,7 @@ def stepper(cfg: Config, form: Form, device: torch.device, folder: Path) -> Call
     """A call that makes one step in a form, with networks and optimisers of its own."""
     cfg = copy.deepcopy(cfg)
     cfg.train.precision, cfg.train.checkpointing = form.precision or half_precision(device), form.checkpointing
-    cfg = settle(cfg)
+    cfg = resolve_auto(cfg)
     stage = train_bpl.BPL(cfg, device)
     if not form.channels_last:
         stage.model.to(memory_format=torch.contiguous_format)
@@ -118,7 +119,7 @@ def run(cfg: Config, device: torch.device, repeats: int = 0) -> None:
     """
     if cfg.train.precision == "tf32":
         raise ConfigError("train.precision=tf32 would change every row of the step's table; leave it out")
-    cfg = settle(fitting(cfg, device))
+    cfg = resolve_auto(fitting(cfg, device))
     forms = FORMS | ({"  torch.compile": Form(compiled=True)} if device.type == "cuda" else {})
     with tempfile.TemporaryDirectory() as folder:
         calls = {}

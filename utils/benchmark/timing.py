@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from utils.inference import default_precision
+from utils.evaluation.prediction import default_precision
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,82 @@
+"""Checkpoints: whole or not at all, and found by name."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from utils.config import UserError
+from utils.engine import checkpoint
+
+
+def test_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "checkpoints" / "last.pth"
+    checkpoint.save_checkpoint(path, {"step": 1})
+
+    def half(temporary):
+        temporary.write_bytes(path.read_bytes()[:50])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.atomic_write(path, half)
+    with pytest.raises(TypeError):
+        checkpoint.write_json(path, {"not": object()})
+    assert checkpoint.read(path) == {"step": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["last.pth"]
+    checkpoint.save_checkpoint(path, {"step": 2})
+    assert checkpoint.read(path) == {"step": 2}
+
+
+def test_generators_go_on_where_they_were(tmp_path):
+    def draw():
+        return random.random(), np.random.rand(), np.random.randn(), torch.rand(1).item()
+
+    draw()
+    checkpoint.save_checkpoint(tmp_path / "x.pth", checkpoint.rng_state())
+    expected = [draw() for _ in range(3)]
+    checkpoint.set_rng_state(checkpoint.read(tmp_path / "x.pth"))
+    assert [draw() for _ in range(3)] == expected
+
+
+@pytest.fixture
+def cfg(configure, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PRETRAINED", tmp_path / "pretrain_model")
+    monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
+    return configure("gta5_to_city", "stage1_BPL.yml", tmp_path / "runs", "model.published=theirs.pkl")
+
+
+def test_weights_are_found_by_run_then_published_file_then_path(cfg, tmp_path):
+    def find():
+        return checkpoint.find_init(cfg)
+
+    with pytest.raises(UserError) as error:
+        find()
+    message = str(error.value)
+    assert "\n" not in message and "runs/gta5_to_city/warmup/checkpoints/last.pth" in message
+    assert "python train_bpl.py --config configs/stage0_warmup.yml" in message
+    assert "pretrain_model/theirs.pkl" in message
+    published = tmp_path / "pretrain_model" / "theirs.pkl"
+    own = {which: cfg.sibling_run("warmup") / "checkpoints" / f"{which}.pth" for which in ("last", "best")}
+    for path in (published, *own.values()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert find() == own["last"]
+    cfg.which = "best"
+    assert find() == own["best"]
+    own["best"].unlink()
+    assert find() == published
+    cfg.model.init = str(own["last"])
+    assert find() == own["last"]
+    cfg.model.init = str(tmp_path / "none.pth")
+    with pytest.raises(UserError, match=r"no weights at .*none\.pth"):
+        find()
+    cfg.model.init = "scratch"
+    assert find() is None
+
+
+def test_hash_follows_the_content(tmp_path):
+    for name, content in (("a", b"x"), ("b", b"x"), ("c", b"y")):
+        (tmp_path / name).write_bytes(content)
+    a, b, c = (checkpoint.file_hash(tmp_path / name) for name in "abc")
+    assert a == b != c and len(a) == 16

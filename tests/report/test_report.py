@@ -1,0 +1,235 @@
+"""A run's page: complete in itself, well-formed, with every name escaped, and built from whatever is there."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from utils.config import UserError
+from utils.report.charts import MOST_POINTS, Bar, Line, bars, heat_map, line_chart, thin, ticks
+from utils.report.page import write_report
+from utils.report.runs import find_runs, title_of
+
+EVIL = '<script>alert("x")</script> & co'
+NAMES = ["road", EVIL]
+VOID = {"meta", "img", "br"}
+
+
+class Strict(HTMLParser):
+    """Refuses tags that are closed in another order than they were opened; collects tags, attributes and text."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def parsed(path):
+    page = Strict()
+    page.feed(path.read_text(encoding="utf-8"))
+    page.close()
+    assert page.open == []
+    return page
+
+
+def scores(miou, iteration=4):
+    iou = {"road": miou, EVIL: None}
+    return {
+        "miou": miou,
+        "iou": iou,
+        "pixels": {"road": 90, EVIL: 10},
+        "iteration": iteration,
+        "confusion": [[80, 10], [5, 5]],
+    }
+
+
+def make_run(folder, name, miou):
+    run = folder / name
+    (run / "panels").mkdir(parents=True)
+    data = {"class_set": "custom", "class_names": NAMES, "palette": [[1, 2, 3], [4, 5, 6]]}
+    stage = {"source_only": "warmup"}.get(name, name.split("/")[0])
+    config = {
+        "git": "abc",
+        "benchmark": "mine.yml",
+        "stage": stage,
+        "seed": 3,
+        "name": name,
+        "note": EVIL,
+        "data": data,
+    }
+    config |= {"pseudo_labels": "pseudo_labels", "model": {"backbone": "resnet18"}}
+    (run / "config.yml").write_text(yaml.safe_dump(config))
+    lines = [{"step": s, "group": "train", "loss": {"ce_source": 1 / s, "s2t": None}, "lr": 0.1} for s in range(1, 5)]
+    lines += [{"step": s, "group": "val", **scores(miou * s / 4, s)} for s in (2, 4)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"step": 5, "gro')
+    (run / "metrics.json").write_text(json.dumps({"last": scores(miou), "best": scores(miou)}))
+    Image.new("RGB", (64, 32), "red").save(run / "panels" / "000004.png")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A benchmark's folder with all that a page can show, and two control rows."""
+    runs = {"source_only": 30.0, "bpl": 40.0, "pst": 50.0, "distill/round2": 60.0}
+    for name, miou in runs.items():
+        make_run(tmp_path, name, miou)
+    rows = {name.split("/")[0]: scores(miou) | {"best_miou": miou} for name, miou in runs.items()}
+    rows |= {"source_only_target_bn": scores(35.0), "labelled_bound": scores(70.0)}
+    (tmp_path / "summary.json").write_text(json.dumps({"benchmark": "mine.yml", "stages": rows}))
+    classes = {n: {"threshold": 0.9, "predicted": p, "kept": k} for n, p, k in (("road", 100, 80), (EVIL, 0, 0))}
+    (tmp_path / "pseudo_labels").mkdir()
+    manifest = {"kept": 0.8, "selection": "class_balanced", "classes": classes}
+    (tmp_path / "pseudo_labels" / "manifest.json").write_text(json.dumps(manifest))
+    numbers = {
+        "source_only": {"compactness": 0.123, "separation": 0.456},
+        "pst": {"compactness": None, "separation": None},
+    }
+    (tmp_path / "features.json").write_text(json.dumps({"runs": numbers}))
+    for name in ("panel.png", "features.png"):
+        Image.new("RGB", (2400, 64), "blue").save(tmp_path / name)
+    return tmp_path
+
+
+def test_page_of_a_benchmark_is_complete_and_asks_nobody(folder):
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    page, raw = parsed(path), path.read_text(encoding="utf-8")
+    assert {"script", "link", "iframe", "object"}.isdisjoint(page.tags)
+    addresses = [v for k, v in page.attributes if k in ("src", "href", "srcset", "data", "action")]
+    assert len(addresses) == 2 and all(v.startswith("data:image/jpeg;base64,") for v in addresses)
+    assert not re.search(r"url\(|@import|https?:", raw)
+    text = " ".join(page.text)
+    for title in (
+        "mIoU by stage",
+        "across stages",
+        "IoU by class",
+        "Training",
+        "Confusion",
+        "Pseudo labels",
+        "Features",
+    ):
+        assert title in text, title
+    for said in (
+        "60.0 %",
+        "+25.0",
+        "80.0 %",
+        "with target labels",
+        "source only, target BN",
+        "0.123",
+        "class balanced",
+    ):
+        assert said in text, said  # mIoU of the last stage, its gain over the target-BN control, pseudo labels kept
+    assert page.tags.count("details") == 4 + 3  # configs, and confusion matrices of the earlier runs
+
+
+def test_names_and_configs_are_text_and_nothing_else(folder):
+    raw = write_report(folder).read_text(encoding="utf-8")
+    assert "<script" not in raw and "&lt;script&gt;" in raw
+    assert any(EVIL in text for text in parsed(folder / "report.html").text)
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["summary.json", "panel.png", "features.json", "features.png", "pseudo_labels/manifest.json", "bpl/metrics.json"]
+    + [f"distill/round2/{name}" for name in ("metrics.json", "config.yml", "panels/000004.png")],
+)
+@pytest.mark.parametrize("damage", ["missing", "broken"])
+def test_page_without_one_of_its_files(folder, missing, damage):
+    (folder / missing).unlink() if damage == "missing" else (folder / missing).write_text('{"cut": ')
+    text = " ".join(parsed(write_report(folder)).text)
+    assert "Training" in text and "PST" in text and "50.0" in text
+
+
+def test_page_of_one_run(folder):
+    page = parsed(write_report(folder / "pst"))
+    text = " ".join(page.text)
+    assert "last checkpoint" in text and "best checkpoint" in text and "Predictions" in text
+    assert "80.0 %" in text  # of the pseudo labels that it has learnt from
+    assert "BPL" not in text and len([1 for k, v in page.attributes if k == "src"]) == 1
+
+
+def test_page_of_several_seeds(tmp_path, folder):
+    row = {
+        "miou": {"mean": 50.25, "std": 1.5},
+        "iou": {"road": {"mean": 90.0, "std": 0.5}, EVIL: None},
+        "statistics": "target",
+    }
+    content = {"seeds": [0, 1], "folders": {"0": "../seed0/b", "1": "../seed1/b"}, "stages": {"pst": row}}
+    for place, others in ((tmp_path / "alone", False), (folder, True)):  # below a summary of one seed, beside its rows
+        place.mkdir(exist_ok=True)
+        (place / "seeds.json").write_text(json.dumps(content))
+        page = parsed(write_report(place))
+        text = " ".join(page.text)
+        assert all(said in text for said in ("Over seeds", "50.2 ± 1.5", "90.0 ± 0.5", "over 2 seeds")), text
+        assert ("href", "../seed1/b/report.html") in page.attributes
+        assert ("mIoU by stage" in text) == others
+
+
+def test_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_come_in_the_order_of_the_stages(folder):
+    make_run(folder, "bpl_weaker", 20.0)
+    assert [r.name for r in find_runs(folder)] == ["source_only", "bpl", "pst", "distill/round2", "bpl_weaker"]
+    assert title_of("distill/round2") == "distilled, round 2" and title_of("bpl_weaker") == "bpl weaker"
+    assert "60.0 %" in " ".join(parsed(write_report(folder)).text)  # a run of the user's own is not the result
+
+
+def test_gain_is_over_the_control_that_was_trained_as_long(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["stages"]["source_only_long"] = scores(58.0) | {"gap_closed_from_source_only_long": None}
+    summary["stages"]["distill"]["gap_closed_from_source_only_long"] = 16.7
+    (folder / "summary.json").write_text(json.dumps(summary))
+    text = " ".join(parsed(write_report(folder)).text)
+    assert "+2.0" in text and "+25.0" not in text and "gap closed from long" in text and "16.7" in text
+
+
+def test_ticks_are_round_and_inside():
+    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert ticks(38.4, 46.5) == [40, 42, 44, 46]
+    for low, high in ((0, 60_000), (1e-5, 3e-5), (5, 5)):
+        assert all(low - 1e-9 <= t <= high + 1e-9 for t in ticks(low, high)) and len(ticks(low, high)) <= 6
+
+
+def test_line_chart_places_points_by_value():
+    chart = line_chart("loss", [Line("a", "red", [(0, 0.0), (50, 1.0), (100, 2.0)])], "step", "loss")
+    points = re.search(r'points="([^"]+)"', chart).group(1).split()
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, p.split(",")) for p in points)
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and y0 - y1 == pytest.approx(y1 - y2, abs=0.2) and y0 > y1
+    assert line_chart("empty", [], "step", "loss").count("<polyline") == 0
+
+
+def test_long_lines_are_averaged_down():
+    line = thin([(i, float(i % 2)) for i in range(10_000)])
+    assert len(line) == MOST_POINTS and all(y == pytest.approx(0.5) for _, y in line)
+
+
+def test_bars_stay_inside_their_track():
+    markup = bars([Bar("a", 150.0, "red"), Bar("b", None, "red"), Bar("c", 25.0, "red")])
+    assert re.findall(r"width:([\d.]+)%", markup) == ["100.00", "0.00", "25.00"] and "–" in markup
+
+
+def test_heat_map_counts_in_percent_of_the_truth():
+    markup = heat_map(np.array([[3, 1], [0, 0]]), ["a", "b"], "confusion")
+    assert re.findall(r"<title>([^<]+)</title>", markup) == ["a taken for a: 75.0 %", "a taken for b: 25.0 %"]

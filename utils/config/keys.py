@@ -1,0 +1,340 @@
+"""Every key of the configuration: its type, default, reason and range.
+
+"As released" marks the numbers of PBAL's public release, "ProDA" those of the code that it builds on.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from utils.config.errors import ConfigError
+
+STAGES = ("warmup", "bpl", "pseudo_labels", "pst", "distill", "test")
+RUNS = (*STAGES, "source_only")  # what a benchmark's `stages` may name
+TRAINING_STAGES = ("warmup", "bpl", "pst", "distill")
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+SIMCLR_RESNETS = ("resnet50", "resnet101", "resnet152")  # of which SimCLRv2 weights exist at width 1
+DEFAULT_ARCH, DEFAULT_BACKBONE = "deeplabv2", "resnet101"
+TINY = 1e-12  # least value of what must be above 0
+
+
+def opt(default: Any, why: str, least: float = 0, most: float = math.inf) -> Any:
+    """A config field: its default (copied if mutable), the one-line reason that `--help` shows, and for numbers,
+    and those in lists, the range that `utils.config.loading` checks."""
+    metadata = {"help": why, "least": least, "most": most}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise ConfigError with `message` unless `holds`."""
+    if not holds:
+        raise ConfigError(message)
+
+
+def leaves_folder(path: str) -> bool:
+    """Whether a path leads out of the folder that it is meant to be below."""
+    return Path(path).is_absolute() or ".." in Path(path).parts
+
+
+@dataclass
+class DatasetConfig:
+    format: Literal["gta5", "synthia", "cityscapes", "folder"] = opt("gta5", "layout and label ids on disk")
+    root: str = opt("data/GTA5", "folder of the dataset, relative to where the script is started")
+    split: str = opt(
+        "all", "cityscapes: train | val | test; gta5: all, or train | val | test of split.mat; else unused"
+    )
+    size: list[int] = opt(
+        [], "[width, height] that images and labels are brought to when read; [] keeps each as it is", least=1
+    )
+    images: list[str] = opt([], "folder: globs below root, e.g. ['images/*.jpg']")
+    labels: str = opt("", "folder: label of an image, from {dir} {parent} {stem}, e.g. 'labels/{stem}.png'; '' = none")
+    strip: str = opt("", "folder: ending cut from an image's stem before {stem} is filled in")
+    id_map: dict = opt({}, "folder: {label id: class name or 'ignore'}; ids not named are ignored; {} = train ids")
+
+    def validate(self, key: str) -> None:
+        """Raise ConfigError for a combination that cannot work; `key` is the section's own, e.g. data.source."""
+        if self.format == "folder":
+            require(bool(self.images), f"{key}.images is empty, but format=folder needs globs")
+        else:
+            require(not self.id_map, f"{key}.id_map is set, but format={self.format} has its own; use folder")
+        require(len(self.size) in (0, 2), f"{key}.size={self.size}: [width, height]")
+        splits = {"cityscapes": ("train", "val", "test"), "gta5": ("all", "train", "val", "test")}.get(self.format)
+        require(not splits or self.split in splits, f"{key}.split={self.split!r} is not one of {splits}")
+        absolute = Path(self.labels.replace("{dir}", "d")).is_absolute()
+        require(not absolute, f"{key}.labels={self.labels!r} must be relative to root")
+
+
+@dataclass
+class DataConfig:
+    class_set: Literal["cityscapes19", "cityscapes16", "custom", "auto"] = opt(
+        "cityscapes19", "which classes are learnt; auto (test.py alone) = as many as the checkpoint has"
+    )
+    class_names: list[str] = opt([], "custom: class names in train-id order")
+    palette: list[list[int]] = opt(
+        [], "custom: one [r, g, b] per class; [] spreads colours over the hue circle", most=255
+    )
+    source: DatasetConfig = opt(None, "labelled domain")
+    target: DatasetConfig = opt(None, "domain adapted to; its labels are never read in training")
+    val: DatasetConfig = opt(None, "labelled split of the target domain, for measuring only")
+    base_width: int = opt(2200, "width in px that scale 1 stands for (as released); 0 = the image's own width")
+    scale: list[float] = opt([0.5, 1.5], "uniform range of the random resize, aspect kept (as released)", least=TINY)
+    crop: list[int] = opt([896, 512], "[width, height] of training crops (as released)", least=32)
+    hflip: float = opt(0.5, "probability of mirroring (as released)", most=1)
+    jitter: bool = opt(True, "colour jitter in the strong view; off: strong = weak")
+    jitter_hue: float = opt(0.2, "strong view: hue shift in +-this (as released)", most=0.5)
+    jitter_factor: list[float] = opt([0.5, 1.5], "strong view: brightness, contrast, saturation (as released)")
+    randaugment: list[int] = opt(
+        [2, 10], "distillation's strong view: number and magnitude of operations (ProDA)", most=10
+    )
+    cutout: float = opt(0.25, "distillation's strong view: side of the hole as a share of the crop's; 0 = none", most=1)
+    workers: int = opt(4, "loader processes per domain and training process; 0 loads in the latter")
+    check: int = opt(8, "images of each dataset that are read and looked at before training starts; 0 = none")
+    on_error: Literal["stop", "skip"] = opt(
+        "stop", "training image or label that cannot be used: end, or take the next one in its place"
+    )
+    max_skipped: int = opt(10, "on_error=skip: different files after which training ends all the same")
+    toy_root: str = opt("", "draw the toy cities into this folder on first use; '' = real data")
+
+    def validate(self, key: str) -> None:
+        """As `DatasetConfig.validate`."""
+        custom = self.class_set == "custom"
+        unused = f"{key}.class_names is set, but {key}.class_set={self.class_set}; use custom"
+        require(custom or not self.class_names, unused)
+        require(bool(self.class_names) or not custom, f"{key}.class_set=custom needs {key}.class_names")
+        for name in ("source", "target", "val"):
+            section = getattr(self, name)
+            section.validate(f"{key}.{name}")
+            named = section.format == "folder" or not custom
+            require(named, f"{key}.class_set=custom needs {key}.{name}.format=folder, not {section.format}")
+        for name in ("crop", "scale", "jitter_factor", "randaugment"):
+            value = getattr(self, name)
+            require(len(value) == 2, f"{key}.{name}={value} must hold two numbers")
+            ordered = name in ("crop", "randaugment") or value[0] <= value[1]
+            require(ordered, f"{key}.{name}={value} must be [low, high]")
+
+
+@dataclass
+class ModelConfig:
+    """`auto` is what the weight file tells of its network, and where it tells nothing, the default named here."""
+
+    arch: Literal["auto", "deeplabv2", "deeplab_pbal"] = opt(
+        "auto", "segmentation architecture; default deeplabv2; deeplab_pbal is that of PBAL's published checkpoints"
+    )
+    backbone: str = opt("auto", "resnet18 | resnet34 | resnet50 | resnet101 | resnet152 | timm/NAME; default resnet101")
+    output_stride: Literal["auto", 8, 16] = opt(
+        "auto", "input pixels per pixel of the backbone's output; default 8, deeplab_pbal 16 (as released)"
+    )
+    dilations: Literal["auto"] | list[int] = opt(
+        "auto",
+        "of the 3x3 convolutions that see the backbone's output side by side, in its pixels; default as released: "
+        "[6, 12, 18, 24] at stride 8 and half of that at 16, deeplab_pbal [6, 12, 18] at 16",
+        least=1,
+    )
+    bn_clr: Literal["auto", True, False] = opt(
+        "auto", "deeplabv2: one more BatchNorm behind the backbone (ProDA, with SimCLR weights); default false"
+    )
+    normalization: Literal["auto", "imagenet", "half", "none"] = opt(
+        "auto", "input statistics; default what the backbone's ImageNet weights expect; none = [0, 1] as it is"
+    )
+    dropout: float = opt(
+        0.1, "before the classifier, of whole channels; deeplab_pbal: of single values (as released)", most=0.99
+    )
+    init: str = opt("imagenet", "start from: scratch | imagenet | simclr | a run's name (e.g. bpl) | a file")
+    published: str = opt("", "file tried when the run named by init is not there")
+
+    def validate(self, key: str) -> None:
+        """As `DatasetConfig.validate`."""
+        name = DEFAULT_BACKBONE if self.backbone == "auto" else self.backbone
+        if not name.startswith("timm/") and name not in RESNETS:
+            near = difflib.get_close_matches(name, RESNETS, 1, 0)
+            raise ConfigError(f"{key}.backbone={name!r} is unknown; nearest is {near[0]!r}, or timm/NAME")
+        variant = self.bn_clr is not True or self.arch != "deeplab_pbal"
+        require(variant, f"{key}.bn_clr is a variant of deeplabv2, not of {key}.arch={self.arch}")
+
+
+@dataclass
+class LossConfig:
+    adversarial: float = opt(0.01, "weight of output-space alignment (as released); 0 trains without adversary")
+    gan: Literal["bce", "ls"] = opt("bce", "adversary: binary cross-entropy (as released) | least squares (ProDA)")
+    bidirectional: float = opt(0.1, "weight of each of the two prototype terms (as released); 0 = warm-up")
+    directions: Literal["both", "s2t", "t2s"] = opt(
+        "both", "which of the two are learnt: pixels over classes (s2t), classes over pixels (t2s); for ablations"
+    )
+    pseudo_ce: float = opt(1.0, "weight of cross-entropy on pseudo labels (as released)")
+    contrast: float = opt(1.0, "weight of prototypical contrast, each domain (as released)")
+    temperature: float = opt(0.07, "tau of prototypical contrast (as released)", least=TINY)
+    prototype_gradient: bool = opt(False, "PST's contrast moves the prototypes too: true as released, false the paper")
+    projection: Literal["none", "linear", "mlp"] = opt(
+        "none", "PST: features and prototypes go through G before the contrast: none as released; the paper has one"
+    )
+    distill: float = opt(1.0, "weight of the distillation term (ProDA)")
+    distill_form: Literal["kl", "released"] = opt(
+        "kl", "kl = KL(teacher || student) | released = ProDA's code: kl_div of probabilities, mean over classes too"
+    )
+
+
+@dataclass
+class TrainConfig:
+    iterations: int = opt(60_000, "steps to run (as released)", least=1)
+    horizon: int = opt(90_000, "steps over which the poly schedule would reach zero (as released)", least=1)
+    lr: float = opt(1e-4, "learning rate of the backbone; the head has ten times as much (as released)", least=TINY)
+    head_lr_factor: float = opt(10.0, "head's learning rate over the backbone's (as released)", least=TINY)
+    power: float = opt(0.9, "exponent of the poly schedule (as released)", least=0)
+    momentum: float = opt(0.9, "SGD momentum (as released)", most=0.999)
+    weight_decay: float = opt(2e-4, "SGD weight decay (as released)")
+    lr_discriminator: float = opt(
+        1e-4, "Adam on the discriminator, betas (0.9, 0.99), same poly schedule (as released)", least=TINY
+    )
+    batch_source: int = opt(4, "source crops a step, of all processes together (as released)", least=1)
+    batch_target: int = opt(4, "target crops a step, of all processes together (as released)", least=1)
+    precision: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = opt(
+        "auto",
+        "of the forward passes (losses are float32); auto = bfloat16 on GPUs that have it, float16 with loss scaling on "
+        "older ones, float32 on CPUs; tf32 = float32 with TF32 products on GPUs",
+    )
+    accumulate: int = opt(
+        1,
+        "parts that each batch is split into, for less memory: gradients are averaged, cross-entropy is exact; "
+        "BatchNorm, and BPL's softmax over pixels, see one part at a time",
+        least=1,
+    )
+    checkpointing: bool = opt(
+        False, "compute the backbone's activations again in the backward pass: much less memory, a third more time"
+    )
+    compile: bool = opt(False, "torch.compile of the networks that are trained: minutes at the start, faster steps")
+    val_every: int = opt(1000, "steps between validations (as released)", least=1)
+    save_every: int = opt(1000, "steps between writes of checkpoints/last.pth", least=1)
+    log_every: int = opt(20, "steps between log lines", least=1)
+    panels: int = opt(4, "validation images drawn into panels/ at each validation")
+    on_nonfinite: Literal["stop", "skip"] = opt(
+        "stop", "a loss or gradient that is not finite: end, or leave the step out; the weights are untouched in both"
+    )
+    max_skipped: int = opt(10, "on_nonfinite=skip: steps left out after which training ends all the same")
+    deterministic: bool = opt(False, "bit-equal runs on one machine, by slower kernels where need be")
+    restart: bool = opt(False, "begin anew although the run folder holds a run; else it is resumed")
+
+    def validate(self, key: str) -> None:
+        """As `DatasetConfig.validate`."""
+        message = f"{key}.iterations={self.iterations} is beyond {key}.horizon={self.horizon}, "
+        require(self.iterations <= self.horizon, f"{message}where the learning rate reaches zero")
+
+
+@dataclass
+class BatchNormConfig:
+    statistics: Literal["running", "target", "saved"] = opt(
+        "running",
+        "running = as released; target = recomputed on unlabelled target training images before "
+        "validation, pseudo labels and saving; saved = whatever the checkpoint holds (not in training)",
+    )
+    images: int = opt(256, "target images that statistics are recomputed on; 0 = all")
+
+
+@dataclass
+class PseudoConfig:
+    threshold: float = opt(0.95, "pixels less confident than this become ignore (ProDA, CAG)", most=1)
+    selection: Literal["constant", "class_balanced"] = opt(
+        "constant", "class_balanced: per class min(threshold, the confidence that keeps `keep` of its pixels)"
+    )
+    keep: float = opt(0.66, "class_balanced: share of each class's pixels that is kept at least", most=1)
+    flip: bool = opt(True, "average with the prediction of the mirrored image (ProDA)")
+
+
+@dataclass
+class DistillConfig:
+    rounds: list[int] = opt([1, 2], "rounds to run; round 2 learns from round 1's result (ProDA)", least=1, most=2)
+    init_round1: str = opt(
+        "simclr", "student of round 1: simclr (ProDA) | imagenet | scratch | teacher | a run's name | a file"
+    )
+
+    def validate(self, key: str) -> None:
+        """As `DatasetConfig.validate`."""
+        rounds = self.rounds
+        require(rounds and rounds == sorted(set(rounds)), f"{key}.rounds={rounds} must be [1], [2] or [1, 2]")
+
+
+@dataclass
+class TestConfig:
+    dataset: Literal["val", "source", "target"] = opt("val", "labelled dataset of the benchmark that is scored")
+    images: str = opt("", "predict these instead, without labels: an image, a folder or a glob, e.g. 'photos/**/*.jpg'")
+    export: bool = opt(False, "write the prediction of every image into predictions/; always with test.images")
+    flip: bool = opt(False, "average with the prediction of the mirrored image")
+    scales: list[float] = opt([1.0], "average over the image resized by these; [0.5] predicts at half size", least=TINY)
+    window: list[int] = opt([], "sliding window [width, height]; [] = the whole image (as in the literature)", least=32)
+    overlap: float = opt(0.5, "least share of a sliding window that its neighbour sees too", most=0.9)
+    batch: int = opt(1, "images predicted at once, in validation and pseudo labels too", least=1)
+    panels: int = opt(8, "images drawn into panels/, and as many of the worst")
+
+    def validate(self, key: str) -> None:
+        """As `DatasetConfig.validate`."""
+        require(len(self.window) in (0, 2), f"{key}.window={self.window}: [width, height]")
+        require(bool(self.scales), f"{key}.scales=[] must hold a number; [1] is the image as it is")
+
+
+@dataclass
+class Config:
+    benchmark: str = opt("gta5_to_cityscapes", "who adapts to whom: a name in configs/benchmarks/ or a YAML file")
+    stage: Literal["warmup", "bpl", "pseudo_labels", "pst", "distill", "test"] = opt("bpl", "set by the stage file")
+    name: str = opt("", "run folder below runs/<benchmark>/; '' = the stage's name")
+    runs: str = opt("runs", "folder of all runs")
+    checkpoint: str = opt("", "test and pseudo labels: the network, a run's name or a file; distill: the teacher")
+    which: Literal["last", "best"] = opt("last", "checkpoint of a named run; best was chosen by looking at val labels")
+    pseudo_labels: str = opt("pseudo_labels", "run that holds the pseudo labels")
+    seed: int = opt(0, "of weights, data order and augmentation, which differ from stage to stage too", most=2**31)
+    device: str = opt("auto", "auto = cuda where there is one, under torchrun a GPU for each process | cpu | cuda:N")
+    data: DataConfig = opt(None, "")
+    model: ModelConfig = opt(None, "")
+    loss: LossConfig = opt(None, "")
+    train: TrainConfig = opt(None, "")
+    batchnorm: BatchNormConfig = opt(None, "")
+    pseudo: PseudoConfig = opt(None, "")
+    distill: DistillConfig = opt(None, "")
+    test: TestConfig = opt(None, "")
+
+    def validate(self) -> None:
+        """Raise ConfigError, naming the key, for values that cannot work together."""
+        for key in ("data", "model", "train", "distill", "test"):
+            getattr(self, key).validate(key)
+        trains = self.stage in TRAINING_STAGES
+        require(
+            not (trains and self.batchnorm.statistics == "saved"),
+            "batchnorm.statistics=saved is for test.py and gen_pseudo_labels.py; training takes running or target",
+        )
+        require(
+            self.stage != "warmup" or self.loss.bidirectional == 0,
+            f"loss.bidirectional={self.loss.bidirectional} in the warm-up: that is BPL, use configs/stage1_BPL.yml",
+        )
+        for key in ("name", "pseudo_labels"):
+            value = getattr(self, key)
+            require(not leaves_folder(value), f"{key}={value!r} must be a folder below runs/<benchmark>")
+        named = self.benchmark_name not in ("", ".", "..")
+        require(named, f"benchmark={self.benchmark!r} names no folder below {self.runs}")
+        key, start = "model.init", self.model.init
+        if self.stage == "distill":
+            key, start = "distill.init_round1", self.distill.init_round1
+        backbone = DEFAULT_BACKBONE if self.model.backbone == "auto" else self.model.backbone
+        require(
+            not (trains and start == "simclr") or backbone in SIMCLR_RESNETS,
+            f"{key}=simclr, but there are no SimCLR weights of model.backbone={backbone}; nearest is imagenet",
+        )
+        follows = self.data.class_set == "auto"
+        require(not follows or self.stage == "test", "data.class_set=auto is for test.py alone: name the classes")
+
+    @property
+    def benchmark_name(self) -> str:
+        """`benchmark` without folder and ending: the folder below `runs`."""
+        return Path(self.benchmark).stem
+
+    @property
+    def run_dir(self) -> Path:
+        """Where this run writes: `runs/<benchmark>/<name>`."""
+        return self.sibling_run(self.name or self.stage)
+
+    def sibling_run(self, name: str) -> Path:
+        """Folder of another run of the same benchmark."""
+        return Path(self.runs) / self.benchmark_name / name

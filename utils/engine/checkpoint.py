@@ -1,0 +1,297 @@
+"""Checkpoints: written whole or not at all, and found by the name of the run that made them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.taxonomy import class_set
+from models import WeightFile, load_weights, open_weights
+from models.formats import read_checkpoint
+from models.weights import find_imagenet_weights, find_simclr_weights
+from utils.config import ROOT, Config, UserError
+from utils.config.keys import DEFAULT_BACKBONE
+from utils.engine import distributed
+from utils.engine.run_folder import PARTIAL
+
+PRETRAINED = ROOT / "pretrain_model"
+
+
+def atomic_write(path: Path, write: Any, previous: Path | None = None) -> None:
+    """Call `write(temporary path)`, then put the result in place of `path`: readers see the old file or the new.
+
+    The new file is on the disk before the old one goes; `previous` is where the old one is then kept. Of several
+    processes, the first alone writes.
+
+    Raises:
+        UserError: it cannot be written (disk full, read-only folder); the old file is as it was.
+    """
+    if not distributed.is_main():
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if previous and path.is_file():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; what was there before is kept") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring renames to the disk, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def plain(value: object) -> object:
+    """NaN and infinity become None: JSON has neither."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Save as indented JSON, what is not finite as null."""
+    atomic_write(path, lambda p: p.write_text(json.dumps(plain(content), indent=2) + "\n"))
+
+
+def save_checkpoint(path: Path, content: dict, previous: Path | None = None) -> None:
+    """Save a dict of tensors and plain values; see `atomic_write`."""
+
+    def write(temporary: Path) -> None:
+        buffer = io.BytesIO()  # torch.save into a file hides why it could not be written
+        torch.save(content, buffer)
+        temporary.write_bytes(buffer.getbuffer())
+
+    atomic_write(path, write, previous)
+
+
+def recipe(cfg: Config, model: nn.Module) -> dict:
+    """What is needed to use the weights again: architecture, classes, input statistics; `cfg` is settled."""
+    return {
+        "arch": cfg.model.arch,
+        "backbone": cfg.model.backbone,
+        "output_stride": cfg.model.output_stride,
+        "dilations": cfg.model.dilations,
+        "bn_clr": cfg.model.bn_clr,
+        "class_names": list(class_set(cfg.data).names),
+        "mean": list(model.mean),
+        "std": list(model.std),
+    }
+
+
+def seed_generators(seed: int) -> None:
+    """Start Python's, NumPy's and torch's generators, of every device; each process of a run has streams of its own."""
+    if distributed.rank():
+        seed = int(np.random.SeedSequence([seed, distributed.rank()]).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict:
+    """States of Python's, NumPy's and torch's generators, of the current GPU if there is any, as tensors and plain
+    values."""
+    version, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (version, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    """Undo `rng_state`."""
+    version, keys, *rest = state["numpy"]
+    version_py, internal, gauss = state["python"]
+    random.setstate((version_py, tuple(internal), gauss))
+    np.random.set_state((version, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_initialized() and state["cuda"]:
+        of_each = state["cuda"]  # of every GPU in older files
+        torch.cuda.set_rng_state(of_each[torch.cuda.current_device() % len(of_each)])
+
+
+def rng_states() -> dict:
+    """`rng_state` of every process, as entries of a checkpoint."""
+    first, *others = distributed.gathered(rng_state())
+    return {"rng": first, "rng_of_others": others}
+
+
+def set_rng_states(saved: dict) -> None:
+    """Undo `rng_states`; what a process finds none for goes on with the streams that it has."""
+    states = [saved["rng"], *saved.get("rng_of_others", [])]  # runs from before several processes have none
+    if distributed.rank() < len(states):
+        set_rng_state(states[distributed.rank()])
+
+
+def file_hash(path: Path) -> str:
+    """First 16 hex digits of a file's SHA-256."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+class RunFiles:
+    """The checkpoints of a run: `last` is where it goes on, `previous` the one before, `best` scored highest."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.last, self.previous, self.best, self.not_finite = (
+            folder / "checkpoints" / f"{name}.pth" for name in ("last", "previous", "best", "not_finite")
+        )
+
+    def there(self) -> bool:
+        """Whether there is a state to go on from."""
+        return self.last.is_file() or self.previous.is_file()
+
+    def clear(self) -> None:
+        """Delete them: killed early, a run that began anew must not resume the old one."""
+        for path in (self.last, self.previous, self.best, self.not_finite):
+            path.unlink(missing_ok=True)
+
+    def save(self, state: dict) -> None:
+        """Write `last`; the one before stays as `previous`."""
+        save_checkpoint(self.last, state, self.previous)
+
+    def read(self) -> tuple[dict, str]:
+        """The newest whole state, and where it is from, with what was passed over.
+
+        Raises:
+            UserError: none can be read.
+        """
+        problems = []
+        for path in (self.last, self.previous):
+            if not path.is_file():
+                problems.append(f"{path} is missing")
+                continue
+            try:
+                state = read(path)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            if {"model", "iteration", "config", "optimizers", "rng"} <= state.keys():
+                return state, f"resumed after step {state['iteration']}" + "".join(
+                    f" from {path}: {problem}" for problem in problems
+                )
+            problems.append(f"{path} is not the state of a training run")
+        raise UserError(f"{'; '.join(problems)}; train.restart=true begins anew")
+
+
+def refuse_changed_upstream(upstream: dict[str, str], name: str) -> None:
+    """UserError if a file that run `name` was started from, {path: hash}, has been made anew since."""
+    for path, digest in upstream.items():
+        if Path(path).is_file() and file_hash(Path(path)) != digest:
+            raise UserError(
+                f"{name} was started from {path}, which has been made anew since: they no longer belong together; "
+                "begin anew with train.restart=true, or give this run a name="
+            )
+
+
+# The stage that makes what a run is started from, and the command for it.
+_MADE_BY = {
+    "source_only": "python train_bpl.py --config configs/stage0_warmup.yml name=source_only loss.adversarial=0",
+    "warmup": "python train_bpl.py --config configs/stage0_warmup.yml",
+    "bpl": "python train_bpl.py",
+    "pst": "python train_pst.py",
+    "distill": "python distill.py",
+}
+
+
+def find_checkpoint(cfg: Config, name: str, published: str = "") -> Path:
+    """The weights that `name` stands for: a file, a run of this benchmark, or the published file.
+
+    Raises UserError saying where was looked and both ways to get it.
+    """
+    if name.endswith((".pth", ".pt", ".pkl")):
+        if not Path(name).is_file():
+            raise UserError(f"no weights at {name}")
+        return Path(name)
+    candidates = [cfg.sibling_run(name) / "checkpoints" / f"{cfg.which}.pth"]
+    if published:
+        candidates.append(PRETRAINED / published)
+    for path in candidates:
+        if path.is_file():
+            return path
+    command = _MADE_BY.get(name.split("/")[0])
+    looked = " or ".join(str(p.relative_to(ROOT) if p.is_relative_to(ROOT) else p) for p in candidates)
+    ways = [f"train it (`{command} benchmark={cfg.benchmark}`)" if command else "train that run"]
+    if published:
+        ways.append(f"put the published file at {candidates[1].relative_to(ROOT)}")
+    raise UserError(f"no weights of '{name}': looked for {looked}; {' or '.join(ways)}, or name a file")
+
+
+def find_init(cfg: Config) -> Path | None:
+    """The file that training starts from, None for scratch; raises UserError if it is not there."""
+    init = cfg.model.init
+    if init == "scratch":
+        return None
+    find = {"imagenet": find_imagenet_weights, "simclr": find_simclr_weights}.get(init)
+    if not find:
+        return find_checkpoint(cfg, init, cfg.model.published)
+    try:
+        with distributed.main_first():  # it may have to be downloaded
+            return find(DEFAULT_BACKBONE if cfg.model.backbone == "auto" else cfg.model.backbone, PRETRAINED)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def open_file(path: Path) -> WeightFile:
+    """`open_weights`, with its refusal as the user's mistake."""
+    try:
+        return open_weights(path)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def load(networks: dict[str, nn.Module], file: WeightFile, cfg: Config) -> str:
+    """`load_weights` into networks["model"], and into the others what the file has of them; returns a line for the log.
+
+    Our checkpoints also say what their weights cannot show: the order of classes.
+    """
+    names = file.class_names
+    if names and list(names) != list(class_set(cfg.data).names) and len(names) == len(class_set(cfg.data)):
+        raise UserError(f"{file.path} was trained on other classes: {', '.join(names)}")
+    try:
+        said = f"{file.path}: {load_weights(networks['model'], file)}"
+        for name in networks.keys() & file.networks.keys():
+            networks[name].load_state_dict(file.networks[name])
+            said += f", {name} too"
+        return said
+    except (ValueError, RuntimeError) as error:  # the latter from the other networks
+        reason = " ".join(str(error).split())
+        raise UserError(reason if isinstance(error, ValueError) else f"{file.path}: {reason}") from None
+
+
+def read(path: Path) -> dict:
+    """`read_checkpoint`, with its refusal as the user's mistake."""
+    try:
+        return read_checkpoint(path)
+    except ValueError as error:
+        raise UserError(str(error)) from None

@@ -1,0 +1,198 @@
+"""What a run leaves behind besides its weights: config.yml, log.txt, metrics.jsonl, TensorBoard events."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from utils.config import ROOT, Config, UserError, flatten, to_dict
+from utils.engine import distributed
+from utils.engine.checkpoint import atomic_write, plain
+
+# What TensorBoard calls the entries of metrics.jsonl; None: it has no curve of them.
+PLAIN_NAMES = {
+    "loss": "loss",
+    "iou": "IoU",
+    "accuracy": "accuracy",
+    "miou": "validation/mIoU",
+    "images_per_second": "speed/images per second",
+    "lr": None,  # with the other learning rates
+    "pixels": None,  # the same at every validation
+    "iteration": None,
+}
+HPARAMS = ("model.", "loss.", "train.", "batchnorm.", "pseudo.", "distill.")
+
+
+def git_sha() -> str:
+    """Commit of the code, with "-dirty" where files differ from it; "unknown" outside a checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+class RunLog:
+    """Opens a run folder and writes to it.
+
+    Args:
+        cfg: resolved configuration, saved with git SHA and seed.
+        first_step: TensorBoard hides events beyond it, left by an interrupted run.
+        lengths: what `sync` gave then; log.txt and metrics.jsonl are cut back to it, and begun anew without.
+    """
+
+    def __init__(self, cfg: Config, first_step: int = 0, lengths: dict[str, int] | None = None):
+        self.folder = cfg.run_dir
+        self.folder.mkdir(parents=True, exist_ok=True)
+        header = {"git": git_sha(), **to_dict(cfg)}
+        text = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
+        atomic_write(self.folder / "config.yml", lambda p: p.write_text(text))
+        self.text_file, self.metrics_file = self.folder / "log.txt", self.folder / "metrics.jsonl"
+        for file in (self.text_file, self.metrics_file):
+            if file.exists():
+                length = (lengths or {}).get(file.name, 0)
+                os.truncate(file, min(length, file.stat().st_size))
+        self.first_step = first_step
+
+    @functools.cached_property
+    def board(self) -> SummaryWriter:
+        """TensorBoard's file, begun when something is first written to it."""
+        return SummaryWriter(self.folder, purge_step=self.first_step + 1)
+
+    def info(self, message: str, terminal: bool = True) -> None:
+        """A line with the time in log.txt, and on the terminal, above any progress bar."""
+        _append(self.text_file, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
+        if terminal:
+            tqdm.write(message)
+
+    def record(self, step: int, group: str, values: dict) -> None:
+        """Numbers of one step, into metrics.jsonl and, by their plain names, TensorBoard."""
+        _append(self.metrics_file, json.dumps({"step": step, "group": group, **plain(values)}))
+        folder = {"val": "validation"}.get(group, group)
+        self.scalars(step, {PLAIN_NAMES.get(k, f"{folder}/{k.replace('_', ' ')}"): v for k, v in values.items()})
+
+    def scalars(self, step: int, values: dict) -> None:
+        """Numbers for TensorBoard alone: {name: number, or {name: number}}; anything else is left out."""
+        for name, value in values.items():
+            for sub, number in value.items() if isinstance(value, dict) else [("", value)]:
+                if name and isinstance(number, float | int):
+                    self.board.add_scalar("/".join(filter(None, (name, sub))), number, step)
+
+    def hparams(self, cfg: Config, result: dict) -> None:
+        """What a run was trained with beside what it reached, for TensorBoard's table of runs."""
+        chosen = {"benchmark": cfg.benchmark_name, "stage": cfg.stage, "seed": cfg.seed}
+        for key, value in flatten(to_dict(cfg)).items():
+            if key.startswith(HPARAMS):
+                chosen[key] = value if isinstance(value, bool | float | int) else str(value)
+        reached = {f"final/mIoU {kind}": result[kind]["miou"] for kind in ("last", "best") if result[kind]}
+        # Into this run's folder, not one of its own; at the last step, so that a resumed run replaces it.
+        self.board.add_hparams(chosen, reached, run_name=".", global_step=result["last"]["iteration"])
+
+    def picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        """uint8 (H, W, 3) into TensorBoard."""
+        self.board.add_image(name, picture, step, dataformats="HWC")
+
+    def sync(self) -> dict[str, int]:
+        """Bring everything to the disk; gives the lengths of log.txt and metrics.jsonl in bytes."""
+        lengths = {}
+        try:
+            if "board" in self.__dict__:
+                self.board.flush()
+            for path in (self.text_file, self.metrics_file):
+                with open(path, "ab") as file:
+                    os.fsync(file.fileno())
+                    lengths[path.name] = file.tell()
+        except OSError as error:
+            raise _cannot_write(self.folder, error) from None
+        return lengths
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        if "board" in self.__dict__:
+            self.board.close()
+
+
+class Meter:
+    """Images per second of training alone, and the time that the rest takes at this pace."""
+
+    def __init__(self, images_per_step: int):
+        self.images_per_step, self.steps, self.started = images_per_step, 0, time.monotonic()
+
+    def step(self) -> None:
+        """Count a step."""
+        self.steps += 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of the block."""
+        pause = time.monotonic()
+        yield
+        self.started += time.monotonic() - pause
+
+    def read(self, steps_left: int) -> tuple[float, str]:
+        """(images per second, h:mm:ss left) since the last call."""
+        seconds, steps = time.monotonic() - self.started, max(1, self.steps)
+        self.steps, self.started = 0, time.monotonic()
+        left = datetime.timedelta(seconds=round(steps_left * seconds / steps))
+        return steps * self.images_per_step / max(seconds, 1e-9), str(left)
+
+
+class NoLog:
+    """In place of a `RunLog` where another process writes: every call of it does nothing."""
+
+    def __init__(self, cfg: Config):
+        self.folder = cfg.run_dir
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def open_log(cfg: Config, first_step: int = 0, lengths: dict[str, int] | None = None) -> RunLog | NoLog:
+    """The log of a run, which the first of its processes writes; see `RunLog`."""
+    return RunLog(cfg, first_step, lengths) if distributed.is_main() else NoLog(cfg)
+
+
+def progress(steps: Iterable | None = None, **options: Any) -> tqdm:
+    """A progress bar, on a terminal and of the first process alone."""
+    return tqdm(steps, dynamic_ncols=True, disable=None if distributed.is_main() else True, **options)
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Most memory in use so far, in GiB: of the GPU by this process, else of the process itself."""
+    if device.type == "cuda":
+        return {"peak GiB on the GPU": torch.cuda.max_memory_allocated(device) / 2**30}
+    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return {"peak GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+
+
+def _append(path: Path, line: str) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path}: {error.strerror}; the last checkpoint is kept")
+
+
+def show_path(path: Path) -> str:
+    """Relative to the working folder where that is shorter."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

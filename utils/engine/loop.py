@@ -1,0 +1,437 @@
+"""The one training loop. A stage brings its networks and its step; everything else of a run is here.
+
+`fit` is the loop. `Run` holds what a run knows and saves; `_set_up` makes it, from a start or from a saved state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from data import pseudo_labels
+from data.check import check_samples
+from data.datasets import SegmentationDataset, build_dataset
+from data.loaders import UNREADABLE, spread, training_batches
+from data.taxonomy import class_set
+from data.transforms import RandomScaleCropFlip, Views
+from models import parameter_groups
+from models.formats import own_checkpoint
+from utils.config import Config, UserError, default_config, flatten, to_dict
+from utils.config.keys import TRAINING_STAGES, TestConfig
+from utils.engine import checkpoint, distributed
+from utils.engine.log import Meter, open_log, peak_memory, progress, show_path
+from utils.engine.run_folder import Interruption, run_lock
+from utils.engine.setup import (
+    build_network,
+    check_inputs,
+    choose_device,
+    compile_networks,
+    prepare_data,
+    refuse_unusable_backbone,
+    resolve_auto,
+)
+from utils.engine.step import GuardedStep
+from utils.evaluation.metrics import table
+from utils.evaluation.pictures import Gallery
+from utils.evaluation.prediction import (
+    batchnorm_statistics,
+    evaluate,
+    recompute_batchnorm,
+    set_batchnorm_statistics,
+)
+
+Backward = Callable[..., None]
+
+# Keys that may differ between the two parts of a resumed run: they change where and how fast, not what is learnt.
+HARMLESS = {"benchmark", "runs", "device", "data.workers", "data.check", "data.on_error", "data.max_skipped"}
+HARMLESS |= {f"test.{f.name}" for f in dataclasses.fields(TestConfig)}
+HARMLESS |= {
+    f"train.{key}"
+    for key in (
+        *("iterations", "log_every", "save_every", "val_every", "panels", "restart", "deterministic"),
+        *("checkpointing", "compile", "on_nonfinite", "max_skipped"),
+    )
+}
+
+
+class Stage:
+    """What a stage script fills in.
+
+    Attributes:
+        model: the network that is adapted, evaluated and saved.
+        networks: every network that is trained, by name; `model` is one of them.
+        optimizers: by name; their learning rates follow the poly schedule.
+        views: inputs from uint8 images.
+        uses_pseudo_labels: whether target batches carry the labels of the run that `pseudo_labels=` names.
+        uses_target_labels: whether target batches carry true labels; for the upper bound alone.
+        uses_target: whether target images are trained on at all; without, target batches are empty.
+    """
+
+    uses_pseudo_labels = False
+    uses_target_labels = False
+    uses_target = True
+
+    def __init__(self, cfg: Config, device: torch.device):
+        self.cfg, self.device = cfg, device
+        self.model = distributed.synchronized(build_network(cfg, device), device)
+        t = cfg.train
+        groups = parameter_groups(self.model, t.lr, t.head_lr_factor)
+        self.networks: dict[str, nn.Module] = {"model": self.model}
+        self.optimizers: dict[str, Optimizer] = {"model": SGD(groups, momentum=t.momentum, weight_decay=t.weight_decay)}
+        self.views = Views(cfg.data, self.model.mean, self.model.std)
+
+    def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
+        """One step's losses.
+
+        Args:
+            source: image uint8 (N, 3, H, W), label uint8 (N, H, W), on the device.
+            target: image, and label where the stage uses pseudo labels.
+            backward: `backward(total, **terms)` adds the gradient of `total` and logs the terms. Call it as soon as
+                a loss is known: its graph is freed at once.
+        """
+        raise NotImplementedError
+
+
+def fit(cfg: Config, stage_type: type[Stage]) -> dict:
+    """Train a stage from its start, or from where its run folder says that it stopped.
+
+    Returns:
+        Contents of the run's metrics.json: {"last": scores, "best": scores, "best_chosen_by": text}.
+
+    Raises:
+        ConfigError: the network that model.backbone names cannot be built.
+        UserError: data or weights are missing, the run folder is in use or holds another experiment, a loss is not
+            finite, the disk is full.
+        SystemExit: Ctrl-C (130) or SIGTERM (143), after the current step and a save.
+    """
+    with run_lock(cfg.run_dir):
+        run = _set_up(cfg, stage_type)
+        t, trained = run.cfg.train, False
+        # Closing the batches ends the loader processes.
+        with Interruption() as stop, contextlib.closing(run.batches()) as batches, run.progress_bar() as bar:
+            while run.iteration < t.iterations:
+                source, target = _next(batches, stop)
+                if stop.came():
+                    run.leave(stop)
+                run.iteration += 1
+                rates = _set_learning_rates(run.stage, (1 - run.iteration / t.horizon) ** t.power)
+                if message := run.step(run.stage.step, source, target, run.iteration):
+                    run.log.info(message)
+                run.meter.step()
+                bar.update()
+                trained = True
+                validates = run.iteration % t.val_every == 0 or run.iteration == t.iterations
+                saves = validates or run.iteration % t.save_every == 0
+                if saves or run.iteration % t.log_every == 0:
+                    run.log_step(rates, bar)
+                if saves:
+                    with run.meter.paused():
+                        run.save(validates)
+            if stop.came():  # during the last save
+                run.leave(stop)
+        return run.finish(trained)
+
+
+def _next(batches: Iterator, stop: Interruption) -> tuple[dict, dict]:
+    """The next pair of batches; empty ones where a signal has ended the loader processes too."""
+    try:
+        return next(batches)
+    except UserError:
+        if stop.signal:
+            return {}, {}
+        raise
+
+
+def _set_learning_rates(stage: Stage, factor: float) -> dict[str, float]:
+    """Set every group of every optimizer to `factor` times its initial rate; returns the rates by name, the backbone's
+    first."""
+    rates = {}
+    for name, optimizer in stage.optimizers.items():
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+            rates[group.get("name", name)] = group["lr"] = group["initial_lr"] * factor
+    return rates
+
+
+class Data(NamedTuple):
+    """The datasets of a run."""
+
+    source: SegmentationDataset
+    target: SegmentationDataset
+    val: SegmentationDataset
+
+
+def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
+    """Check every input, build the networks, and fill them from the run's saved state or from `model.init`."""
+    refuse_unusable_backbone(cfg)
+    files, saved, start = checkpoint.RunFiles(cfg.run_dir), None, "random weights"
+    if files.there() and not cfg.train.restart:
+        saved, start = files.read()
+        refuse_other_experiment(saved["config"], cfg)
+        checkpoint.refuse_changed_upstream(saved.get("upstream", {}), show_path(cfg.run_dir))
+        if cfg.train.precision == "auto":  # a resumed run keeps its precision, on another device too
+            cfg = copy.deepcopy(cfg)
+            cfg.train.precision = saved["config"]["train"]["precision"]
+    device = choose_device(cfg)
+    prepare_data(cfg)
+    source_seed, target_seed, own_seed = seeds(cfg)
+    labels = cfg.sibling_run(cfg.pseudo_labels) if stage_type.uses_pseudo_labels else None
+    *datasets, init, _ = check_inputs(
+        lambda: _training_set(cfg, "source", source_seed),
+        lambda: _training_set(cfg, "target", target_seed, stage_type.uses_target_labels, labels),
+        lambda: check_samples(build_dataset(cfg.data.val, class_set(cfg.data)), "val", cfg),
+        lambda: None if saved else checkpoint.find_init(cfg),
+        lambda: _refuse_stale(labels) if labels else None,
+    )
+    if saved:
+        upstream, file = saved.get("upstream", {}), own_checkpoint(files.last, saved)
+    else:
+        made_from = [path for path in (init, labels and labels / pseudo_labels.MANIFEST) if path]
+        upstream = {str(path.resolve()): checkpoint.file_hash(path) for path in made_from}
+        file = checkpoint.open_file(init) if init else None
+    cfg = resolve_auto(cfg, file)
+    stage = stage_type(cfg, device)
+    if init:
+        start = checkpoint.load(stage.networks, file, cfg)
+    run = Run(cfg, stage, Data(*datasets), files, upstream)
+    checkpoint.seed_generators(own_seed)
+    if saved:
+        run.load_state_dict(saved)
+    distributed.same_weights(stage.networks)
+    if cfg.train.compile:
+        compile_networks(stage.networks, device)
+    if not saved:
+        files.clear()  # only now: a refusal above leaves the run that was to be replaced as it is
+    run.open_log(start, saved and saved.get("lengths"))
+    return run
+
+
+def _training_set(
+    cfg: Config, name: str, seed: int, labelled: bool = True, labels: Path | None = None
+) -> SegmentationDataset:
+    """The source or target dataset with random crops, checked; `labels` is a folder of pseudo labels."""
+    classes = class_set(cfg.data)
+    dataset = build_dataset(getattr(cfg.data, name), classes, labelled, RandomScaleCropFlip(cfg.data), seed)
+    dataset.skips = cfg.data.on_error == "skip"
+    if labels:
+        pseudo_labels.attach(dataset, labels, classes)
+    return check_samples(dataset, name, cfg)
+
+
+def _refuse_stale(labels: Path) -> None:
+    """UserError if pseudo labels are unfinished, or made by a checkpoint that has changed since."""
+    manifest = pseudo_labels.read_manifest(labels)
+    weights = Path(manifest.get("weights", ""))
+    if weights.is_file() and checkpoint.file_hash(weights) != manifest.get("checkpoint"):
+        raise UserError(
+            f"the pseudo labels in {labels} are stale: {weights} has been trained on since; make them again with "
+            "`python gen_pseudo_labels.py train.restart=true`"
+        )
+
+
+def seeds(cfg: Config) -> list[int]:
+    """Seeds of source draws, of target draws, and of dropout and colours.
+
+    Each stage has its own random stream, so that stages do not repeat crops.
+    """
+    number = 0
+    if cfg.stage == "distill":
+        number = cfg.distill.rounds[0]
+    elif cfg.stage == "warmup" and not cfg.loss.adversarial:  # source alone, from its beginning or going on from it
+        number = 1 if cfg.model.init in ("scratch", "imagenet", "simclr") else 2
+    link = (TRAINING_STAGES.index(cfg.stage), number)
+    return np.random.SeedSequence([cfg.seed, *link]).generate_state(3).tolist()
+
+
+def refuse_other_experiment(saved: dict, cfg: Config) -> None:
+    """UserError if a run's saved configuration, nested as in its config.yml, differs from `cfg` in what is learnt."""
+    defaults = flatten(to_dict(default_config()))  # of keys that are newer than the run
+    old, new = defaults | flatten(saved), flatten(to_dict(cfg))
+    changed = [k for k in new if k not in HARMLESS and new[k] not in (old.get(k), "auto")]  # auto: as it was
+    if changed:
+        listed = ", ".join(f"{k}: {old.get(k)} -> {new[k]}" for k in changed[:4])
+        raise UserError(
+            f"{show_path(cfg.run_dir)} holds another experiment ({listed}{', …' if len(changed) > 4 else ''}); "
+            "give this one a name=, or begin anew with train.restart=true"
+        )
+
+
+class Run:
+    """A run between its steps: what it has, where it stands, what it writes.
+
+    Args:
+        cfg: resolved.
+        upstream: {path: hash} of the files that the run was started from.
+    """
+
+    def __init__(self, cfg: Config, stage: Stage, data: Data, files: checkpoint.RunFiles, upstream: dict[str, str]):
+        self.cfg, self.stage, self.model, self.data = cfg, stage, stage.model, data
+        self.folder, self.files, self.upstream = cfg.run_dir, files, upstream
+        self.step = GuardedStep(cfg, stage.networks, stage.optimizers, stage.device, files.not_finite)
+        images_per_step = cfg.train.batch_source + (cfg.train.batch_target if stage.uses_target else 0)
+        self.meter = Meter(images_per_step)
+        self.iteration = self.saved_at = 0
+        self.last_scores: dict | None = None
+        self.best: dict | None = None
+        self.unreadable: set[str] = set()  # files that were left out, with the reason
+
+    def state_dict(self) -> dict:
+        """All that a resumed run needs, but for the weights of the model and the random streams."""
+        return {
+            "networks": {k: v.state_dict() for k, v in self.stage.networks.items() if v is not self.model},
+            "optimizers": {k: v.state_dict() for k, v in self.stage.optimizers.items()},
+            "step": self.step.state_dict(),
+            "best": self.best,
+            "last": self.last_scores,
+            "unreadable": sorted(self.unreadable),
+            "upstream": self.upstream,
+            "lengths": self.log.sync(),
+        }
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Go on from what `save` wrote; raises UserError if it does not fit."""
+        try:
+            self.model.load_state_dict(saved["model"])
+            set_batchnorm_statistics(self.model, saved["running_statistics"])
+            for name, state in saved["networks"].items():
+                self.stage.networks[name].load_state_dict(state)
+            for name, state in saved["optimizers"].items():
+                self.stage.optimizers[name].load_state_dict(state)
+            checkpoint.set_rng_states(saved)
+            self.step.load_state_dict(saved["step"])
+            self.unreadable = set(saved["unreadable"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"{self.files.last} cannot be resumed ({reason}); train.restart=true begins anew") from None
+        self.iteration = self.saved_at = saved["iteration"]
+        self.best, self.last_scores = saved["best"], saved["last"]
+
+    def open_log(self, start: str, lengths: dict[str, int] | None) -> None:
+        """Open log and metrics and write what the run consists of; see `RunLog` for `lengths`."""
+        device, number = self.stage.device, distributed.world_size()
+        place = f"{device}" if number == 1 else f"{number} {device.type}s"
+        self.log = open_log(self.cfg, self.iteration, lengths)
+        self.log.info(
+            f"{show_path(self.folder)} on {place}: {len(self.data.source)} source, {len(self.data.target)} target "
+            f"and {len(self.data.val)} validation images; {start}"
+        )
+
+    def progress_bar(self):
+        """A bar over the run's steps, on a terminal."""
+        name = self.cfg.name or self.cfg.stage
+        return progress(total=self.cfg.train.iterations, initial=self.iteration, desc=name)
+
+    def batches(self) -> Iterator[tuple[dict, dict]]:
+        """Source and target batches from here on, or this process's parts of them, on the device."""
+        t, workers, device = self.cfg.train, self.cfg.data.workers, self.stage.device
+        pin = device.type == "cuda"
+
+        def stream(dataset: SegmentationDataset, size: int) -> Iterator[dict]:
+            part = distributed.local_batch(size)
+            return training_batches(dataset, size, workers, self.iteration, pin, part)
+
+        source = stream(self.data.source, t.batch_source)
+        target = stream(self.data.target, t.batch_target) if self.stage.uses_target else itertools.repeat({})
+        for pair in zip(source, target):
+            for batch in pair:
+                self.count_unreadable(batch.pop(UNREADABLE, []))
+            yield tuple({k: v.to(device, non_blocking=pin) for k, v in batch.items()} for batch in pair)
+
+    def count_unreadable(self, messages: list[str]) -> None:
+        """Note files that were left out; raises UserError if they are too many."""
+        for message in messages:
+            if message not in self.unreadable:
+                self.unreadable.add(message)
+                self.log.info(f"left out ({len(self.unreadable)} so far): {message}")
+        if len(self.unreadable) > self.cfg.data.max_skipped:
+            raise UserError(
+                f"more than data.max_skipped={self.cfg.data.max_skipped} files cannot be used, the last: "
+                f"{(messages or sorted(self.unreadable))[-1]}"
+            )
+
+    def log_step(self, rates: dict[str, float], bar) -> None:
+        """Write the mean losses since the last time, rates, speed and time left."""
+        for found in distributed.gathered(sorted(self.unreadable)):
+            self.count_unreadable(found)
+        means, lr = self.step.take_means(), next(iter(rates.values()))
+        speed, left = self.meter.read(self.cfg.train.iterations - self.iteration)
+        faults = {"skipped_steps": self.step.skipped, "float16_overflows": self.step.overflows}
+        faults["unreadable_files"] = len(self.unreadable)
+        entry = means | {"lr": lr, "images_per_second": speed} | {k: v for k, v in faults.items() if v}
+        self.log.record(self.iteration, "train", entry)
+        self.log.scalars(self.iteration, {"learning rate": rates, "memory": peak_memory(self.stage.device)})
+        shown = {n: f"{v:.3f}" for n, v in means["loss"].items()} | {"lr": f"{lr:.1e}", "img/s": f"{speed:.1f}"}
+        bar.set_postfix(shown)
+        values = "  ".join(f"{k} {v}" for k, v in shown.items())
+        line = f"step {self.iteration}/{self.cfg.train.iterations}  {values}  left {left}"
+        self.log.info(line, terminal=bar.disable)
+
+    @torch.compiler.set_stance("force_eager")  # what is compiled are the shapes of training
+    def save(self, validates: bool) -> None:
+        """Write checkpoints/last.pth, after a validation if asked. Training goes on as if neither had happened."""
+        cfg, running, rng = self.cfg, batchnorm_statistics(self.model), checkpoint.rng_states()
+        if cfg.batchnorm.statistics == "target":
+            recompute_batchnorm(self.model, self.data.target, cfg, self.stage.device)
+        weights = {
+            "recipe": checkpoint.recipe(cfg, self.model),
+            "model": self.model.state_dict(),
+            "running_statistics": running,
+            "iteration": self.iteration,
+            "config": to_dict(cfg),
+        }
+        if validates and self._validate():
+            checkpoint.save_checkpoint(self.files.best, weights)
+        self.files.save(weights | self.state_dict() | rng)
+        self.saved_at = self.iteration
+        set_batchnorm_statistics(self.model, running)
+        checkpoint.set_rng_states(rng)
+
+    def _validate(self) -> bool:
+        """Score the network on `data.val`; returns whether it is the best so far."""
+        cfg, classes, step = self.cfg, class_set(self.cfg.data), self.iteration
+        gallery = Gallery(spread(len(self.data.val), cfg.train.panels), classes)
+        scores = evaluate(self.model, self.data.val, classes, cfg, self.stage.device, gallery)
+        self.last_scores = scores | {"iteration": step}
+        better = self.best is None or scores["miou"] > self.best["miou"]
+        self.best = self.last_scores if better else self.best
+        self.log.record(step, "val", self.last_scores)
+        if gallery.shown:
+            self.log.picture(step, "val/panel", gallery.save(self.folder / "panels" / f"{step:06d}.png"))
+        best = f"best {self.best['miou']:.2f} at step {self.best['iteration']}"
+        self.log.info(f"step {step}: mIoU {scores['miou']:.2f} ({best})")
+        if step == cfg.train.iterations:
+            self.log.info(table({"last": self.last_scores, "best on val": self.best}, classes))
+            self.log.info("best on val: chosen by the labels of data.val that it is measured on; last: by none")
+        return better
+
+    def leave(self, stop: Interruption) -> None:
+        """Save, and end as a signal asks."""
+        if self.saved_at != self.iteration:
+            self.log.info(f"{stop.name} after step {self.iteration}: saved; the same command resumes there")
+            self.save(validates=False)
+        self.log.close()
+        stop.obey()
+
+    def finish(self, trained: bool) -> dict:
+        """Write metrics.json and return what it holds; `trained` is whether any step was made since the start."""
+        if self.last_scores is None or self.last_scores["iteration"] != self.iteration:
+            self.save(validates=True)  # train.iterations has been lowered since
+        if not trained:
+            self.log.info(f"{show_path(self.folder)} is complete; train.restart=true begins anew")
+        chosen_by = f"mIoU on data.val, {len(self.data.val)} images"
+        result = {"last": self.last_scores, "best": self.best, "best_chosen_by": chosen_by}
+        checkpoint.write_json(self.folder / "metrics.json", result)
+        if trained:
+            self.log.hparams(self.cfg, result)
+        self.log.close()
+        return result

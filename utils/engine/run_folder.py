@@ -1,0 +1,131 @@
+"""What keeps a run alone in its folder, and lets it end in order."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from utils.config import UserError
+from utils.engine import distributed
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: runs are not kept apart there
+    fcntl = None
+
+LOCK = ".lock"
+PARTIAL = ".partial"  # ending of files that are being written
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run folder, which is made if need be, and taken away again if nothing was written into it.
+
+    The lock belongs to this process alone, not to its loader processes, and ends with it however it ends: there is
+    nothing to clean up after a kill. Leftovers of half-written files are deleted. Of several processes of a run, the
+    first holds it for all; they enter and leave together.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    if distributed.is_main():
+        with _locked(folder):
+            distributed.wait()
+            yield
+    else:
+        distributed.wait()
+        yield
+    distributed.wait()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a+", encoding="utf-8") as file:
+        _lock(file, folder)
+        try:
+            for leftover in folder.rglob(f".*{PARTIAL}"):
+                leftover.unlink(missing_ok=True)
+            yield
+        finally:
+            if [path.name for path in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+                with contextlib.suppress(OSError):  # another run's folder stands beside it
+                    for path in made:
+                        path.rmdir()
+
+
+def _lock(file, folder: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        # A POSIX record lock: unlike flock, forked loader processes that outlive a kill by seconds do not keep it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # a file system without locks
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        raise UserError(f"{folder} is in use by {holder}: wait for it, or give this run another name=") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+
+
+class Interruption:
+    """Ctrl-C and SIGTERM inside a `with` block: the first is noted in `signal`, a second ends the process at once.
+
+    Not so one of several processes, which would leave the others waiting: torchrun itself ends those that stay for
+    more than half a minute.
+    """
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._before: dict = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and background jobs have it
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if distributed.world_size() > 1:
+            self.signal = self.signal or number
+            return
+        if self.signal:
+            raise SystemExit(128 + number)
+        self.signal = number
+        # Not print: the handler may have interrupted one.
+        os.write(2, b"\nending after this step and a save; once more ends at once\n")
+
+    def came(self) -> bool:
+        """Whether a signal has come by now, to any process of the run: all of them leave after the same step."""
+        number = distributed.largest(self.signal or 0)
+        if number:
+            self.signal = number
+        return bool(number)
+
+    @property
+    def name(self) -> str:
+        """Of the signal that came."""
+        return signal.Signals(self.signal).name
+
+    def obey(self) -> None:
+        """Leave with the conventional status, 130 or 143, if a signal came."""
+        if self.signal:
+            raise SystemExit(128 + self.signal)

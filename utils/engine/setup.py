@@ -1,0 +1,213 @@
+"""What every script needs before its work starts: device, data, network. All inputs are checked before any is used."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data import toy
+from data.datasets import SegmentationDataset
+from data.taxonomy import CLASS_SETS, check_classes, class_set
+from models import OUTPUT_STRIDE, WeightFile, build_model, released_dilations
+from models.backbone import check_backbone
+from utils.config import Config, ConfigError, UserError, read_config
+from utils.config.keys import DEFAULT_ARCH, DEFAULT_BACKBONE, TRAINING_STAGES
+from utils.engine import checkpoint, distributed
+from utils.evaluation.prediction import default_precision, recompute_batchnorm, set_batchnorm_statistics
+
+
+def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
+    """`read_config`, with what class lists and the number of processes rule out checked too.
+
+    Raises:
+        ConfigError: see `read_config`; an id map or class set that cannot be meant; a batch that does not divide.
+    """
+    cfg = read_config(stage_file, overrides)
+    check_classes(cfg.data)
+    processes = distributed.world_size() if cfg.stage in TRAINING_STAGES else 1
+    for key in ("batch_source", "batch_target"):
+        batch, parts = getattr(cfg.train, key), processes * cfg.train.accumulate
+        of = f"{processes} processes with train.accumulate={cfg.train.accumulate}"
+        into = f"train.accumulate={cfg.train.accumulate} equal parts" if processes == 1 else f"equal parts for {of}"
+        if batch % parts:
+            raise ConfigError(f"train.{key}={batch} cannot be split into {into}; multiples of {parts} can")
+    return cfg
+
+
+def _device_name(cfg: Config) -> str:
+    name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return distributed.own_gpu(name) if name.startswith("cuda") else name
+
+
+def choose_device(cfg: Config) -> torch.device:
+    """The device that `device=` names; raises UserError if this machine has none such.
+
+    Sets what `train.deterministic` and `train.precision` ask for too: it must be done before the device is used.
+    """
+    exact = cfg.train.deterministic
+    if exact:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable with a fixed workspace alone
+    torch.use_deterministic_algorithms(exact)
+    torch.backends.cudnn.benchmark = False
+    try:
+        device = torch.device(_device_name(cfg))
+        torch.empty(1, device=device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # where collectives and random streams are by default
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"device={cfg.device} cannot be used: {reason}") from None
+    tf32 = cfg.train.precision == "tf32" and device.type == "cuda"
+    # The older of torch's two interfaces: torch.compile of torch 2.11 refuses to run where the newer was used.
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    return device
+
+
+def prepare_data(cfg: Config) -> None:
+    """Draw the toy cities where the benchmark asks for them."""
+    if cfg.data.toy_root:
+        with distributed.main_first():
+            toy.generate(cfg.data.toy_root)
+
+
+def resolve_auto(cfg: Config, file: WeightFile | None = None) -> Config:
+    """A copy of the configuration with every `auto` of network, classes and precision decided.
+
+    What the file tells of its network holds; a setting of the user's own that contradicts it is an error, unless the
+    file is a backbone alone, whose settings are advice. Where neither says anything, the default does.
+
+    Raises:
+        UserError: a contradiction, no class set of the file's size, or batches too small for the network.
+    """
+    cfg = copy.deepcopy(cfg)
+    m, told = cfg.model, dict(file.settings) if file else {}
+    if m.arch == "deeplab_pbal" and file and file.backbone_alone:
+        told.pop("bn_clr", None)  # the variant is deeplabv2's
+    for key, value in told.items():
+        given = getattr(m, key)
+        if given == "auto":
+            setattr(m, key, value)
+        elif given != value and not file.backbone_alone:
+            raise UserError(
+                f"{file.path} ({file.format}) holds a network of model.{key}={value}, not {given}: leave model.{key} out"
+            )
+    m.arch = DEFAULT_ARCH if m.arch == "auto" else m.arch
+    m.backbone = DEFAULT_BACKBONE if m.backbone == "auto" else m.backbone
+    m.output_stride = OUTPUT_STRIDE[m.arch] if m.output_stride == "auto" else m.output_stride
+    m.dilations = released_dilations(m.arch, m.output_stride) if m.dilations == "auto" else m.dilations
+    m.bn_clr = m.bn_clr is True
+    t = cfg.train
+    t.precision = default_precision(torch.device(_device_name(cfg))) if t.precision == "auto" else t.precision
+    if cfg.data.class_set == "auto" and file:
+        fitting = [name for name, classes in CLASS_SETS.items() if len(classes) == file.num_classes]
+        if not fitting:
+            raise UserError(f"{file.path} has {file.num_classes} classes: name them with benchmark= or data.class_set=")
+        cfg.data.class_set = fitting[0]
+    on_gpu = _device_name(cfg).startswith("cuda")  # where BatchNorm is over the parts of all processes
+    parts = t.accumulate * (1 if on_gpu else distributed.world_size())
+    if cfg.stage in TRAINING_STAGES and m.arch == "deeplab_pbal" and parts in (t.batch_source, t.batch_target):
+        raise UserError(
+            "model.arch=deeplab_pbal normalises pooled features over the batch: train.batch_* must be 2 or more, and "
+            "with train.accumulate, or several processes on a CPU, 2 or more in each part"
+        )
+    return cfg
+
+
+def refuse_unusable_backbone(cfg: Config) -> None:
+    """ConfigError if there is no network of the name that `model.backbone` gives, or it cannot be dilated."""
+    m = cfg.model
+    try:
+        check_backbone(m.backbone, 16 if m.output_stride == "auto" else m.output_stride)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def build_network(cfg: Config, device: torch.device) -> nn.Module:
+    """The network of a settled configuration, with random weights; raises UserError if it cannot be built."""
+    m = cfg.model
+    torch.manual_seed(cfg.seed)
+    try:
+        model = build_model(
+            m.arch,
+            len(class_set(cfg.data)),
+            backbone=m.backbone,
+            output_stride=m.output_stride,
+            dropout=m.dropout,
+            normalization=m.normalization,
+            bn_clr=m.bn_clr,
+            dilations=m.dilations,
+        )
+        if cfg.train.checkpointing:
+            model.backbone.set_checkpointing()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    # In float32, convolutions are at least as fast in this layout: an EfficientNet-Lite0's step takes 15 % less on a CPU.
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def compile_networks(networks: dict[str, nn.Module], device: torch.device) -> None:
+    """torch.compile in place: names and state dicts stay as they are. Compilation itself happens in the first step.
+
+    Raises:
+        UserError: this machine has no compiler for the device.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # of many kinds: no C++ compiler, no Triton, headers that are missing, …
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"train.compile=true, but torch.compile does not work on {device} here: {reason}") from None
+    for network in networks.values():
+        network.compile()
+
+
+def load_network(
+    cfg: Config, weights: Path | WeightFile, device: torch.device, target: SegmentationDataset | None = None
+) -> tuple[nn.Module, str]:
+    """A trained network for inference, in eval mode, with the BatchNorm statistics that `batchnorm.statistics` names.
+
+    Args:
+        cfg: the network's configuration; `auto` follows the file.
+        weights: a file of any known format.
+        target: unlabelled target training images, for statistics=target.
+
+    Returns:
+        The network, and a line that says what was loaded.
+
+    Raises:
+        UserError: the file cannot be read or does not fit.
+    """
+    file = weights if isinstance(weights, WeightFile) else checkpoint.open_file(weights)
+    if file.backbone_alone:
+        raise UserError(f"{file.path} ({file.format}) holds a backbone alone, no trained network")
+    cfg = resolve_auto(cfg, file)
+    model = build_network(cfg, device)
+    message = checkpoint.load({"model": model}, file, cfg)
+    if cfg.batchnorm.statistics == "running":
+        set_batchnorm_statistics(model, file.running_statistics)
+    elif cfg.batchnorm.statistics == "target":
+        recompute_batchnorm(model, target, cfg, device)
+    return model.eval(), message
+
+
+def check_inputs(*checks: Callable[[], object]) -> list:
+    """Run every check, then raise one UserError with the messages of all that failed: the user sees all at once.
+
+    A ConfigError is raised alone: what else is missing follows from another configuration.
+    """
+    results, problems = [], []
+    for check in checks:
+        try:
+            results.append(check())
+        except ConfigError:
+            raise
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\nerror: ".join(dict.fromkeys(problems)))
+    return results

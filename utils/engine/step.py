@@ -1,0 +1,186 @@
+"""One training step: the batch in parts, gradients, the check that they are finite, the update."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from data.taxonomy import IGNORE
+from models import statistics_kept
+from utils.config import Config, UserError, to_dict
+from utils.engine import checkpoint, distributed
+from utils.engine.log import show_path
+from utils.evaluation.prediction import autocast
+
+
+class GuardedStep:
+    """Steps whose update is made only if every loss and gradient is finite.
+
+    Each of several processes has its part of the batch. Gradients, losses and running statistics are averaged over the
+    processes, so all make the same update or none.
+
+    In float16, losses are scaled up so that small gradients do not vanish. A step whose gradients overflow is left out
+    and counted in `overflows`, and the scale goes down.
+
+    Args:
+        cfg: resolved; `train.on_nonfinite` says what happens to a step that is not finite, `train.accumulate` into how
+            many parts a batch is split.
+        networks, optimizers: by name; all of them are stepped together.
+        file: where the batch, the networks and the config of a bad step are kept.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        networks: dict[str, nn.Module],
+        optimizers: dict[str, Optimizer],
+        device: torch.device,
+        file: Path,
+    ):
+        self.cfg, self.networks, self.optimizers, self.device, self.file = cfg, networks, optimizers, device, file
+        self.skipped = self.overflows = 0
+        self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.train.precision == "float16")
+        self._sums: dict[str, dict[str, float]] = {"loss": {}, "grad_norm": {}}  # since the last line of the log
+        self._count = 0
+
+    def __call__(self, losses: Callable[..., None], source: dict, target: dict, iteration: int) -> str:
+        """Make one step.
+
+        Args:
+            losses: `Stage.step`, called for each part of the batch; parts with labels have an entry `normalizer`, see
+                `segmentation_loss`.
+            iteration: the step's number.
+
+        Returns:
+            A line about the step if it was left out, else "".
+
+        Raises:
+            UserError: a loss or gradient is not finite and may not be left out, or float16 cannot hold the gradients at
+                any scale; no weight has been changed.
+        """
+        t = self.cfg.train
+        for network in self.networks.values():
+            network.train()
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        rng = checkpoint.rng_state()
+        # A bad forward pass spoils running statistics too; where training goes on, they are put back.
+        skips = t.on_nonfinite == "skip"
+        buffers = [(b, b.clone()) for n in self.networks.values() for b in n.buffers()] if skips else []
+        terms: dict[str, Tensor] = {}
+
+        def backward(total: Tensor, **named: Tensor) -> None:
+            recomputes = statistics_kept(*self.networks.values()) if t.checkpointing else contextlib.nullcontext()
+            # Gradients take the types of the forward pass.
+            with torch.autocast(self.device.type, enabled=False), recomputes:
+                self.scaler.scale(total / t.accumulate).backward()
+            for name, value in named.items():
+                part = value.detach() / t.accumulate
+                terms[name] = terms[name] + part if name in terms else part
+
+        with autocast(self.device, t.precision):
+            for parts in zip(_split(source, t.accumulate), _split(target, t.accumulate)):
+                losses(*parts, backward)
+        gradients = {k: [p.grad for p in n.parameters() if p.grad is not None] for k, n in self.networks.items()}
+        # One exchange after all backward passes. DistributedDataParallel exchanges in each of them, in buckets that it
+        # lays out anew after a start, so a resumed run would round otherwise than one that was never stopped.
+        terms = {name: value.float() for name, value in terms.items()}
+        statistics = [b for n in self.networks.values() for b in n.buffers() if b.is_floating_point()]
+        distributed.average([*itertools.chain(*gradients.values()), *terms.values(), *statistics])
+        for optimizer in self.optimizers.values():
+            self.scaler.unscale_(optimizer)
+        norms = {k: get_total_norm(g) for k, g in gradients.items() if g}
+        # The one wait for the device: the host must know all numbers before weights are touched.
+        values = torch.stack([*terms.values(), *norms.values()]).tolist()
+        numbers = {"loss": dict(zip(terms, values)), "grad_norm": dict(zip(norms, values[len(terms) :]))}
+        finite = {kind: all(map(math.isfinite, entries.values())) for kind, entries in numbers.items()}
+        overflow = self.scaler.is_enabled() and finite["loss"] and not finite["grad_norm"]
+        if not overflow and not all(finite.values()):
+            parts = {"source": distributed.joined(source), "target": distributed.joined(target)}
+            message = self._keep(numbers, parts | {"rng": rng}, iteration)
+            for buffer, before in buffers:
+                buffer.copy_(before)
+            self.scaler.update()
+            return message
+        if not overflow:
+            for optimizer in self.optimizers.values():
+                self.scaler.step(optimizer)
+        self.scaler.update()  # lowers the scale after an overflow
+        if overflow:
+            return self._overflow(iteration)
+        self._count += 1
+        for kind, entries in numbers.items():
+            for name, value in entries.items():
+                self._sums[kind][name] = self._sums[kind].get(name, 0) + value
+        return ""
+
+    def _overflow(self, iteration: int) -> str:
+        self.overflows += 1
+        scale = self.scaler.get_scale()
+        if scale < 1:
+            raise UserError(
+                f"gradients of step {iteration} overflow float16 even at a loss scale of {2 * scale:g}; nothing was "
+                "updated; train.precision=bfloat16, tf32 or float32 has the range"
+            )
+        return (
+            f"step {iteration} left out: gradients overflow float16; loss scale now {scale:g}, {self.overflows} so far"
+        )
+    def _keep(self, numbers: dict, batch: dict, iteration: int) -> str:
+        t = self.cfg.train
+        kinds = {"loss": "loss {}", "grad_norm": "gradient of {}"}
+        bad = [(kinds[k].format(n), v) for k, entries in numbers.items() for n, v in entries.items()]
+        name, value = next((n, v) for n, v in bad if not math.isfinite(v))
+        networks = {k: v.state_dict() for k, v in self.networks.items()}
+        content = numbers | batch | {"step": iteration, "networks": networks, "config": to_dict(self.cfg)}
+        checkpoint.save_checkpoint(self.file, content)
+        self.skipped += 1
+        message = f"{name} is {value} in step {iteration}; batch, networks and config are in {show_path(self.file)}"
+        if t.on_nonfinite == "stop":
+            raise UserError(f"{message}; nothing was updated; a lower train.lr, or train.on_nonfinite=skip, may help")
+        if self.skipped > t.max_skipped:
+            raise UserError(f"{message}; train.max_skipped={t.max_skipped} steps were left out before")
+        return f"{message}; step left out, {self.skipped} so far"
+
+    def take_means(self) -> dict[str, dict[str, float]]:
+        """{"loss": {term: mean}, "grad_norm": {network: mean}} since the last call, empty where no step counted."""
+        means = {kind: {k: v / self._count for k, v in sums.items()} for kind, sums in self._sums.items()}
+        self._sums, self._count = {"loss": {}, "grad_norm": {}}, 0
+        return means
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs to log the same numbers."""
+        return {
+            "sums": self._sums,
+            "count": self._count,
+            "skipped": self.skipped,
+            "overflows": self.overflows,
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Undo `state_dict`."""
+        self._sums, self._count, self.skipped = state["sums"], state["count"], state["skipped"]
+        self.overflows = state.get("overflows", 0)  # runs from before float16 have none
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def _split(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
+    """The batch in equal parts; what the labelled pixels of each count by is the same for all, in every process."""
+    if not batch:
+        return [batch] * parts
+    chunks = {key: value.chunk(parts) for key, value in batch.items()}
+    split = [dict(zip(chunks, values)) for values in zip(*chunks.values())]
+    if "label" in batch:
+        labelled = (batch["label"] != IGNORE).sum().float() / parts
+        distributed.average([labelled])
+        split = [part | {"normalizer": labelled} for part in split]
+    return split

@@ -1,0 +1,56 @@
+"""Predictions as files: in colour, over the image, as train ids and as label ids."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from data.datasets import SegmentationDataset, read_image, resize_label
+from data.pseudo_labels import write_png
+from data.taxonomy import ClassSet
+from utils.engine.distributed import is_main, wait
+from utils.evaluation.pictures import colorize, to_picture
+
+KINDS = ("color", "overlay", "train_ids", "label_ids")
+
+
+class Exporter:
+    """Writes each prediction at the size of its file; pass it as `see`.
+
+        <folder>/color/<name>.png        the class set's palette
+        <folder>/overlay/<name>.jpg      the same, half over the image
+        <folder>/train_ids/<name>.png    8-bit, as the network numbers the classes
+        <folder>/label_ids/<name>.png    as the dataset does: what Cityscapes' server and scorer read
+
+    A name is the image's path below its root, without ending. Photographs that EXIF turns are written upright.
+
+    Args:
+        folder: the maps that an earlier export left there are deleted.
+        dataset: where the predicted images are from.
+        id_to_name: numbering of label_ids, {label id: class name}.
+    """
+
+    def __init__(self, folder: Path, dataset: SegmentationDataset, classes: ClassSet, id_to_name: dict[int, str]):
+        self.folder, self.dataset, self.classes = folder, dataset, classes
+        self.label_ids = classes.inverse_table(id_to_name)
+        for kind in KINDS if is_main() else ():
+            shutil.rmtree(folder / kind, ignore_errors=True)
+        wait()
+
+    def __call__(self, index: int, image: Tensor, prediction: Tensor, label: Tensor | None = None) -> None:
+        sample = self.dataset.samples[index]
+        image, prediction = image.cpu(), prediction.cpu()
+        if self.dataset.size:  # what the network saw is not what the file holds
+            image = read_image(sample.image)
+            prediction = resize_label(prediction, image.shape[1:])
+        train_ids, color = prediction.numpy(), colorize(prediction, self.classes)
+        write_png(self.folder / "color" / f"{sample.name}.png", color)
+        write_png(self.folder / "train_ids" / f"{sample.name}.png", train_ids)
+        write_png(self.folder / "label_ids" / f"{sample.name}.png", self.label_ids[train_ids])
+        overlay = self.folder / "overlay" / f"{sample.name}.jpg"
+        overlay.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.uint8((to_picture(image).astype(np.uint16) + color) // 2)).save(overlay, quality=90)

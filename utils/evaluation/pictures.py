@@ -1,0 +1,121 @@
+"""Pictures: label maps in colour, and panels with captions."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from data.taxonomy import IGNORE, ClassSet
+from utils.engine import distributed
+from utils.evaluation.metrics import ConfusionMatrix
+
+
+def colorize(label: Tensor | np.ndarray, classes: ClassSet) -> np.ndarray:
+    """Integer (H, W) of train ids -> uint8 (H, W, 3) in the class set's palette, `IGNORE` black."""
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(classes)] = classes.palette
+    table[IGNORE] = 0
+    return table[np.asarray(label.cpu() if isinstance(label, Tensor) else label).astype(np.uint8)]
+
+
+def to_picture(image: Tensor) -> np.ndarray:
+    """uint8 (3, H, W) -> uint8 (H, W, 3) on the CPU."""
+    return image.permute(1, 2, 0).cpu().numpy()
+
+
+def save_panel(path: Path, rows: list[list[np.ndarray]], captions: list[str], width: int = 320) -> np.ndarray:
+    """Draw rows of equally many pictures under captions, each scaled to `width` px, and save the sheet as PNG.
+
+    Args:
+        rows: pictures, uint8 (H, W, 3).
+        captions: one per column.
+
+    Returns:
+        The sheet, uint8 (H, W, 3).
+    """
+    gap, size = 4, 12 + 2 * len(captions)  # a wide sheet is shrunk to a page: its captions must stay legible
+    head = size + 8
+    heights = [round(width * row[0].shape[0] / row[0].shape[1]) for row in rows]
+    sheet = Image.new(
+        "RGB", (len(captions) * (width + gap) - gap, head + sum(heights) + gap * (len(rows) - 1)), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size)
+    for column, caption in enumerate(captions):
+        draw.text((column * (width + gap) + 4, 3), caption, fill="black", font=font)
+    top = head
+    for row, height in zip(rows, heights):
+        for column, picture in enumerate(row):
+            # Label maps keep their colours: nearest neighbour when they are enlarged or shrunk.
+            resample = Image.Resampling.BILINEAR if column == 0 else Image.Resampling.NEAREST
+            tile = Image.fromarray(picture).resize((width, height), resample)
+            sheet.paste(tile, (column * (width + gap), top))
+        top += height + gap
+    if distributed.is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+    return np.asarray(sheet)
+
+
+class Gallery:
+    """Collects some of an evaluation's images; pass it as `see`.
+
+    Args:
+        indices: which images, by dataset index.
+    """
+
+    def __init__(self, indices: list[int], classes: ClassSet):
+        self.indices, self.classes = set(indices), classes
+        self.shown: dict[int, list[np.ndarray]] = {}  # index -> [image, prediction, truth]
+
+    def __call__(self, index: int, image: Tensor, prediction: Tensor, label: Tensor) -> None:
+        if index in self.indices:
+            self.shown[index] = [to_picture(image), colorize(prediction, self.classes), colorize(label, self.classes)]
+
+    def gather(self) -> None:
+        """Bring together what the processes have seen."""
+        self.shown = dict(sorted(entry for part in distributed.gathered(self.shown) for entry in part.items()))
+
+    def save(self, path: Path) -> np.ndarray:
+        """Panel of image | prediction | truth."""
+        return save_panel(path, list(self.shown.values()), ["image", "prediction", "truth"])
+
+
+class Worst(Gallery):
+    """Collects the images whose own mIoU is lowest.
+
+    Args:
+        count: how many.
+        names: of all images, by dataset index.
+    """
+
+    def __init__(self, count: int, names: list[str], classes: ClassSet):
+        super().__init__([], classes)
+        self.count, self.names = count, names
+        self.scores: dict[int, dict] = {}  # index -> {"image": name, "miou", "pixel_accuracy"}, the worst first
+
+    def __call__(self, index: int, image: Tensor, prediction: Tensor, label: Tensor) -> None:
+        confusion = ConfusionMatrix(len(self.classes))
+        confusion.update(prediction, label)
+        scores = confusion.scores(self.classes)
+        if math.isnan(scores["miou"]):  # no labelled pixel
+            return
+        self.scores[index] = {"image": self.names[index]} | {key: scores[key] for key in ("miou", "pixel_accuracy")}
+        worst = self._worst()
+        self.indices = set(worst)
+        super().__call__(index, image, prediction, label)
+        self.scores, self.shown = ({i: kept[i] for i in worst} for kept in (self.scores, self.shown))
+
+    def _worst(self) -> list[int]:
+        return sorted(self.scores, key=lambda i: (self.scores[i]["miou"], i))[: self.count]
+
+    def gather(self) -> None:
+        """As `Gallery.gather`: of the worst of each process, the worst."""
+        super().gather()
+        self.scores = {i: score for part in distributed.gathered(self.scores) for i, score in part.items()}
+        worst = self._worst()
+        self.scores, self.shown = ({i: kept[i] for i in worst} for kept in (self.scores, self.shown))
