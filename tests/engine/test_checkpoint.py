@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from models import WeightError, read_checkpoint
 from utils.config import UserError
 from utils.engine import checkpoint
 
@@ -22,10 +23,10 @@ def test_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
         checkpoint.atomic_write(path, half)
     with pytest.raises(TypeError):
         checkpoint.write_json(path, {"not": object()})
-    assert checkpoint.read(path) == {"step": 1}
+    assert read_checkpoint(path) == {"step": 1}
     assert [p.name for p in path.parent.iterdir()] == ["last.pth"]
     checkpoint.save_checkpoint(path, {"step": 2})
-    assert checkpoint.read(path) == {"step": 2}
+    assert read_checkpoint(path) == {"step": 2}
 
 
 def test_generators_go_on_where_they_were(tmp_path):
@@ -35,7 +36,7 @@ def test_generators_go_on_where_they_were(tmp_path):
     draw()
     checkpoint.save_checkpoint(tmp_path / "x.pth", checkpoint.rng_state())
     expected = [draw() for _ in range(3)]
-    checkpoint.set_rng_state(checkpoint.read(tmp_path / "x.pth"))
+    checkpoint.set_rng_state(read_checkpoint(tmp_path / "x.pth"))
     assert [draw() for _ in range(3)] == expected
 
 
@@ -43,7 +44,7 @@ def test_generators_go_on_where_they_were(tmp_path):
 def cfg(configure, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "PRETRAINED", tmp_path / "pretrain_model")
     monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
-    return configure("gta5_to_city", "stage1_BPL.yml", tmp_path / "runs", "model.published=theirs.pkl")
+    return configure("gta5_to_city", "stage1_BPL.yml", tmp_path / "runs", "model.published=[theirs.pkl, pbals.pkl]")
 
 
 def test_weights_are_found_by_run_then_published_file_then_path(cfg, tmp_path):
@@ -55,10 +56,10 @@ def test_weights_are_found_by_run_then_published_file_then_path(cfg, tmp_path):
     message = str(error.value)
     assert "\n" not in message and "runs/gta5_to_city/warmup/checkpoints/last.pth" in message
     assert "python train_bpl.py --config configs/stage0_warmup.yml" in message
-    assert "pretrain_model/theirs.pkl" in message
-    published = tmp_path / "pretrain_model" / "theirs.pkl"
+    assert "pretrain_model/theirs.pkl or pretrain_model/pbals.pkl" in message
+    published, second = (tmp_path / "pretrain_model" / name for name in ("theirs.pkl", "pbals.pkl"))
     own = {which: cfg.sibling_run("warmup") / "checkpoints" / f"{which}.pth" for which in ("last", "best")}
-    for path in (published, *own.values()):
+    for path in (published, second, *own.values()):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     assert find() == own["last"]
@@ -66,13 +67,27 @@ def test_weights_are_found_by_run_then_published_file_then_path(cfg, tmp_path):
     assert find() == own["best"]
     own["best"].unlink()
     assert find() == published
+    published.unlink()
+    assert find() == second
     cfg.model.init = str(own["last"])
     assert find() == own["last"]
     cfg.model.init = str(tmp_path / "none.pth")
     with pytest.raises(UserError, match=r"no weights at .*none\.pth"):
         find()
+    cfg.model.init = "simclr"
+    with pytest.raises(WeightError, match=r"r18_1x_sk0\.pth does not exist"):
+        find()
     cfg.model.init = "scratch"
     assert find() is None
+
+
+@pytest.mark.parametrize("name", ["model_best.pth.tar", "weights.v2", "weights"])
+def test_path_that_exists_is_a_file_whatever_its_ending(cfg, tmp_path, name):
+    (tmp_path / name).touch()
+    assert checkpoint.find_checkpoint(cfg, str(tmp_path / name)) == tmp_path / name
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=f"no weights .*{name}"):
+        checkpoint.find_checkpoint(cfg, str(tmp_path / name))
 
 
 def test_hash_follows_the_content(tmp_path):

@@ -19,9 +19,9 @@ import gen_pseudo_labels
 import test
 import train_bpl
 import train_pst
+from models import read_checkpoint as read
 from utils.config import ROOT, UserError
 from utils.engine import distributed
-from utils.engine.checkpoint import read
 from utils.engine.command_line import guarded
 from utils.engine.distributed import GONE
 from utils.engine.step import GuardedStep

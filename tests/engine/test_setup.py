@@ -5,8 +5,7 @@ import re
 import pytest
 
 from data.taxonomy import class_set
-from models import WeightFile
-from models.formats import open_weights
+from models import WeightFile, read_weights
 from utils.config import UserError
 from utils.engine import checkpoint
 from utils.engine.setup import build_network, check_inputs, choose_device, prepare_data, resolve_auto
@@ -89,7 +88,7 @@ def test_own_checkpoints_tell_all(cfg, tmp_path):
     checkpoint.save_checkpoint(
         tmp_path / "x.pth", {"model": model.state_dict(), "recipe": checkpoint.recipe(cfg, model)}
     )
-    told = open_weights(tmp_path / "x.pth").settings
+    told = read_weights(tmp_path / "x.pth").settings
     assert told == {key: getattr(cfg.model, key) for key in AUTO} and told["normalization"] == "none"
     (tmp_path / "x.pth").unlink()
 

@@ -206,6 +206,74 @@ def test_network_without_checkpointing_of_its_own_is_refused():
         model.backbone.set_checkpointing()
 
 
+def kaiming(fan_in):
+    return (2 / fan_in) ** 0.5
+
+
+@pytest.mark.parametrize("classes", [19, 16])
+def test_initial_weights_of_deeplab_pbal(classes):
+    torch.manual_seed(0)
+    model = build_model("deeplab_pbal", classes, "resnet50")
+    head = model.head
+    stds = {
+        head.branches[0][0]: kaiming(2048),
+        **{branch[0]: 0.0104 for branch in head.branches[1:]},
+        head.pooled[0]: kaiming(2048),
+        head.project[0]: kaiming(1280),
+        head.low[0]: kaiming(256),
+        head.fuse[0]: kaiming(9 * 304),
+        model.classifier: 0.0884,
+    }
+    check_initial(model, stds)
+    assert not model.classifier.bias.any()
+
+
+@pytest.mark.parametrize(("classes", "bn_clr"), [(19, False), (16, True)])
+def test_initial_weights_of_deeplabv2(classes, bn_clr):
+    torch.manual_seed(0)
+    model = build_model("deeplabv2", classes, "resnet50", bn_clr=bn_clr)
+    squeeze, conv, _ = model.head.bottleneck
+    default = {linear: (3 * linear.in_features) ** -0.5 for linear in (squeeze.se[0], squeeze.se[2])}  # torch's
+    stds = {branch[0]: 0.01 for branch in model.head.branches} | {conv: 0.01, model.classifier: 0.01} | default
+    check_initial(model, stds)
+    for branch in model.head.branches:  # torch's: uniform within 1 / sqrt(fan-in)
+        bound = branch[0].weight[0].numel() ** -0.5
+        assert 0.9 * bound < branch[0].bias.abs().max() <= bound
+
+
+@pytest.mark.parametrize("classes", [19, 16])
+def test_initial_weights_of_the_discriminator_and_its_output(classes):
+    torch.manual_seed(0)
+    model = PatchDiscriminator(classes)
+    widths = {model.conv1: classes, model.conv2: 64, model.conv3: 128, model.conv4: 256, model.classifier: 512}
+    check_initial(model, {conv: kaiming(16 * channels) for conv, channels in widths.items()})
+    assert not any(conv.bias.any() for conv in widths)
+    assert classes != 19 or model.conv1.weight.std().item() == pytest.approx(0.081, rel=0.05)  # counted in the release
+
+    # The output of narrower ones, against weights drawn here; by torch's default it is some 50 times flatter.
+    model = PatchDiscriminator(classes, width=16)
+    maps, ours, drawn = (4 * torch.randn(1, classes, 64, 64)).softmax(1), [], []
+    with torch.no_grad():
+        for _ in range(50):
+            ours.append(PatchDiscriminator(classes, width=16)(maps).std().item())
+            for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
+                conv.weight.copy_(torch.randn_like(conv.weight) * kaiming(conv.weight[0].numel()))
+            drawn.append(model(maps).std().item())
+    assert sum(ours) == pytest.approx(sum(drawn), rel=0.15)
+
+
+def check_initial(model, stds):
+    """Every convolution and linear layer outside the backbone has its standard deviation; norm layers are 1 and 0."""
+    inside = set(model.backbone.modules()) if hasattr(model, "backbone") else set()
+    new = [module for module in model.modules() if module not in inside]
+    assert {m for m in new if isinstance(m, nn.Conv2d | nn.Linear)} == set(stds)
+    for layer, std in stds.items():
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.05), layer
+        assert layer.weight.mean().abs() < 0.05 * std
+    for norm in (m for m in new if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)):
+        assert (norm.weight == 1).all() and (norm.bias == 0).all()
+
+
 @pytest.mark.parametrize(("size", "patches"), [((32, 64), (1, 2)), ((96, 160), (3, 5))])
 def test_discriminator_sees_patches(size, patches):
     assert PatchDiscriminator(7)(torch.rand(2, 7, *size)).shape == (2, 1, *patches)

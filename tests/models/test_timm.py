@@ -16,10 +16,10 @@ import test
 import train_bpl
 import train_pst
 from models import build_model, parameter_groups
+from models import read_checkpoint as read
 from models.backbone import check_backbone
 from utils import pipeline
 from utils.config import ConfigError
-from utils.engine.checkpoint import read
 
 pytest.importorskip("timm")
 

@@ -146,7 +146,10 @@ class ModelConfig:
         0.1, "before the classifier, of whole channels; deeplab_pbal: of single values (as released)", most=0.99
     )
     init: str = opt("imagenet", "start from: scratch | imagenet | simclr | a run's name (e.g. bpl) | a file")
-    published: str = opt("", "file tried when the run named by init is not there")
+    published: list[str] = opt([], "files of pretrain_model/ that are tried where there is no run of the name in init")
+    init_discriminator: Literal["checkpoint", "new"] = opt(
+        "checkpoint", "discriminator of the file that init names: go on with it where it fits, or begin a new one"
+    )
 
     def validate(self, key: str) -> None:
         """As `DatasetConfig.validate`."""

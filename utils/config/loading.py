@@ -66,6 +66,8 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
     for arg in args if origin is typing.Union else ():  # a word or a list
         if value in typing.get_args(arg) or typing.get_origin(arg) is type(value):
             return _coerce(value, arg, key)
+    if hint == list[str] and isinstance(value, str):  # one name
+        value = [value]
     if origin is list and isinstance(value, list):
         return [_coerce(v, args[0], key) for v in value]
     if hint is dict and isinstance(value, dict):

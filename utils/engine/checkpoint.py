@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ import torch
 from torch import nn
 
 from data.taxonomy import class_set
-from models import WeightFile, load_weights, open_weights
-from models.formats import read_checkpoint
+from models import WeightError, WeightFile, load_weights, read_checkpoint
 from models.weights import find_imagenet_weights, find_simclr_weights
 from utils.config import ROOT, Config, UserError
 from utils.config.keys import DEFAULT_BACKBONE
@@ -192,8 +192,8 @@ class RunFiles:
                 problems.append(f"{path} is missing")
                 continue
             try:
-                state = read(path)
-            except UserError as error:
+                state = read_checkpoint(path)
+            except WeightError as error:
                 problems.append(str(error))
                 continue
             if {"model", "iteration", "config", "optimizers", "rng"} <= state.keys():
@@ -224,74 +224,69 @@ _MADE_BY = {
 }
 
 
-def find_checkpoint(cfg: Config, name: str, published: str = "") -> Path:
-    """The weights that `name` stands for: a file, a run of this benchmark, or the published file.
+_ENDINGS = (".pth", ".pt", ".pkl", ".tar", ".ckpt", ".bin")  # of a name that can only be a file's
 
-    Raises UserError saying where was looked and both ways to get it.
+
+def find_checkpoint(cfg: Config, name: str, published: Sequence[str] = ()) -> Path:
+    """The weights that `name` stands for: a file, a run of this benchmark, or the first published file that is there.
+
+    Raises:
+        UserError: says where was looked and how to get the weights.
     """
-    if name.endswith((".pth", ".pt", ".pkl")):
-        if not Path(name).is_file():
-            raise UserError(f"no weights at {name}")
-        return Path(name)
-    candidates = [cfg.sibling_run(name) / "checkpoints" / f"{cfg.which}.pth"]
-    if published:
-        candidates.append(PRETRAINED / published)
-    for path in candidates:
+    file = Path(name).expanduser()
+    if file.is_file():
+        return file
+    if name.endswith(_ENDINGS):
+        raise UserError(f"no weights at {name}")
+    run, theirs = cfg.sibling_run(name) / "checkpoints" / f"{cfg.which}.pth", [PRETRAINED / file for file in published]
+    for path in (run, *theirs):
         if path.is_file():
             return path
     command = _MADE_BY.get(name.split("/")[0])
-    looked = " or ".join(str(p.relative_to(ROOT) if p.is_relative_to(ROOT) else p) for p in candidates)
     ways = [f"train it (`{command} benchmark={cfg.benchmark}`)" if command else "train that run"]
+    looked = [str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path) for path in (run, *theirs)]
     if published:
-        ways.append(f"put the published file at {candidates[1].relative_to(ROOT)}")
-    raise UserError(f"no weights of '{name}': looked for {looked}; {' or '.join(ways)}, or name a file")
+        ways.append(f"put a published file at {' or '.join(looked[1:])}")
+    raise UserError(f"no weights of '{name}': looked for {', '.join(looked)}; {' or '.join(ways)}, or name a file")
 
 
 def find_init(cfg: Config) -> Path | None:
-    """The file that training starts from, None for scratch; raises UserError if it is not there."""
+    """The file that training starts from, None for scratch; raises UserError or WeightError if it is not there."""
     init = cfg.model.init
     if init == "scratch":
         return None
     find = {"imagenet": find_imagenet_weights, "simclr": find_simclr_weights}.get(init)
     if not find:
         return find_checkpoint(cfg, init, cfg.model.published)
-    try:
-        with distributed.main_first():  # it may have to be downloaded
-            return find(DEFAULT_BACKBONE if cfg.model.backbone == "auto" else cfg.model.backbone, PRETRAINED)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    with distributed.main_first():  # it may have to be downloaded
+        return find(DEFAULT_BACKBONE if cfg.model.backbone == "auto" else cfg.model.backbone, PRETRAINED)
 
 
-def open_file(path: Path) -> WeightFile:
-    """`open_weights`, with its refusal as the user's mistake."""
-    try:
-        return open_weights(path)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+def load_networks(networks: dict[str, nn.Module], file: WeightFile, cfg: Config) -> str:
+    """Load a file into networks["model"], and into the others what the file has for them; returns a line for the log.
 
+    A discriminator of another form than ours, as in ProDA's files, is left out; `model.init_discriminator=new` leaves
+    out every one.
 
-def load(networks: dict[str, nn.Module], file: WeightFile, cfg: Config) -> str:
-    """`load_weights` into networks["model"], and into the others what the file has of them; returns a line for the log.
-
-    Our checkpoints also say what their weights cannot show: the order of classes.
+    Raises:
+        UserError: the file is of other classes, or of the same in another order.
+        WeightError: it does not fit.
     """
     names = file.class_names
     if names and list(names) != list(class_set(cfg.data).names) and len(names) == len(class_set(cfg.data)):
         raise UserError(f"{file.path} was trained on other classes: {', '.join(names)}")
-    try:
-        said = f"{file.path}: {load_weights(networks['model'], file)}"
-        for name in networks.keys() & file.networks.keys():
-            networks[name].load_state_dict(file.networks[name])
-            said += f", {name} too"
-        return said
-    except (ValueError, RuntimeError) as error:  # the latter from the other networks
-        reason = " ".join(str(error).split())
-        raise UserError(reason if isinstance(error, ValueError) else f"{file.path}: {reason}") from None
-
-
-def read(path: Path) -> dict:
-    """`read_checkpoint`, with its refusal as the user's mistake."""
-    try:
-        return read_checkpoint(path)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    message = f"{file.path}: {load_weights(networks['model'], file)}"
+    for name in networks.keys() & file.networks.keys():
+        theirs, own = file.networks[name], networks[name].state_dict()
+        differ = [k for k in own if k not in theirs or theirs[k].shape != own[k].shape]
+        if name == "discriminator" and cfg.model.init_discriminator == "new":
+            message += "; a new discriminator begins (model.init_discriminator=new)"
+        elif differ or theirs.keys() - own.keys():
+            message += f"; a new {name} begins: the file's has another form"
+            if differ and differ[0] in theirs:
+                shapes = [tuple(state[differ[0]].shape) for state in (theirs, own)]
+                message += f" ({differ[0]} {shapes[0]}, here {shapes[1]})"
+        else:
+            networks[name].load_state_dict(theirs)
+            message += f"; {name} too"
+    return message

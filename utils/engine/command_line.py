@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from models import WeightError
 from utils.config import ROOT, Config, ConfigError, UserError, key_help
 from utils.engine import distributed
 from utils.engine.setup import load_config
@@ -56,7 +57,7 @@ def run_words(call: Callable[[list[str]], Any], usage: str, words: str = "key=va
 
 
 def guarded(call: Callable[[], Any], debug: bool = False) -> None:
-    """Run `call`; a `UserError` becomes its message on stderr and its exit status, as does what the system refuses.
+    """Run `call`; a `UserError` or `WeightError` becomes its message on stderr and its exit status, as does what the system refuses.
 
     Where torchrun has started several processes, they meet here, and part here when all are done. The first that fails
     prints why; torchrun ends the others.
@@ -69,12 +70,12 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> None:
             distributed.end()
             raise
         distributed.end()
-    except (UserError, OSError) as error:  # the latter: no space left, a read-only folder, …
+    except (UserError, WeightError, OSError) as error:  # the last: no space left, a read-only folder, …
         if debug:
             traceback.print_exc()
         if isinstance(error, OSError):
             error = UserError(f"{error.filename or 'the system says'}: {error.strerror or error}")
-        _print_and_leave(f"error: {error}", error.status)
+        _print_and_leave(f"error: {error}", getattr(error, "status", 1))
     except torch.OutOfMemoryError as error:
         if debug:
             traceback.print_exc()

@@ -24,8 +24,8 @@ from data.datasets import SegmentationDataset, build_dataset
 from data.loaders import UNREADABLE, spread, training_batches
 from data.taxonomy import class_set
 from data.transforms import RandomScaleCropFlip, Views
-from models import parameter_groups
-from models.formats import own_checkpoint
+from models import parameter_groups, read_weights
+from models.weights import identify
 from utils.config import Config, UserError, default_config, flatten, to_dict
 from utils.config.keys import TRAINING_STAGES, TestConfig
 from utils.engine import checkpoint, distributed
@@ -53,7 +53,7 @@ from utils.evaluation.prediction import (
 Backward = Callable[..., None]
 
 # Keys that may differ between the two parts of a resumed run: they change where and how fast, not what is learnt.
-HARMLESS = {"benchmark", "runs", "device", "data.workers", "data.check", "data.on_error", "data.max_skipped"}
+HARMLESS = {"benchmark", "runs", "device", "model.published", "data.workers", "data.check", "data.on_error", "data.max_skipped"}
 HARMLESS |= {f"test.{f.name}" for f in dataclasses.fields(TestConfig)}
 HARMLESS |= {
     f"train.{key}"
@@ -194,15 +194,15 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
         lambda: _refuse_stale(labels) if labels else None,
     )
     if saved:
-        upstream, file = saved.get("upstream", {}), own_checkpoint(files.last, saved)
+        upstream, file = saved.get("upstream", {}), identify(files.last, saved)
     else:
         made_from = [path for path in (init, labels and labels / pseudo_labels.MANIFEST) if path]
         upstream = {str(path.resolve()): checkpoint.file_hash(path) for path in made_from}
-        file = checkpoint.open_file(init) if init else None
+        file = read_weights(init) if init else None
     cfg = resolve_auto(cfg, file)
     stage = stage_type(cfg, device)
     if init:
-        start = checkpoint.load(stage.networks, file, cfg)
+        start = checkpoint.load_networks(stage.networks, file, cfg)
     run = Run(cfg, stage, Data(*datasets), files, upstream)
     checkpoint.seed_generators(own_seed)
     if saved:

@@ -13,8 +13,9 @@ from torch import nn
 from data import toy
 from data.datasets import SegmentationDataset
 from data.taxonomy import CLASS_SETS, check_classes, class_set
-from models import OUTPUT_STRIDE, WeightFile, build_model, released_dilations
+from models import OUTPUT_STRIDE, WeightError, WeightFile, build_model, read_weights, released_dilations
 from models.backbone import check_backbone
+from models.weights import SIMCLR_SETTINGS
 from utils.config import Config, ConfigError, UserError, read_config
 from utils.config.keys import DEFAULT_ARCH, DEFAULT_BACKBONE, TRAINING_STAGES
 from utils.engine import checkpoint, distributed
@@ -79,16 +80,25 @@ def prepare_data(cfg: Config) -> None:
 def resolve_auto(cfg: Config, file: WeightFile | None = None) -> Config:
     """A copy of the configuration with every `auto` of network, classes and precision decided.
 
-    What the file tells of its network holds; a setting of the user's own that contradicts it is an error, unless the
-    file is a backbone alone, whose settings are advice. Where neither says anything, the default does.
+    What the file says of its network holds. A user's setting that contradicts it is an error, unless the file is a
+    backbone alone: its settings are advice. Where neither says anything, the default holds.
 
     Raises:
-        UserError: a contradiction, no class set of the file's size, or batches too small for the network.
+        UserError: a contradiction, no class set of the file's size, batches too small for the network, or the file of
+            a backbone that does not say which input it was trained on.
     """
     cfg = copy.deepcopy(cfg)
     m, told = cfg.model, dict(file.settings) if file else {}
-    if m.arch == "deeplab_pbal" and file and file.backbone_alone:
-        told.pop("bn_clr", None)  # the variant is deeplabv2's
+    if file and file.backbone_alone:
+        # A file found under its published name is what the name says.
+        told |= {"simclr": SIMCLR_SETTINGS, "imagenet": {"normalization": "auto"} | told}.get(m.init, {})
+        if m.arch == "deeplab_pbal":
+            told.pop("bn_clr", None)  # the variant is deeplabv2's
+        if m.normalization == "auto" and "normalization" not in told:
+            raise UserError(
+                f"{file.path} ({file.format}) does not say which input its weights expect: give model.normalization="
+                "imagenet (ImageNet's mean and std), half (mean and std 0.5) or none ([0, 1] as it is, e.g. SimCLR)"
+            )
     for key, value in told.items():
         given = getattr(m, key)
         if given == "auto":
@@ -180,14 +190,14 @@ def load_network(
         The network, and a line that says what was loaded.
 
     Raises:
-        UserError: the file cannot be read or does not fit.
+        UserError, WeightError: the file cannot be read or does not fit.
     """
-    file = weights if isinstance(weights, WeightFile) else checkpoint.open_file(weights)
+    file = weights if isinstance(weights, WeightFile) else read_weights(weights)
     if file.backbone_alone:
         raise UserError(f"{file.path} ({file.format}) holds a backbone alone, no trained network")
     cfg = resolve_auto(cfg, file)
     model = build_network(cfg, device)
-    message = checkpoint.load({"model": model}, file, cfg)
+    message = checkpoint.load_networks({"model": model}, file, cfg)
     if cfg.batchnorm.statistics == "running":
         set_batchnorm_statistics(model, file.running_statistics)
     elif cfg.batchnorm.statistics == "target":
@@ -196,7 +206,7 @@ def load_network(
 
 
 def check_inputs(*checks: Callable[[], object]) -> list:
-    """Run every check, then raise one UserError with the messages of all that failed: the user sees all at once.
+    """Run every check, then raise one UserError with the messages of all that failed, so that the user sees all at once.
 
     A ConfigError is raised alone: what else is missing follows from another configuration.
     """
@@ -206,7 +216,7 @@ def check_inputs(*checks: Callable[[], object]) -> list:
             results.append(check())
         except ConfigError:
             raise
-        except UserError as error:
+        except (UserError, WeightError) as error:
             problems.append(str(error))
     if problems:
         raise UserError("\nerror: ".join(dict.fromkeys(problems)))

@@ -1,0 +1,51 @@
+"""Labels of one image by a network, from Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as F
+
+from models.deeplab import upsample
+
+ROWS = 64  # image rows whose logits exist at one time
+
+
+def predict(model: nn.Module, image: Image.Image | str | Path | Tensor) -> Tensor:
+    """The most likely class of each pixel, as `test.py` predicts it at scale 1 in float32.
+
+    Args:
+        model: in eval mode, from `load_model`.
+        image: a PIL image or the path of one (turned upright by its EXIF entry), or uint8 (3, H, W); any size.
+
+    Returns:
+        uint8 (H, W) on the CPU: train ids, in 0..K-1.
+
+    Raises:
+        ValueError: not an 8-bit image, or a tensor of another shape or type.
+        OSError: the file cannot be read.
+    """
+    if not isinstance(image, Tensor):
+        image = _pixels(image)
+    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
+        raise ValueError(f"uint8 (3, H, W) is needed, not {image.dtype} {tuple(image.shape)}")
+    height, width = image.shape[1:]
+    x = image[None].to(next(model.parameters()).device).float().div_(255)
+    with torch.no_grad():
+        logits = model(F.normalize(x, list(model.mean), list(model.std)))["logits"].float()
+    tall = upsample(logits, (height, logits.shape[3]))
+    return torch.cat([upsample(part, (part.shape[2], width))[0].argmax(0).byte() for part in tall.split(ROWS, 2)]).cpu()
+
+
+def _pixels(image: Image.Image | str | Path) -> Tensor:
+    """A PIL image, or the file that holds it, as upright RGB, uint8 (3, H, W)."""
+    if not isinstance(image, Image.Image):
+        with Image.open(image) as picture:
+            return _pixels(picture)
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"an 8-bit image is needed, not mode {image.mode}")
+    return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB"))).permute(2, 0, 1)
