@@ -23,7 +23,7 @@ from models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from utils.config import UserError
 from utils.engine import loop
 from utils.engine.checkpoint import write_json
-from utils.evaluation.prediction import predict
+from utils.evaluation.prediction import predict_labels
 
 COLUMNS = {
     "bpl": ("ce_source", "adversarial", "s2t", "t2s", "discriminator"),
@@ -135,7 +135,7 @@ def test_published_files_are_tested_at_once(configure, tmp_path, name, layout, a
     val = build_dataset(cfg.data.val, class_set(cfg.data))
     for i in range(len(val)):
         label = val[i]["label"].numpy()
-        prediction = predict(model, val[i]["image"][None])[0].argmax(0).numpy()
+        prediction = predict_labels(model, val[i]["image"][None])[0][0].numpy()
         for k in range(classes):
             hits[k] += ((prediction == k) & (label == k)).sum()
             said[k] += ((prediction == k) & (label != IGNORE)).sum()
