@@ -4,17 +4,21 @@
     python gen_pseudo_labels.py benchmark=synthia_to_cityscapes
     python gen_pseudo_labels.py checkpoint=my.pth pseudo.selection=class_balanced
 
-Softmax, brought to image size, averaged with the mirrored image's, argmax; pixels below a confidence become ignore (as
-ProDA has it). Writes label and confidence PNGs and manifest.json into runs/<benchmark>/pseudo_labels/; a finished
-folder is left as it is.
+Softmax, upsampled to image size, averaged over the image and its mirror image, argmax; pixels below a confidence become
+ignore (as ProDA does it). Writes label and confidence PNGs and manifest.json into runs/<benchmark>/pseudo_labels/; a
+finished folder is left as it is.
 """
 
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from data import pseudo_labels as store
 from data.check import check_samples
@@ -33,7 +37,27 @@ from utils.evaluation.prediction import predict_labels, same_size_batches
 def main(cfg: Config) -> dict:
     """Write the pseudo labels that `cfg` asks for, unless they are there; returns their manifest."""
     with run_lock(cfg.run_dir):
-        return _generate(cfg)
+        device = choose_device(cfg)
+        prepare_data(cfg)
+        target, weights = check_inputs(
+            lambda: _target(cfg),
+            lambda: checkpoint.find_checkpoint(cfg, cfg.checkpoint, cfg.model.published),
+        )
+        wanted = _settings(cfg, weights, target)
+        if finished := _finished(cfg, wanted):
+            return finished
+        if distributed.is_main():
+            store.clear(cfg.run_dir)
+        distributed.wait()
+        model, message = load_network(cfg, weights, device, target)
+        print(message)
+        own, histogram, highest = _predict(model, target, cfg, device)
+        left_out = _left_out(target, own, cfg)
+        limits = store.level_limits(histogram, cfg.pseudo.threshold, cfg.pseudo.selection, cfg.pseudo.keep)
+        manifest = wanted | {"weights": str(weights)} | _statistics(histogram, limits, highest, cfg)
+        _drop_unsure(cfg.run_dir, own, limits)
+        _finish(cfg.run_dir, manifest | {"left_out": left_out, "config": to_dict(cfg)}, len(target) - len(left_out))
+        return store.read_manifest(cfg.run_dir)
 
 
 def _target(cfg: Config) -> SegmentationDataset:
@@ -43,60 +67,85 @@ def _target(cfg: Config) -> SegmentationDataset:
     return check_samples(target, "target", cfg)
 
 
-def _generate(cfg: Config) -> dict:
-    device = choose_device(cfg)
-    prepare_data(cfg)
-    target, weights = check_inputs(
-        lambda: _target(cfg),
-        lambda: checkpoint.find_checkpoint(cfg, cfg.checkpoint, cfg.model.published),
-    )
-    folder = cfg.run_dir
-    asked = {
+def _settings(cfg: Config, weights: Path, target: SegmentationDataset) -> dict:
+    """What the pseudo labels depend on; the manifest records it."""
+    return {
         "checkpoint": checkpoint.file_hash(weights),
         "images": len(target),
         "statistics": cfg.batchnorm.statistics,
         "statistics_of": cfg.batchnorm.images if cfg.batchnorm.statistics == "target" else None,
         **vars(cfg.pseudo),
     }
+
+
+def _finished(cfg: Config, wanted: dict) -> dict | None:
+    """The manifest of a finished folder with these settings, None if there is nothing to keep.
+
+    Raises UserError if the folder holds other pseudo labels.
+    """
+    folder, manifest = cfg.run_dir, None
     if (folder / store.MANIFEST).is_file():
         manifest = store.read_manifest(folder)
-        differs = [k for k in asked if manifest.get(k) != asked[k]]
-        if not differs:
-            print(f"{show_path(folder)} is complete: {len(target)} pseudo labels")
-            return manifest
-        if not cfg.train.restart:
-            changes = ", ".join(f"{k}: {manifest.get(k)} -> {asked[k]}" for k in differs)
+        differing = [k for k in wanted if manifest.get(k) != wanted[k]]
+        if not differing:
+            print(f"{show_path(folder)} is complete: {wanted['images']} pseudo labels")
+        elif cfg.train.restart:
+            manifest = None
+        else:
+            changes = ", ".join(f"{k}: {manifest.get(k)} -> {wanted[k]}" for k in differing)
             raise UserError(
                 f"{show_path(folder)} holds other pseudo labels ({changes}); choose a name=, or replace "
                 "them with train.restart=true"
             )
-    distributed.wait()  # until all have looked
-    if distributed.is_main():
-        store.clear(folder)  # unfinished, or to be replaced
-    distributed.wait()
-    model, message = load_network(cfg, weights, device, target)
-    print(message)
+    distributed.wait()  # no process deletes the folder before all have read it
+    return manifest
 
-    # First pass: predictions and confidences; the thresholds of classes are known at its end.
+
+def _predict(
+    model: nn.Module, target: SegmentationDataset, cfg: Config, device: torch.device
+) -> tuple[set[str], np.ndarray, float]:
+    """Write the label and the confidence of every image.
+
+    Returns:
+        The names of the images of this process; of all processes, int (K, 256) pixels by class and confidence level,
+        and the highest confidence.
+    """
+    folder, threshold = cfg.run_dir, cfg.pseudo.threshold
     counts = torch.zeros(len(class_set(cfg.data)) * 256, dtype=torch.int64, device=device)
-    mine, own = distributed.shard_indices(len(target), cfg.test.batch), set()  # indices, and names of what is written
+    highest, own, writing = torch.zeros((), device=device), set(), []
+    mine = distributed.shard_indices(len(target), cfg.test.batch)
     loader = whole_images(target, cfg.test.batch, cfg.data.workers, mine)
-    bar = progress(total=len(mine), desc="predict", unit="img")
-    with store.Beside() as beside:
+    with progress(total=len(mine), desc="predict", unit="img") as bar, ThreadPoolExecutor(store.THREADS) as pool:
         for indices, images, _ in same_size_batches(loader, device):
-            found = predict_labels(
-                model, images, cfg.pseudo.flip, cfg.train.precision, softmax_first=True, with_confidence=True
+            labels, confidence = predict_labels(
+                model,
+                images,
+                flip=cfg.pseudo.flip,
+                precision=cfg.train.precision,
+                softmax_first=True,
+                with_confidence=True,
             )
-            counts += torch.bincount((found[0].long() * 256 + found[1]).flatten(), minlength=len(counts))
-            labels, levels = (maps.cpu().numpy() for maps in found)
-            for i, index in enumerate(indices):
-                name = target.samples[index].name
-                own.add(name)
-                beside(store.write_png, store.confidence_path(folder, name), levels[i])
-                beside(store.write_png, store.label_path(folder, name), labels[i])
+            levels = store.confidence_levels(confidence, threshold)
+            highest = torch.maximum(highest, confidence.max())
+            counts += torch.bincount((labels.long() * 256 + levels).flatten(), minlength=len(counts))
+            for done in writing:  # the files of the batch before
+                done.result()
+            names = [target.samples[index].name for index in indices]
+            writing = [
+                pool.submit(store.write_png, path(folder, name), array)
+                for path, maps in ((store.label_path, labels), (store.confidence_path, levels))
+                for name, array in zip(names, maps.cpu().numpy())
+            ]
+            own.update(names)
             bar.update(len(indices))
-    bar.close()
+        for done in writing:
+            done.result()
     histogram = distributed.total(counts).view(-1, 256).cpu().numpy()
+    return own, histogram, max(distributed.gathered(highest.item()))
+
+
+def _left_out(target: SegmentationDataset, own: set[str], cfg: Config) -> list[str]:
+    """Names of the images that could not be read; raises UserError if there are more than data.max_skipped."""
     written = set().union(*distributed.gathered(own))
     left_out = [s.name for s in target.samples if s.name not in written]
     if len(left_out) > cfg.data.max_skipped:
@@ -104,41 +153,44 @@ def _generate(cfg: Config) -> dict:
             f"{len(left_out)} target images cannot be used, more than data.max_skipped={cfg.data.max_skipped}; "
             f"the first is {left_out[0]}"
         )
+    return left_out
 
-    # Second pass: what is below its class's threshold becomes ignore.
-    limits = store.thresholds(histogram, cfg.pseudo.threshold, cfg.pseudo.selection, cfg.pseudo.keep)
-    with store.Beside() as beside:
-        for name in progress(sorted(own), desc="select", unit="img"):
-            beside(store.drop_unsure, folder, name, limits.astype(np.uint8))
 
+def _statistics(histogram: np.ndarray, limits: np.ndarray, highest: float, cfg: Config) -> dict:
+    """Thresholds and pixel counts by class, as the manifest has them; raises UserError if no pixel is kept."""
+    threshold = cfg.pseudo.threshold
     predicted = histogram.sum(1)
     kept = np.array([counts[limit:].sum() for counts, limit in zip(histogram, limits)])
     if not kept.any():
         raise UserError(
-            f"no pixel of any class is as sure as pseudo.threshold={cfg.pseudo.threshold}: lower it, or take "
-            "pseudo.selection=class_balanced"
+            f"no pixel of any class reaches pseudo.threshold={threshold}; the highest confidence is {highest:.6g}: "
+            "lower the threshold, or take pseudo.selection=class_balanced"
         )
-    manifest = asked | {
-        "weights": str(weights),
-        "kept": kept.sum() / predicted.sum(),
-        "classes": {
-            name: {"threshold": limits[k] / 255, "predicted": int(predicted[k]), "kept": int(kept[k])}
-            for k, name in enumerate(class_set(cfg.data).names)
-        },
-        "left_out": left_out,
-        "config": to_dict(cfg),
-    }
+    columns = zip(class_set(cfg.data).names, store.thresholds_of(limits, threshold), predicted.tolist(), kept.tolist())
+    by_class = {name: {"threshold": t, "predicted": p, "kept": k} for name, t, p, k in columns}
+    return {"kept": kept.sum() / predicted.sum(), "classes": by_class}
+
+
+def _drop_unsure(folder: Path, own: set[str], limits: np.ndarray) -> None:
+    with ThreadPoolExecutor(store.THREADS) as pool:
+        done = pool.map(partial(store.drop_unsure, folder, limits=limits), sorted(own))
+        for _ in progress(done, total=len(own), desc="select", unit="img"):
+            pass
+
+
+def _finish(folder: Path, manifest: dict, images: int) -> None:
+    """Write the manifest and print the table of classes."""
     if hasattr(os, "sync"):
         os.sync()  # all labels are on the disk before the manifest says so
     distributed.wait()
     checkpoint.write_json(folder / store.MANIFEST, manifest)
+    total = sum(c["predicted"] for c in manifest["classes"].values())
     print(f"{'class':16} {'share':>7} {'threshold':>9} {'kept':>7}")
-    for k, name in enumerate(class_set(cfg.data).names):
-        fraction = f"{kept[k] / predicted[k]:7.1%}" if predicted[k] else "      -"
-        print(f"{name:16} {predicted[k] / predicted.sum():7.2%} {limits[k] / 255:9.3f} {fraction}")
-    print(f"{len(written)} pseudo labels in {show_path(folder)}: {manifest['kept']:.1%} of all pixels kept")
+    for name, c in manifest["classes"].items():
+        fraction = f"{c['kept'] / c['predicted']:7.1%}" if c["predicted"] else "      -"
+        print(f"{name:16} {c['predicted'] / total:7.2%} {c['threshold']:9.4f} {fraction}")
+    print(f"{images} pseudo labels in {show_path(folder)}: {manifest['kept']:.1%} of all pixels kept")
     distributed.wait()
-    return store.read_manifest(folder)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from utils.evaluation.export import Exporter
 from utils.evaluation.metrics import class_table, confusion_table
 from utils.evaluation.pictures import Gallery, Worst
 from utils.evaluation.prediction import evaluate, predictions
+from utils.report.page import write_report
 
 
 def mode(cfg: Config) -> dict:
@@ -52,8 +53,9 @@ def main(cfg: Config) -> dict:
     file = read_weights(weights)
     model, message = load_network(cfg, file, device, target)
     cfg = resolve_auto(cfg, file)
+    classes = class_set(cfg.data)
     if not images:
-        dataset = build_dataset(section, class_set(cfg.data))  # by as many classes as the checkpoint has
+        dataset = build_dataset(section, classes)  # with the classes of the checkpoint
     log = open_log(cfg)
     log.info(message)
     result = {
@@ -64,29 +66,30 @@ def main(cfg: Config) -> dict:
         "images": len(dataset),
         "mode": mode(cfg),
     }
-    folder = log.folder / "predictions"
-    export = (
-        [Exporter(folder, dataset, class_set(cfg.data), label_ids(section, class_set(cfg.data)))] if images or cfg.test.export else []
-    )
+    export = None
+    if images or cfg.test.export:
+        export = Exporter(log.folder / "predictions", dataset, classes, label_ids(section, classes))
     if images:
-        for seen in predictions(model, dataset, cfg, device, "predict"):
-            export[0](*seen)
-        distributed.wait()
-        log.info(f"{len(dataset)} predictions written to {show_path(folder)}")
+        for prediction in predictions(model, dataset, cfg, device, "predict"):
+            export(*prediction)
+        log.info(f"{len(dataset)} predictions written to {show_path(export.folder)}")
         log.close()
+        distributed.wait()
         return result
 
-    gallery = Gallery(spread(len(dataset), cfg.test.panels), class_set(cfg.data))
-    worst = Worst(cfg.test.panels, [s.name for s in dataset.samples], class_set(cfg.data))
-    scores = evaluate(model, dataset, class_set(cfg.data), cfg, device, gallery, worst, *export)
+    gallery = Gallery(spread(len(dataset), cfg.test.panels), classes)
+    worst = Worst(cfg.test.panels, [s.name for s in dataset.samples], classes)
+    callbacks = [gallery, worst, export] if export else [gallery, worst]
+    scores = evaluate(model, dataset, classes, cfg, device, *callbacks)
     for name, pictures in (("test", gallery), ("worst", worst)):
         if pictures.shown:
             pictures.save(log.folder / "panels" / f"{name}.png")
     result |= scores | {"worst": list(worst.scores.values())}
     checkpoint.write_json(log.folder / "metrics.json", result)
-    log.info(confusion_table(scores, class_set(cfg.data)))
+    log.info(confusion_table(scores, classes))
     log.info("\n".join(["worst images:", *(f"mIoU {w['miou']:6.2f}  {w['image']}" for w in result["worst"])]))
-    log.info(class_table(scores, class_set(cfg.data)))
+    log.info(class_table(scores, classes))
+    write_report(log.folder)
     log.info(f"written to {show_path(log.folder)}")
     log.close()
     distributed.wait()

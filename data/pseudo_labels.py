@@ -1,7 +1,7 @@
 """Pseudo labels on disk: a label *source* for the target dataset.
 
     <run>/labels/<image path below root>.png        train ids, IGNORE where the network was unsure
-    <run>/confidence/<image path below root>.png    softmax maximum, 0..255
+    <run>/confidence/<image path below root>.png    largest class probability, 0..255
     <run>/manifest.json                             the checkpoint and its hash, config, thresholds and counts by class
 
 The manifest is written last: a folder without it is unfinished.
@@ -11,32 +11,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import zlib
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from data.datasets import Sample, SegmentationDataset, mark_unknown
 from data.taxonomy import IGNORE, ClassSet
 from utils.config import UserError
 
 MANIFEST = "manifest.json"
-THREADS = min(8, os.cpu_count() or 1)  # that write files: compression is all they do, outside of Python's lock
+THREADS = min(8, os.cpu_count() or 1)  # that write files: PNG compression runs outside of Python's lock
 
 
 def label_path(folder: Path, name: str) -> Path:
-    """Where the label of image `name` (its path below root, no ending) is kept."""
+    """File of the label of image `name` (its path below root, no ending)."""
     return folder / "labels" / f"{name}.png"
 
 
 def confidence_path(folder: Path, name: str) -> Path:
-    """Where the confidence of image `name` is kept."""
+    """File of the confidence of image `name`."""
     return folder / "confidence" / f"{name}.png"
 
 
@@ -44,39 +44,11 @@ def write_png(path: Path, array: np.ndarray) -> None:
     """Save a uint8 array (H, W) or (H, W, 3); raises UserError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Runs are what label maps are made of: smaller than by the default search, confidences 6 % larger in a fifth of
-        # the time.
+        # Label maps consist of runs: run-length encoding makes them smaller than the default search does. Confidences
+        # get 6 % larger, in a fifth of the time.
         Image.fromarray(array).save(path, compress_type=zlib.Z_RLE)
     except OSError as error:  # a full disk, a read-only folder
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-class Beside:
-    """Calls that threads work on while the caller goes on, a few at a time: `with Beside() as beside: beside(call, *args)`.
-
-    The first error of a call is raised by a later one or at the end of the block, where all are waited for; what has
-    not begun by then is dropped. If the queue is full, the caller waits: memory does not depend on how many calls
-    there are.
-    """
-
-    def __init__(self):
-        self._pool = ThreadPoolExecutor(THREADS)
-        self._pending: deque[Future] = deque()
-
-    def __call__(self, call: Callable, *args: object) -> None:
-        while len(self._pending) >= 2 * THREADS or (self._pending and self._pending[0].done()):
-            self._pending.popleft().result()
-        self._pending.append(self._pool.submit(call, *args))
-
-    def __enter__(self) -> Beside:
-        return self
-
-    def __exit__(self, error: type | None, *_: object) -> None:
-        try:
-            while self._pending and error is None:
-                self._pending.popleft().result()
-        finally:
-            self._pool.shutdown(cancel_futures=True)
 
 
 def clear(folder: Path) -> None:
@@ -85,8 +57,8 @@ def clear(folder: Path) -> None:
         return
     foreign = sorted({p.name for p in folder.iterdir() if p.name[0] != "."} - {"labels", "confidence", MANIFEST})
     if foreign:
-        raise UserError(f"{folder} holds {foreign[0]}, which is no pseudo label: choose another name=")
-    (folder / MANIFEST).unlink(missing_ok=True)  # first: what is half deleted is unfinished
+        raise UserError(f"{folder} holds {foreign[0]}, which is not a pseudo label: choose another name=")
+    (folder / MANIFEST).unlink(missing_ok=True)  # first: a half-deleted folder must count as unfinished
     for kind in ("labels", "confidence"):
         shutil.rmtree(folder / kind, ignore_errors=True)
 
@@ -105,20 +77,31 @@ def read_png(path: Path) -> np.ndarray:
         return np.array(picture)
 
 
-def thresholds(histogram: np.ndarray, threshold: float, selection: str, keep: float) -> np.ndarray:
-    """Least confidence, on the 0..255 scale, that a pixel of each class must have.
+def confidence_levels(confidence: Tensor, threshold: float) -> Tensor:
+    """Confidences in 0..1, float (...), as uint8 levels 0..255.
+
+    A level says exactly whether the confidence reaches `threshold`: from `ceil(255 threshold)` on it does. All other
+    levels are rounded, so level l stands for a confidence of at least (l - 0.5) / 255.
+    """
+    limit = math.ceil(255 * threshold)
+    levels = confidence.mul(255).round_()
+    return torch.where(confidence >= threshold, levels.clamp(min=limit), levels.clamp(max=limit - 1)).to(torch.uint8)
+
+
+def level_limits(histogram: np.ndarray, threshold: float, selection: str, keep: float) -> np.ndarray:
+    """Least confidence level, 0..255, that a pixel of each class must have.
 
     Args:
-        histogram: int (K, 256), pixels by predicted class and rounded confidence.
+        histogram: int (K, 256), pixels by predicted class and level, see `confidence_levels`.
         threshold: the constant one, in 0..1 (ProDA, CAG: 0.95).
-        selection: "constant", or "class_balanced": min(threshold, the level above which `keep` of the
-            class's own pixels lie), so that a class that is never sure does not vanish.
+        selection: "constant", or "class_balanced": min(threshold, the level above which `keep` of the class's own
+            pixels lie), so that a class of low confidence does not vanish.
         keep: that share, in 0..1.
 
     Returns:
         int (K,).
     """
-    constant = np.full(len(histogram), np.ceil(threshold * 255), np.int64)
+    constant = np.full(len(histogram), math.ceil(255 * threshold), np.int64)
     if selection == "constant":
         return constant
     at_least = histogram[:, ::-1].cumsum(1)[:, ::-1]  # pixels with confidence >= level
@@ -128,8 +111,15 @@ def thresholds(histogram: np.ndarray, threshold: float, selection: str, keep: fl
     return np.minimum(constant, own)
 
 
+def thresholds_of(limits: np.ndarray, threshold: float) -> list[float]:
+    """The confidences, in 0..1, that levels from `level_limits` stand for."""
+    return [
+        threshold if level == math.ceil(255 * threshold) else max(0.0, (level - 0.5) / 255) for level in limits.tolist()
+    ]
+
+
 def drop_unsure(folder: Path, name: str, limits: np.ndarray) -> None:
-    """Make `IGNORE` of the pixels of one label whose confidence is below its class's limit, uint8 (K,)."""
+    """Set the pixels of one label to `IGNORE` whose confidence level is below the limit of their class, int (K,)."""
     path = label_path(folder, name)
     labels = read_png(path)
     labels[read_png(confidence_path(folder, name)) < limits[labels]] = IGNORE
@@ -154,7 +144,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def attach(target: SegmentationDataset, folder: Path, classes: ClassSet) -> None:
-    """Make a target dataset's pseudo labels its labels; images that the generator left out are left out here too.
+    """Make the pseudo labels the labels of a target dataset, without the images that the generator left out.
 
     Raises:
         UserError: they are unfinished, one is missing, two images share one, or they are of other classes.

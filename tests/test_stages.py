@@ -38,7 +38,7 @@ from utils.config import UserError, to_dict
 from utils.engine import checkpoint, loop
 from utils.engine.loop import refuse_other_experiment
 from utils.engine.setup import load_network, resolve_auto
-from utils.evaluation.prediction import predict
+from utils.evaluation.prediction import predict_labels
 
 STAGES = (
     ("warmup", train_bpl, "stage0_warmup.yml"),
@@ -218,7 +218,7 @@ def test_confidence_is_that_of_the_mirrored_average(finished, configure):
             Image.open(finished.folder / "pseudo_labels" / "confidence" / f"{sample.name}.png")
         ).astype(int)
         averaged, plain, after = (
-            255 * predict(model, image, flip, softmax_first=first)[0].amax(0).numpy()
+            255 * predict_labels(model, image, flip=flip, softmax_first=first, with_confidence=True)[1][0].numpy()
             for flip, first in ((True, True), (False, True), (True, False))
         )
         rounding = 0.51  # of a level; these networks are hardly sure of anything, so the ways are not far apart

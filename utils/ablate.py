@@ -26,7 +26,7 @@ from utils.engine.log import show_path
 from utils.engine.loop import refuse_other_experiment
 from utils.engine.setup import check_inputs, load_config
 from utils.pipeline import STEPS, first_weights, format_summary, over_seeds, own_keys, stage_rows
-from utils.report.runs import ABLATION, read_mapping
+from utils.report.page import ABLATION, read_mapping
 
 VARIANTS = ROOT / "configs" / "ablations" / "default.yml"
 STAGES = ("warmup", "bpl", "pst")  # that may have variants

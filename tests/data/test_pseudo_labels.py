@@ -1,10 +1,10 @@
 """Thresholds of pseudo labels, and how they become the target's labels."""
 
 import json
-import time
 
 import numpy as np
 import pytest
+import torch
 
 from data import pseudo_labels as store
 from data.datasets import build_dataset
@@ -27,16 +27,16 @@ def kept(histogram, limits):
 
 
 def test_constant_threshold(histogram):
-    limits = store.thresholds(histogram, 0.8, "constant", 0.66)
+    limits = store.level_limits(histogram, 0.8, "constant", 0.66)
     assert limits.tolist() == [204] * 4  # 0.8 of 255
-    assert store.thresholds(histogram, 0.95, "constant", 0.66).tolist() == [243] * 4  # 242.25, rounded up
-    assert store.thresholds(histogram, 0.0, "constant", 0.66).tolist() == [0] * 4
+    assert store.level_limits(histogram, 0.95, "constant", 0.66).tolist() == [243] * 4  # 242.25, rounded up
+    assert store.level_limits(histogram, 0.0, "constant", 0.66).tolist() == [0] * 4
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.66, 1.0])
 def test_class_balanced_threshold(histogram, keep):
-    constant = store.thresholds(histogram, 0.95, "constant", keep)
-    limits = store.thresholds(histogram, 0.95, "class_balanced", keep)
+    constant = store.level_limits(histogram, 0.95, "constant", keep)
+    limits = store.level_limits(histogram, 0.95, "class_balanced", keep)
     assert (limits <= constant).all()
     total = histogram.sum(1)
     assert (kept(histogram, limits) >= keep * total).all()
@@ -70,31 +70,22 @@ def test_attached_labels_are_train_ids_as_they_stand(trees, tmp_path):
         store.attach(target, tmp_path, CLASS_SETS["cityscapes19"])
 
 
-def test_files_beside_are_all_there_at_the_end_and_few_wait(tmp_path):
-    maps = np.random.default_rng(0).integers(0, 256, (50, 16, 24), np.uint8)
-    with store.Beside() as beside:
-        for i, array in enumerate(maps):
-            beside(store.write_png, tmp_path / f"{i % 3}/{i}.png", array)
-            assert len(beside._pending) <= 2 * store.THREADS
-    for i, array in enumerate(maps):
-        np.testing.assert_array_equal(store.read_png(tmp_path / f"{i % 3}/{i}.png"), array)
+def test_threshold_is_compared_before_rounding():
+    threshold = 0.95  # 242.25 of 255
+    confidence = torch.tensor([0.0, 0.3, 0.9499, 0.94999, 0.95, 0.9501, 0.9999, 1.0])
+    levels = store.confidence_levels(confidence, threshold)
+    limit = store.level_limits(np.zeros((1, 256), np.int64), threshold, "constant", 0.5)
+    assert ((levels.numpy() >= limit) == (confidence >= threshold).numpy()).all()
+    assert levels.tolist()[:2] == [0, 76] and levels[-1] == 255
+    assert store.thresholds_of(limit, threshold) == [threshold]
 
 
-def test_what_cannot_be_written_beside_is_named_and_the_rest_dropped(tmp_path):
-    (tmp_path / "file").write_text("in the way of a folder")
-    begun = []
-    with pytest.raises(UserError, match=r"cannot write .*file/x\.png: (File exists|Not a directory)"):  # noqa: SIM117
-        with store.Beside() as beside:
-            beside(store.write_png, tmp_path / "file" / "x.png", np.zeros((2, 2), np.uint8))
-            for i in range(1000):
-                beside(begun.append, i)
-    assert len(begun) <= 2 * store.THREADS
-    begun.clear()
-    with pytest.raises(KeyError), store.Beside() as beside:  # an error of the caller's own
-        for i in range(2 * store.THREADS):
-            beside(lambda i=i: (time.sleep(0.2), begun.append(i)))
-        raise KeyError
-    assert len(begun) <= store.THREADS
+def test_threshold_of_a_class_is_the_one_used():
+    confidence = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) ** 2
+    levels = store.confidence_levels(confidence, 0.95)
+    limits = store.level_limits(np.bincount(levels.numpy(), minlength=256)[None], 0.95, "class_balanced", 0.5)
+    (used,) = store.thresholds_of(limits, 0.95)
+    assert used < 0.5 and ((levels.numpy() >= limits) == (confidence >= used).numpy()).all()
 
 
 def test_full_disk_is_one_line(tmp_path):

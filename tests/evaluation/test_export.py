@@ -1,5 +1,6 @@
 """Predictions as files: sizes, ids, colours, and what the official scorer of Cityscapes makes of them."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -120,7 +121,10 @@ def test_images_of_any_kind_without_labels(configure, trees, weights, tmp_path):
             path = folder / kind / Path(name).with_suffix(".jpg" if kind == "overlay" else ".png")
             assert Image.open(path).size == size, path
     _, folder = predict_images(configure, weights, photos / "gr*.png")
-    assert [p.name for p in sorted(folder.rglob("*.*"))] == ["grey.png", "grey.png", "grey.jpg", "grey.png"]
+    found = [p.name for p in sorted(folder.rglob("*.*"))]
+    assert found == ["grey.png", "grey.png", "grey.jpg", "classes.json", "grey.png"]
+    names = json.loads((folder / "train_ids" / "classes.json").read_text(encoding="utf-8"))
+    assert names == {str(k): name for k, name in enumerate(NINETEEN.names)}
     shutil.rmtree(folder)
 
 
@@ -140,6 +144,7 @@ def test_scores_and_worst_images_of_another_dataset(configure, trees, weights, t
     assert result["dataset"] == "source" and result["mode"]["scales"] == [0.5, 1]
     expected = trees["gta5"].pixels_of(NINETEEN.names)
     assert sum(map(sum, result["confusion"])) == pytest.approx(sum(map(sum, expected.values())), rel=0.01)
+    assert not list(cfg.run_dir.glob("events.*")) and (cfg.run_dir / "report.html").is_file()
     worst = [entry["miou"] for entry in result["worst"]]
     assert len(worst) == 2 and worst == sorted(worst) and (cfg.run_dir / "panels" / "worst.png").is_file()
     assert {entry["image"] for entry in result["worst"]} <= set(expected)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.taxonomy import CLASS_SETS, IGNORE, custom_class_set
-from utils.evaluation.metrics import ConfusionMatrix, class_table, confusion_table, table
+from utils.evaluation.metrics import ConfusionMatrix, class_table, confusion_table, left_out_note, table
 
 THREE = custom_class_set(["a", "b", "c"], [])
 
@@ -41,8 +41,10 @@ def test_counting_leaves_the_labels_alone():
 def test_class_without_pixels_is_left_out_and_a_false_one_is_zero():
     scores = confusion_of(THREE, ([0, 0], [0, 0])).scores(THREE)
     assert scores["iou"] == {"a": 100, "b": None, "c": None} and scores["miou"] == 100
+    assert scores["left_out"] == ["b", "c"] and left_out_note(scores) == "mIoU over 1 of 3 classes: no pixel of b, c"
     scores = confusion_of(THREE, ([0, 1], [0, 0])).scores(THREE)
     assert scores["iou"] == {"a": 50, "b": 0, "c": None} and scores["miou"] == 25
+    assert scores["left_out"] == ["c"]  # b is predicted
     assert scores["accuracy"] == {"a": 50, "b": None, "c": None} and scores["macc"] == 50  # b is not in the labels
     assert math.isnan(confusion_of(THREE, ([0, 1], [IGNORE, IGNORE])).scores(THREE)["miou"])
 
@@ -60,7 +62,8 @@ def test_sixteen_and_thirteen_classes_from_one_model():
 def test_table_has_a_row_for_each_class_and_average():
     sixteen = CLASS_SETS["cityscapes16"]
     scores = confusion_of(sixteen, ([0, 1], [0, 1])).scores(sixteen)
-    lines = table({"last": scores, "best": scores}, sixteen).splitlines()
+    *lines, note = table({"last": scores, "best": scores}, sixteen).splitlines()
+    assert note == left_out_note(scores) and note.startswith("mIoU over 2 of 16 classes: no pixel of building, wall")
     rows = {line[:15].strip(): line[15:].split() for line in lines}
     assert list(rows)[1:17] == list(sixteen.names)
     assert rows["road"] == ["100.0", "100.0"] and rows["sky"] == ["-", "-"]
@@ -76,6 +79,7 @@ def test_class_table_names_iou_accuracy_and_pixels():
     assert rows["road"] == ["50.00", "100.00", "1"] and rows["sidewalk"] == ["50.00", "50.00", "2"]
     assert rows["sky"] == ["-", "-", "0"] and rows["mean"] == ["50.00", "75.00", "3"]
     assert rows["miou16"] == rows["miou13"] == ["50.00"] and rows["pixel accuracy"] == ["66.67"]
+    assert lines[-1].startswith("mIoU over 2 of 16 classes")
 
 
 def test_confusion_table_shows_what_becomes_of_a_class():

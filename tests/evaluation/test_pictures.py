@@ -30,7 +30,7 @@ def test_gallery_saves_image_prediction_and_truth_side_by_side(tmp_path):
 
 
 def test_worst_images_are_kept_the_worst_first(tmp_path):
-    worst, image = Worst(2, list("abcde"), CLASSES), torch.zeros(3, 8, 16, dtype=torch.uint8)
+    worst, image = Worst(2, [*"abcd", "caf\udce9"], CLASSES), torch.zeros(3, 8, 16, dtype=torch.uint8)
     right = [128, 32, 0, 96, 64]  # pixels
     for index, count in enumerate(right):
         prediction = torch.where(torch.arange(128).view(8, 16) < count, 0, 1).byte()
@@ -38,7 +38,7 @@ def test_worst_images_are_kept_the_worst_first(tmp_path):
         worst(index, image, prediction, label)
     assert list(worst.scores.values()) == [
         {"image": "b", "miou": 12.5, "pixel_accuracy": 25},  # the class that is not there has IoU 0
-        {"image": "e", "miou": 25, "pixel_accuracy": 50},
+        {"image": r"caf\xe9", "miou": 25, "pixel_accuracy": 50},  # a file name that is not UTF-8
     ]
     assert list(worst.shown) == [1, 4] and worst.save(tmp_path / "worst.png").shape[2] == 3
     nothing = Worst(0, ["a"], CLASSES)

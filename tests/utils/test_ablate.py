@@ -16,8 +16,7 @@ from data import pseudo_labels
 from utils import ablate, pipeline
 from utils.ablate import VARIANTS, own_stages, planned, read_variants
 from utils.config import ConfigError, UserError
-from utils.report.page import write_report
-from utils.report.runs import find_runs
+from utils.report.page import find_runs, write_report
 
 LIST = {
     "bpl": {

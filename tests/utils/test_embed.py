@@ -1,4 +1,4 @@
-"""Compactness and separation of features made by hand; the plane they are drawn on."""
+"""Compactness and separation of features made by hand; the files of the projector."""
 
 import json
 import math
@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from conftest import FOLDER_NAMES
 
 import train_bpl
 from data.taxonomy import IGNORE
 from utils.config import UserError
-from utils.embed import LEAST_PIXELS, ClassCentres, View, project, run
+from utils.embed import LEAST_PIXELS, ClassCentres, run
 
 N = LEAST_PIXELS
 
@@ -71,21 +71,6 @@ def test_classes_with_too_few_pixels_have_no_centre():
     assert list(centres.compactness()) == [0] and centres.separation() is None
 
 
-def test_plane_is_turned_to_match_and_keeps_distances():
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(4).repeat_interleave(25)
-    features = F.normalize(torch.randn(4, 16, generator=generator)[labels] + 0.1 * torch.randn(100, 16), dim=1)
-    view = View("a", ClassCentres(4), features, labels, torch.eye(4, 16))
-    points, prototypes, share = project(view)
-    assert points.shape == (100, 2) and prototypes.shape == (4, 2) and 0 < share <= 1
-    turned = points @ torch.tensor([[0.0, 1.0], [1.0, 0.0]])  # as another run's plane may come out
-    again, prototypes_again, _ = project(view, (turned, labels))
-    torch.testing.assert_close(again, turned, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(
-        torch.cdist(prototypes_again, again), torch.cdist(prototypes, points), atol=1e-4, rtol=1e-4
-    )
-
-
 def test_command_measures_every_run_and_the_page_shows_it(configure, benchmarks, tmp_path):
     given = [f"benchmark={benchmarks['day_to_dusk']}", f"runs={tmp_path}", "device=cpu"]
     folder = tmp_path / "day_to_dusk"
@@ -98,7 +83,9 @@ def test_command_measures_every_run_and_the_page_shows_it(configure, benchmarks,
     for numbers in result["runs"].values():
         assert 0 < numbers["compactness"] <= 1 and 0 <= numbers["separation"] <= 2
         assert numbers["compactness"] == pytest.approx(sum(numbers["by_class"].values()) / len(numbers["by_class"]))
-    assert Image.open(folder / "features.png").width > 800
+    labels = (folder / "embed" / "00000" / "bpl" / "metadata.tsv").read_text(encoding="utf-8").splitlines()
+    assert labels[0] == "class\tkind" and labels[-4:] == [f"{name}\tprototype" for name in FOLDER_NAMES]
+    assert {line.split("\t")[0] for line in labels[1:-4]} == set(FOLDER_NAMES)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert f"{result['runs']['bpl']['separation']:.3f}" in page
     assert list(run(given, ["bpl"])["runs"]) == ["bpl"]

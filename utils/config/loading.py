@@ -137,7 +137,9 @@ def _override(assignment: str) -> tuple[str, dict]:
     """'train.lr=1e-3' -> ('train.lr', {'train': {'lr': 1e-3}})."""
     key, equals, text = assignment.partition("=")
     if not equals:
-        raise ConfigError(f"{assignment!r} is not of the form key=value")
+        weights = Path(assignment).suffix in (".pth", ".pt", ".pkl", ".tar")
+        hint = f"; a weight file is named by checkpoint={assignment}" if weights else ""
+        raise ConfigError(f"{assignment!r} is not of the form key=value{hint}")
     keys = _all_keys()
     if key not in keys:
         raise _unknown(key, "the command line")

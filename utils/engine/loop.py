@@ -41,14 +41,10 @@ from utils.engine.setup import (
     resolve_auto,
 )
 from utils.engine.step import GuardedStep
-from utils.evaluation.metrics import table
+from utils.evaluation.batchnorm import batchnorm_statistics, recompute_batchnorm, set_batchnorm_statistics
+from utils.evaluation.metrics import left_out_note, table
 from utils.evaluation.pictures import Gallery
-from utils.evaluation.prediction import (
-    batchnorm_statistics,
-    evaluate,
-    recompute_batchnorm,
-    set_batchnorm_statistics,
-)
+from utils.evaluation.prediction import evaluate
 
 Backward = Callable[..., None]
 
@@ -407,8 +403,8 @@ class Run:
         self.log.record(step, "val", self.last_scores)
         if gallery.shown:
             self.log.picture(step, "val/panel", gallery.save(self.folder / "panels" / f"{step:06d}.png"))
-        best = f"best {self.best['miou']:.2f} at step {self.best['iteration']}"
-        self.log.info(f"step {step}: mIoU {scores['miou']:.2f} ({best})")
+        notes = [f"best {self.best['miou']:.2f} at step {self.best['iteration']}", left_out_note(scores)]
+        self.log.info(f"step {step}: mIoU {scores['miou']:.2f} ({'; '.join(filter(None, notes))})")
         if step == cfg.train.iterations:
             self.log.info(table({"last": self.last_scores, "best on val": self.best}, classes))
             self.log.info("best on val: chosen by the labels of data.val that it is measured on; last: by none")

@@ -19,7 +19,8 @@ from models.weights import SIMCLR_SETTINGS
 from utils.config import Config, ConfigError, UserError, read_config
 from utils.config.keys import DEFAULT_ARCH, DEFAULT_BACKBONE, TRAINING_STAGES
 from utils.engine import checkpoint, distributed
-from utils.evaluation.prediction import default_precision, recompute_batchnorm, set_batchnorm_statistics
+from utils.evaluation.batchnorm import recompute_batchnorm, set_batchnorm_statistics
+from utils.evaluation.prediction import default_precision
 
 
 def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -19,17 +20,18 @@ KINDS = ("color", "overlay", "train_ids", "label_ids")
 
 
 class Exporter:
-    """Writes each prediction at the size of its file; pass it as `see`.
+    """Writes each prediction at the size of its image file; a callback of `evaluate`.
 
-        <folder>/color/<name>.png        the class set's palette
-        <folder>/overlay/<name>.jpg      the same, half over the image
-        <folder>/train_ids/<name>.png    8-bit, as the network numbers the classes
-        <folder>/label_ids/<name>.png    as the dataset does: what Cityscapes' server and scorer read
+        <folder>/color/<name>.png            the class set's palette
+        <folder>/overlay/<name>.jpg          the same, half transparent over the image
+        <folder>/train_ids/<name>.png        8-bit, as the network numbers the classes
+        <folder>/train_ids/classes.json      {train id: class name}
+        <folder>/label_ids/<name>.png        8-bit, as the dataset does; Cityscapes' server and scorer read these
 
     A name is the image's path below its root, without ending. Photographs that EXIF turns are written upright.
 
     Args:
-        folder: the maps that an earlier export left there are deleted.
+        folder: maps of an earlier export are deleted from it.
         dataset: where the predicted images are from.
         id_to_name: numbering of label_ids, {label id: class name}.
     """
@@ -37,14 +39,18 @@ class Exporter:
     def __init__(self, folder: Path, dataset: SegmentationDataset, classes: ClassSet, id_to_name: dict[int, str]):
         self.folder, self.dataset, self.classes = folder, dataset, classes
         self.label_ids = classes.inverse_table(id_to_name)
-        for kind in KINDS if is_main() else ():
-            shutil.rmtree(folder / kind, ignore_errors=True)
+        if is_main():
+            for kind in KINDS:
+                shutil.rmtree(folder / kind, ignore_errors=True)
+            (folder / "train_ids").mkdir(parents=True)
+            names = json.dumps(dict(enumerate(classes.names)), indent=2, ensure_ascii=False)
+            (folder / "train_ids" / "classes.json").write_text(f"{names}\n", encoding="utf-8")
         wait()
 
     def __call__(self, index: int, image: Tensor, prediction: Tensor, label: Tensor | None = None) -> None:
         sample = self.dataset.samples[index]
         image, prediction = image.cpu(), prediction.cpu()
-        if self.dataset.size:  # what the network saw is not what the file holds
+        if self.dataset.size:  # the network saw a resized image
             image = read_image(sample.image)
             prediction = resize_label(prediction, image.shape[1:])
         train_ids, color = prediction.numpy(), colorize(prediction, self.classes)

@@ -19,7 +19,7 @@ class ConfusionMatrix:
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """Count integer maps of one shape; pixels whose label is `IGNORE` are left out."""
         k = self.num_classes
-        rows = label.long().clamp(max=k)  # ignored pixels have a row of their own: to leave them out, one would wait
+        rows = label.long().clamp(max=k)  # ignored pixels go to a row of their own: selecting pixels would synchronise
         counts = torch.bincount(rows.mul_(k).add_(prediction).flatten(), minlength=(k + 1) * k)[: k * k].view(k, k)
         self.counts = counts if self.counts is None else self.counts.add_(counts)
 
@@ -33,15 +33,13 @@ class ConfusionMatrix:
         """Scores in percent, by name.
 
         Returns:
-            miou: mean of iou; and the class set's further averages of it.
-            iou: {class: intersection over union}.
-            accuracy: {class: share of its pixels that is found}; macc: their mean.
-            pixel_accuracy: share of all labelled pixels that is right.
+            miou: mean of iou; further averages of the class set (miou16, miou13) beside it.
+            iou: {class: intersection over union}; None of a class that is neither in the labels nor predicted.
+            left_out: classes whose IoU is None; no average counts them.
+            accuracy: {class: recall}, None of a class that is not in the labels; macc: their mean.
+            pixel_accuracy: share of the labelled pixels that is correct.
             pixels: {class: labelled pixels}.
             confusion: K rows of K pixel counts, true class by predicted class.
-
-        A class that is neither in the labels nor predicted has IoU None, one that is not in the labels accuracy None;
-        None is left out of the averages.
         """
         counts = self.counts.double().cpu()
         hit, pixels = counts.diag(), counts.sum(1)
@@ -52,6 +50,7 @@ class ConfusionMatrix:
         return {
             "miou": mean_over(iou, classes.names),
             "iou": iou,
+            "left_out": [name for name, value in iou.items() if value is None],
             **{key: mean_over(iou, names) for key, names in classes.subsets.items()},
             "accuracy": accuracy,
             "macc": mean_over(accuracy, classes.names),
@@ -62,9 +61,20 @@ class ConfusionMatrix:
 
 
 def mean_over(values: dict[str, float | None], names: tuple[str, ...]) -> float:
-    """Mean over some classes, those without pixels left out."""
+    """Mean over some classes; those without a value are left out."""
     values = [values[n] for n in names if values[n] is not None]
     return sum(values) / len(values) if values else float("nan")
+
+
+def left_out_note(scores: dict) -> str:
+    """'mIoU over 17 of 19 classes: no pixel of train, bus', or '' if the mean counts every class."""
+    iou = scores["iou"]
+    missing = [name for name, value in iou.items() if value is None]
+    return (
+        f"mIoU over {len(iou) - len(missing)} of {len(iou)} classes: no pixel of {', '.join(missing)}"
+        if missing
+        else ""
+    )
 
 
 def table(columns: dict[str, dict], classes: ClassSet) -> str:
@@ -81,7 +91,8 @@ def table(columns: dict[str, dict], classes: ClassSet) -> str:
     rows.append("-" * len(rows[0]))
     averages = {"mIoU": "miou", **{key: key for key in classes.subsets}, "pixel accuracy": "pixel_accuracy"}
     rows += [line(title, [s[key] for s in columns.values()]) for title, key in averages.items()]
-    return "\n".join(rows)
+    notes = dict.fromkeys(note for s in columns.values() if (note := left_out_note(s)))
+    return "\n".join([*rows, *notes])
 
 
 def class_table(scores: dict, classes: ClassSet) -> str:
@@ -97,11 +108,12 @@ def class_table(scores: dict, classes: ClassSet) -> str:
     rows.append("-" * len(rows[0]))
     rows.append(line("mean", scores["miou"], scores["macc"], sum(scores["pixels"].values())))
     rows += [line(key, scores[key]) for key in classes.subsets]
-    return "\n".join([*rows, line("pixel accuracy", "", scores["pixel_accuracy"])])
+    rows.append(line("pixel accuracy", "", scores["pixel_accuracy"]))
+    return "\n".join(filter(None, [*rows, left_out_note(scores)]))
 
 
 def confusion_table(scores: dict, classes: ClassSet) -> str:
-    """What becomes of each class's pixels, in percent: true classes downwards, predicted ones, by train id, across."""
+    """Predictions of each class's pixels, in percent: a row per true class, a column per predicted one (its train id)."""
     width = max(len(n) for n in classes.names)
     rows = [f"{'true':{width}}    " + "".join(f"{k:>4}" for k in range(len(classes))) + "  predicted, percent"]
     for k, (name, counts) in enumerate(zip(classes.names, scores["confusion"])):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -28,32 +29,29 @@ def to_picture(image: Tensor) -> np.ndarray:
 
 
 def save_panel(path: Path, rows: list[list[np.ndarray]], captions: list[str], width: int = 320) -> np.ndarray:
-    """Draw rows of equally many pictures under captions, each scaled to `width` px, and save the sheet as PNG.
+    """Draw rows of equally many pictures under captions, each picture scaled to `width` px, and save the sheet as PNG.
 
     Args:
-        rows: pictures, uint8 (H, W, 3).
+        rows: pictures, uint8 (H, W, 3); the first of each row is a photograph, the others are label maps.
         captions: one per column.
 
     Returns:
         The sheet, uint8 (H, W, 3).
     """
-    gap, size = 4, 12 + 2 * len(captions)  # a wide sheet is shrunk to a page: its captions must stay legible
+    gap, size = 4, 12 + 2 * len(captions)  # a page shrinks a wide sheet: its captions must stay legible
     head = size + 8
     heights = [round(width * row[0].shape[0] / row[0].shape[1]) for row in rows]
-    sheet = Image.new(
-        "RGB", (len(captions) * (width + gap) - gap, head + sum(heights) + gap * (len(rows) - 1)), "white"
-    )
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size)
+    sheet_size = (len(captions) * (width + gap) - gap, head + sum(heights) + gap * (len(rows) - 1))
+    sheet = Image.new("RGB", sheet_size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size)
     for column, caption in enumerate(captions):
         draw.text((column * (width + gap) + 4, 3), caption, fill="black", font=font)
     top = head
     for row, height in zip(rows, heights):
         for column, picture in enumerate(row):
-            # Label maps keep their colours: nearest neighbour when they are enlarged or shrunk.
+            # Interpolation would mix the colours of a label map.
             resample = Image.Resampling.BILINEAR if column == 0 else Image.Resampling.NEAREST
-            tile = Image.fromarray(picture).resize((width, height), resample)
-            sheet.paste(tile, (column * (width + gap), top))
+            sheet.paste(Image.fromarray(picture).resize((width, height), resample), (column * (width + gap), top))
         top += height + gap
     if distributed.is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +60,7 @@ def save_panel(path: Path, rows: list[list[np.ndarray]], captions: list[str], wi
 
 
 class Gallery:
-    """Collects some of an evaluation's images; pass it as `see`.
+    """Collects some of an evaluation's images; a callback of `evaluate`.
 
     Args:
         indices: which images, by dataset index.
@@ -77,7 +75,7 @@ class Gallery:
             self.shown[index] = [to_picture(image), colorize(prediction, self.classes), colorize(label, self.classes)]
 
     def gather(self) -> None:
-        """Bring together what the processes have seen."""
+        """Bring together the images of all processes."""
         self.shown = dict(sorted(entry for part in distributed.gathered(self.shown) for entry in part.items()))
 
     def save(self, path: Path) -> np.ndarray:
@@ -104,18 +102,20 @@ class Worst(Gallery):
         scores = confusion.scores(self.classes)
         if math.isnan(scores["miou"]):  # no labelled pixel
             return
-        self.scores[index] = {"image": self.names[index]} | {key: scores[key] for key in ("miou", "pixel_accuracy")}
-        worst = self._worst()
-        self.indices = set(worst)
+        name = os.fsencode(self.names[index]).decode("utf-8", "backslashreplace")  # any bytes may name a file
+        self.scores[index] = {"image": name} | {key: scores[key] for key in ("miou", "pixel_accuracy")}
+        self._keep_worst()
+        self.indices = set(self.scores)
         super().__call__(index, image, prediction, label)
-        self.scores, self.shown = ({i: kept[i] for i in worst} for kept in (self.scores, self.shown))
+        self.shown = {i: self.shown[i] for i in self.scores}
 
-    def _worst(self) -> list[int]:
-        return sorted(self.scores, key=lambda i: (self.scores[i]["miou"], i))[: self.count]
+    def _keep_worst(self) -> None:
+        ranked = sorted(self.scores, key=lambda i: (self.scores[i]["miou"], i))
+        self.scores = {i: self.scores[i] for i in ranked[: self.count]}
 
     def gather(self) -> None:
-        """As `Gallery.gather`: of the worst of each process, the worst."""
+        """Keep the worst images of all processes."""
         super().gather()
         self.scores = {i: score for part in distributed.gathered(self.scores) for i, score in part.items()}
-        worst = self._worst()
-        self.scores, self.shown = ({i: kept[i] for i in worst} for kept in (self.scores, self.shown))
+        self._keep_worst()
+        self.shown = {i: self.shown[i] for i in self.scores}

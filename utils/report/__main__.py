@@ -1,7 +1,7 @@
 """Write the page of a run, or of all stages of a benchmark, anew.
 
-    python -m utils.report runs/toy
-    python -m utils.report runs/toy/bpl
+python -m utils.report runs/toy
+python -m utils.report runs/toy/bpl
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pieces of a page as markup: charts in inline SVG, bars, tables, pictures. No script; report.css has their style."""
+"""Pieces of a page as markup: charts in inline SVG, bars, tables, pictures. No scripts; page.css has their style."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-WIDTH, HEIGHT = 360, 220  # units of a line chart, about its pixels on the page: text keeps its size on a phone
+WIDTH, HEIGHT = 360, 220  # units of a line chart, about its pixels on the page
 LEFT, RIGHT, TOP, BOTTOM = 44, 14, 26, 38  # margins inside it
 CELL = 26  # side of a heat map's cell in px
 MOST_POINTS = 200  # a longer line is averaged down to as many points
 PICTURE_WIDTH = 1680  # px that pictures are shrunk to
-LEGIBLE_WIDTH = 860  # px that a picture keeps on a phone, where it scrolls in its box
+LEGIBLE_WIDTH = 860  # least px of a wide picture; on a phone it scrolls in its box
 
 
 class Line(NamedTuple):
@@ -110,10 +110,10 @@ def line_chart(
                 f"<title>{escape(line.name)}, {number(a)}: {b:.4g}</title></circle>"
                 for a, b in line.points
             ]
-    said = escape(f"{title}: {y_label} over {x_label}, {', '.join(line.name for line in lines)}")
+    label = escape(f"{title}: {y_label} over {x_label}, {', '.join(line.name for line in lines)}")
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{said}">{"".join(parts)}</svg></figure>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg></figure>'
     )
 
 
@@ -149,7 +149,7 @@ def heat_map(counts: np.ndarray, names: Sequence[str], title: str) -> str:
     share = 100 * counts / np.where(total > 0, total, 1)
     margin = 16 + round(6.6 * max(map(len, names)))  # px that the longest name takes, with room
     size = CELL * len(names)
-    width, height = margin + size + 8, margin + size + 24
+    width = height = margin + size + 8
     parts = [f'<rect class="sheet" x="{margin}" y="{margin}" width="{size}" height="{size}"/>']
     for k, name in enumerate(names):
         centre = margin + CELL * k + CELL / 2
@@ -158,16 +158,12 @@ def heat_map(counts: np.ndarray, names: Sequence[str], title: str) -> str:
         parts.append(f'<text transform="translate({centre + 4} {margin - 7}) rotate(-90)">{text}</text>')
     for i, j in zip(*np.nonzero(share >= 0.5)):
         left, top, value = margin + CELL * j, margin + CELL * i, share[i, j]
-        said = escape(f"{names[i]} taken for {names[j]}: {value:.1f} %")
+        label = escape(f"{names[i]} taken for {names[j]}: {value:.1f} %")
         parts.append(
-            f'<g><title>{said}</title><rect x="{left}" y="{top}" width="{CELL}" height="{CELL}" '
+            f'<g><title>{label}</title><rect x="{left}" y="{top}" width="{CELL}" height="{CELL}" '
             f'fill="var(--heat)" fill-opacity="{0.06 + 0.94 * value / 100:.2f}"/><text class="{"on" if value > 45 else "off"}" '
             f'x="{left + CELL / 2}" y="{top + CELL / 2 + 3.5}" text-anchor="middle">{value:.0f}</text></g>'
         )
-    parts.append(
-        f'<text class="axis" x="{margin + size / 2}" y="{height - 6}" text-anchor="middle">'
-        "prediction, in % of the true class's pixels</text>"
-    )
     return (
         f'<svg class="heat" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{escape(title)}">{"".join(parts)}</svg>'
@@ -193,8 +189,8 @@ def tiles(facts: list[tuple[str, str, str]]) -> str:
     return f'<dl class="tiles">{"".join(parts)}</dl>'
 
 
-def picture(path: Path, said: str) -> str:
-    """A picture file as JPEG inside the page, in a box that scrolls on a phone; '' if there is none."""
+def picture(path: Path, description: str) -> str:
+    """A picture file as JPEG inside the page, in a box that scrolls on a phone and says so; '' if there is none."""
     try:
         with Image.open(path) as file:
             sheet = file.convert("RGB")
@@ -206,9 +202,10 @@ def picture(path: Path, said: str) -> str:
     uri = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
     width, height = sheet.size
     least = min(width, LEGIBLE_WIDTH)
+    wide = " wide" if least == LEGIBLE_WIDTH else ""
     return (
-        f'<div class="scroll" tabindex="0"><img src="{uri}" width="{width}" height="{height}" '
-        f'style="min-width:{least}px" alt="{escape(said)}"></div>'
+        f'<div class="picture{wide}"><div class="scroll" tabindex="0"><img src="{uri}" width="{width}" height="{height}" '
+        f'style="min-width:{least}px" alt="{escape(description)}"></div></div>'
     )
 
 

@@ -1,29 +1,44 @@
-"""A run as one page: report.html, complete in itself, without a script and without the network.
+"""A run as one page: report.html, complete in itself, without scripts and without the network.
 
-Built from what a run folder holds: metrics.jsonl, metrics.json, manifest.json, config.yml, panels/, and of a
-benchmark summary.json, seeds.json, panel.png, features.json and features.png. What is missing is left out.
+It shows what a run folder holds: metrics.jsonl, metrics.json, manifest.json, config.yml, panels/, and of a benchmark
+summary.json, seeds.json, panel.png and features.json. Missing or damaged files leave a gap.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Container, Iterable
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 import numpy as np
+import yaml
 
-from utils.config import flatten
+from data.taxonomy import CLASS_SETS, ClassSet, custom_class_set
+from utils.config import UserError, flatten
 from utils.engine.checkpoint import atomic_write
 from utils.engine.distributed import is_main
+from utils.evaluation.metrics import left_out_note
 from utils.report.charts import Bar, Line, bars, chips, heat_map, line_chart, picture, table, tiles
-from utils.report.runs import ABLATION, STAGES, class_set_of, find_runs, read_mapping, title_of
 
-CONTROLS = (
-    "source_only_long",
-    "source_only_target_bn",
-    "source_only",
-)  # what a result is held against, the first that is there
-RESULTS = ("distill/round2", "distill/round1", "distill", "pst", "bpl", "warmup")  # what a page is about, likewise
+# Rows of summary.json and first folders of runs, in order: title and colour on the page.
+STAGES = {
+    "source_only": ("source only", "#8a94a3"),
+    "source_only_target_bn": ("source only, target BN", "#5b6675"),
+    "warmup": ("warm-up", "#d08a00"),
+    "bpl": ("BPL", "#0d9a6c"),
+    "pst": ("PST", "#1f6fc4"),
+    "distill": ("distilled", "#8e4fb8"),
+    "source_only_long": ("source only, long", "#a0784f"),
+    "labelled_bound": ("with target labels", "#d1495b"),
+}
+ABLATION = "ablation"  # folder of the runs that `utils.ablate` makes, beside a benchmark's own
+
+
+# What a result is compared with, and what a page is about; the first that is there.
+CONTROLS = ("source_only_long", "source_only_target_bn", "source_only")
+RESULTS = ("distill/round2", "distill/round1", "distill", "pst", "bpl", "warmup")
 OTHER_HUES = ("#4f8f8b", "#b8527e", "#7a8a2e", "#c0643a")
 COLUMNS = {  # of the table of scores
     "mIoU": "miou",
@@ -37,8 +52,89 @@ COLUMNS = {  # of the table of scores
     "gap closed from target BN": "gap_closed_from_source_only_target_bn",
     "gap closed from long": "gap_closed_from_source_only_long",
 }
-OWN_ROWS = {"last": "last checkpoint", "best": "best checkpoint", "test": "test"}  # of the page of one run
-CONFUSIONS = 10  # largest ones that are listed
+OWN_ROWS = {"last": "last checkpoint", "best": "best checkpoint", "test": "test"}  # on the page of one run
+RAREST = 6  # classes of the pipeline's score of rare classes; of no more classes it repeats the mIoU
+CONFUSIONS = 10  # how many are listed
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds, as far as it can be read; `name` is its path below the benchmark's folder."""
+
+    name: str
+    folder: Path
+    config: dict
+    train: list[dict]
+    val: list[dict]
+    scores: dict[str, dict]  # "last" and "best" of training, or "test"
+
+
+def read_mapping(path: Path, parse=json.loads) -> dict:
+    """The mapping that a file holds, {} if it cannot be read."""
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _lines(path: Path) -> list[dict]:
+    if not path.is_file():
+        return []
+    entries = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:  # cut short by a kill
+            continue
+    return [e for e in entries if isinstance(e, dict) and "step" in e]
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    entries, metrics = _lines(folder / "metrics.jsonl"), read_mapping(folder / "metrics.json")
+    scores = {"test": metrics} if "miou" in metrics else {k: v for k, v in metrics.items() if isinstance(v, dict)}
+    by_group = ([e for e in entries if e.get("group") == group] for group in ("train", "val"))
+    return Run(name, folder, read_mapping(folder / "config.yml", yaml.safe_load), *by_group, scores)
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Sort key that brings names of rows and runs into the order of the stages, unknown ones last."""
+    first = name.split("/")[0]
+    return (list(STAGES).index(first) if first in STAGES else len(STAGES)), name
+
+
+def find_runs(folder: Path) -> list[Run]:
+    """The run in a folder, or the training runs below it but for those of an ablation, in the order of the stages.
+
+    Raises UserError if there is none.
+    """
+    if (folder / "config.yml").is_file():
+        config = read_mapping(folder / "config.yml", yaml.safe_load)
+        name = str(config.get("name") or config.get("stage") or folder.name)
+        return [_read_run(folder, name)]
+    found = [p.parent for p in folder.rglob("metrics.jsonl") if ABLATION not in p.relative_to(folder).parts]
+    if not found:
+        raise UserError(f"{folder} holds no run: name runs/<benchmark> or a run's folder in it")
+    names = sorted((f.relative_to(folder).as_posix() for f in found), key=_place)
+    return [_read_run(folder / name, name) for name in names]
+
+
+def class_set_of(config: dict) -> ClassSet | None:
+    """The classes that a run's config.yml names, None if it does not say."""
+    data = config.get("data", {})
+    if data.get("class_set") in CLASS_SETS:
+        return CLASS_SETS[data["class_set"]]
+    try:
+        return custom_class_set(data["class_names"], data["palette"])
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def title_of(name: str) -> str:
+    """'distill/round2' -> 'distilled, round 2'."""
+    first, *rest = name.split("/")
+    rest = [r.replace("round", "round ").replace("_", " ") for r in rest]
+    return ", ".join([STAGES[first][0] if first in STAGES else first.replace("_", " "), *rest])
 
 
 def _section(title: str, body: str, lead: str = "") -> str:
@@ -122,15 +218,24 @@ class _Page:
         if not rows:
             return ""
         chart = bars([Bar(self.title(name), row["miou"], self.hue(name)) for name, row in rows.items()])
-        columns = {title: key for title, key in COLUMNS.items() if any(key in row for row in rows.values())}
+        columns = {
+            title: key for title, key in COLUMNS.items() if any(row.get(key) is not None for row in rows.values())
+        }
+        scored = {n for row in rows.values() for n, value in (row.get("iou") or {}).items() if value is not None}
+        if len(scored) <= RAREST:
+            columns.pop("rarest classes", None)
         scores = table(
             ["", *columns],
             [[self.title(n), *(_percent(row.get(k)) for k in columns.values())] for n, row in rows.items()],
         )
         rarest = next((row["rarest"] for row in rows.values() if row.get("rarest")), [])
-        lead = "In percent, on the validation images. The last checkpoint of a run was chosen by no target label, "
-        lead += "the best one by the labels that it is scored on."
-        lead += f" Rarest classes: {escape(', '.join(rarest))}." if rarest else ""
+        lead = (
+            "In percent, on the validation images. The last checkpoint does not depend on target labels; the best one "
+        )
+        lead += "was chosen by the labels that it is scored on."
+        lead += f" Rarest classes: {escape(', '.join(rarest))}." if "rarest classes" in columns else ""
+        notes = dict.fromkeys(left_out_note(row) for row in rows.values() if row.get("iou"))
+        lead += "".join(f" {escape(note)}." for note in notes if note)
         if "gap closed from long" in columns:
             lead += " Gap closed: share of the way from that control to the network with target labels."
         title = "mIoU" if self.alone else "mIoU by stage"
@@ -141,9 +246,11 @@ class _Page:
         if not rows:
             return ""
         columns = {title: key for title, key in COLUMNS.items() if any(row.get(key) for row in rows.values())}
+        classes = list(next(iter(rows.values())).get("iou") or {})
+        if len(classes) <= RAREST:
+            columns.pop("rarest classes", None)
         cells = ([_spread(row.get(key)) for key in columns.values()] for row in rows.values())
         scores = table(["", *columns], [[self.title(name), *row] for name, row in zip(rows, cells)])
-        classes = list(next(iter(rows.values())).get("iou") or {})
         by_class = table(
             ["IoU", *map(title_of, rows)],
             [[name, *(_spread(row["iou"].get(name)) for row in rows.values())] for name in classes],
@@ -214,7 +321,9 @@ class _Page:
         rest = "".join(
             f"<details><summary>{escape(title_of(n))}</summary>{shown(n)}</details>" for n in matrices if n != final
         )
-        lead = f"{escape(title_of(final))}: rows are true classes. Beside it, the largest confusions."
+        lead = (
+            f"{escape(title_of(final))}: rows are true classes, columns predictions, in % of the true class's pixels."
+        )
         return _section("Confusion", shown(final) + rest, lead)
 
     def _manifests(self) -> list[tuple[str, dict]]:
@@ -245,8 +354,10 @@ class _Page:
             cards.append(
                 f'<div class="card"><h3>{escape(name)}<br><small>{how}</small></h3>{bars(rows, digits=0)}</div>'
             )
-        lead = "Share of the pixels predicted as a class that is kept, in percent; then the class's share of all "
-        lead += "predictions and the least confidence that is kept."
+        lead = (
+            "Percentage of the pixels predicted as a class that is kept; then the class's share of all predictions and "
+        )
+        lead += "its confidence threshold."
         return _section("Pseudo labels", f'<div class="cards">{"".join(cards)}</div>' if cards else "", lead)
 
     def panels(self) -> str:
@@ -274,12 +385,12 @@ class _Page:
         ]
         if not rows:
             return ""
-        drawn = picture(self.folder / "features.png", "features and prototypes in two dimensions, by run")
         lead = (
             "Compactness: mean cosine between a pixel's feature and the centre of its true class. Separation: mean of "
         )
-        lead += "1 − cosine between the centres of two classes. More is better for both, and neither says much alone."
-        return _section("Features", table(["", "compactness", "separation"], rows) + drawn, lead)
+        lead += "1 − cosine between the centres of two classes. Higher is better, for both together. "
+        lead += "The features themselves: tensorboard --logdir embed."
+        return _section("Features", table(["", "compactness", "separation"], rows), lead)
 
     def configs(self) -> str:
         flat = {run.name: flatten(run.config) for run in self.runs if run.config}
@@ -313,5 +424,6 @@ def write_report(folder: Path) -> Path:
     path = folder / "report.html"
     if is_main():
         page = _Page(folder).html()
-        atomic_write(path, lambda p: p.write_text(page, encoding="utf-8"))
+        # A path in it may hold bytes that are not UTF-8.
+        atomic_write(path, lambda p: p.write_text(page, encoding="utf-8", errors="backslashreplace"))
     return path

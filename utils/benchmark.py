@@ -1,0 +1,474 @@
+"""How fast this code is on this machine, and how much memory it takes, beside the form that releases use.
+
+    python -m utils.benchmark                          step, data and eval
+    python -m utils.benchmark step                     one training step of BPL
+    python -m utils.benchmark data                     one training sample, and the CPU cores that a step needs
+    python -m utils.benchmark eval                     evaluation and pseudo labels of one image
+    python -m utils.benchmark plan                     memory that the recipe needs, and settings that fit
+    python -m utils.benchmark step benchmark=toy       with a benchmark's own network and sizes
+
+The forms run in turn within one process. Memory is the most that tensors take up during a call. On a CPU, steps and
+images are smaller, so that each section ends within minutes.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import platform
+import statistics
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+import train_bpl
+from data.datasets import SegmentationDataset, build_dataset
+from data.loaders import training_batches
+from data.pseudo_labels import confidence_levels, write_png
+from data.taxonomy import CLASS_SETS, IGNORE, class_set
+from data.transforms import RandomScaleCropFlip
+from models import OUTPUT_STRIDE, statistics_kept, upsample
+from models.backbone import IMAGENET_MEAN, IMAGENET_STD
+from utils.config import ROOT, Config, ConfigError, UserError
+from utils.config.keys import DataConfig, DatasetConfig
+from utils.engine.command_line import run_words
+from utils.engine.setup import build_network, choose_device, compile_networks, load_config, resolve_auto
+from utils.engine.step import GuardedStep
+from utils.evaluation.metrics import ConfusionMatrix
+from utils.evaluation.prediction import autocast, default_precision, normalized, predict_labels
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+CPU_CROP, CPU_BATCH = [256, 128], 2  # of a step on a CPU, in place of larger ones
+GTA5_SIZE, GTA5_IDS = (1914, 1052), 35
+CARDS = (12, 16, 24, 40, 80)  # GiB
+# Memory that tensors do not show: CUDA context and workspaces of convolutions in GiB, gaps between tensors as a share.
+OVERHEAD, GAPS, GIB = 0.8, 0.1, 2**30
+
+# ------------------------------------------------------------------------------------------------------- timing
+
+
+class Timing(NamedTuple):
+    """Seconds of each call, and the bytes of tensors that one call had alive at once."""
+
+    seconds: list[float]
+    memory: int
+
+    @property
+    def median(self) -> float:
+        """Of the seconds."""
+        return statistics.median(self.seconds)
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds that one call takes, its work on the device included."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def peak_memory_of(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes of tensors that one call has alive at once, beyond those that were there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        call()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
+
+
+def compare(forms: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, Timing]:
+    """Time the forms in turn (A B C, A B C, …), so that a machine that slows down slows all of them.
+
+    Args:
+        repeats: rounds that count, after one that does not.
+    """
+    timings = {name: Timing([], peak_memory_of(call, device)) for name, call in forms.items()}  # the warm-up round
+    for _ in range(repeats):
+        for name, call in forms.items():
+            timings[name].seconds.append(seconds_of(call, device))
+    return timings
+
+
+def report(title: str, timings: dict[str, Timing], images: int, notes: dict[str, str] | None = None) -> None:
+    """Print a row for each form; "faster" compares with the first one."""
+    first, width = timings[next(iter(timings))].median, max(len(title), *map(len, timings))
+    print(f"{title:{width}} {'median':>10} {'min':>10} {'max':>10} {'faster':>7} {'images/s':>9} {'memory':>10}")
+    for name, t in timings.items():
+        times = "".join(f"{1000 * s:8.1f} ms" for s in (t.median, min(t.seconds), max(t.seconds)))
+        row = f"{name:{width}}{times} {first / t.median:6.2f}x {images / t.median:9.2f} {t.memory / 2**20:6.0f} MiB"
+        print(f"{row}  {(notes or {}).get(name, '')}".rstrip())
+    print(flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------- step
+
+
+def fitting(cfg: Config, device: torch.device) -> Config:
+    """A resolved copy with crops and batches that the device gets through."""
+    cfg = copy.deepcopy(cfg)
+    if device.type == "cpu" and np.prod(cfg.data.crop) > 4 * np.prod(CPU_CROP):
+        cfg.data.crop, cfg.train.batch_source, cfg.train.batch_target = CPU_CROP, CPU_BATCH, CPU_BATCH
+    return resolve_auto(cfg)
+
+
+def batches(cfg: Config, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Random source and target batches of the recipe's size."""
+    (width, height), t, generator = cfg.data.crop, cfg.train, torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, high: int = 256) -> Tensor:
+        return torch.randint(high, (*shape, height, width), generator=generator, dtype=torch.uint8).to(device)
+
+    label = draw(t.batch_source, high=len(class_set(cfg.data)))
+    return {"image": draw(t.batch_source, 3), "label": label}, {"image": draw(t.batch_target, 3)}
+
+
+def step_of(cfg: Config, device: torch.device, form: str) -> Callable[[], object]:
+    """A call that makes one step of BPL.
+
+    Args:
+        form: "here", "compiled", or "released": float32, contiguous, one backward pass of the sum of all losses.
+    """
+    stage, (source, target) = train_bpl.BPL(cfg, device), batches(cfg, device)
+    if form == "compiled":
+        compile_networks(stage.networks, device)
+    if form != "released":
+        step = GuardedStep(cfg, stage.networks, stage.optimizers, device, Path(tempfile.gettempdir(), "not_finite.pth"))
+        return lambda: step(stage.step, source, target, 1)
+    for network in stage.networks.values():
+        network.to(memory_format=torch.contiguous_format).train()
+
+    def released() -> None:
+        losses = []
+        stage.step(source, target, lambda total, **terms: losses.append(total))
+        for optimizer in stage.optimizers.values():
+            optimizer.zero_grad()
+        sum(losses).backward()
+        for optimizer in stage.optimizers.values():
+            optimizer.step()
+
+    return released
+
+
+def kernel_note(call: Callable[[], object], median: float, tflop: float) -> str:
+    """Time of a GPU's kernels beside the wall time of a step, and whether launching them is what takes the time."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    spans = [e.time_range.elapsed_us() for e in profiler.events() if e.device_type == DeviceType.CUDA]
+    busy = sum(spans) / 1e6 / median
+    limit = "launch-bound" if busy < 0.9 else "bound by the GPU"
+    return f"kernels {1000 * busy * median:.1f} ms in {len(spans)}, {busy:.0%} of the step: {limit}; {tflop / median:.0f} TFLOP/s"
+
+
+def run_step(cfg: Config, device: torch.device, repeats: int = 3) -> None:
+    """Print the time of a BPL step with the discriminator; forms that the device cannot hold or compile are left out."""
+    cfg, forms, notes = fitting(cfg, device), {}, {}
+    kinds = {"as released, float32": "released", f"here, {cfg.train.precision}": "here"}
+    kinds |= {f"here, {cfg.train.precision}, compiled": "compiled"} if device.type == "cuda" else {}
+    for name, kind in kinds.items():
+        try:
+            call = step_of(cfg, device, kind)
+            call()  # optimisers have their state, and networks are compiled, from now on
+            forms[name] = call
+        except (UserError, torch.OutOfMemoryError) as error:
+            print(f"{name} is left out: {str(error).splitlines()[0]}")
+    if not forms:
+        return
+    timings = compare(forms, device, repeats)
+    if device.type == "cuda":
+        with FlopCounterMode(display=False) as counter:
+            next(iter(forms.values()))()
+        notes = {n: kernel_note(forms[n], t.median, counter.get_total_flops() / 1e12) for n, t in timings.items()}
+    t, (width, height) = cfg.train, cfg.data.crop
+    title = f"step: {cfg.model.backbone}, {width}x{height}, {t.batch_source}+{t.batch_target}"
+    report(title, timings, t.batch_source + t.batch_target, notes)
+
+
+# --------------------------------------------------------------------------------------------------------- data
+
+
+def write_pair(root: Path) -> None:
+    """A GTA5 folder of one image and its label map, as large as the real ones in pixels and, about, on disk."""
+    rng, (width, height) = np.random.default_rng(0), GTA5_SIZE
+    pixels = rng.normal(110, 4, (height, width, 3))  # a sensor's noise, under detail of every size
+    for grain in (4, 8, 16, 64, 256):
+        coarse = rng.integers(0, 256, (height // grain + 2, width // grain + 2, 3)).astype(np.uint8)
+        pixels += (np.asarray(Image.fromarray(coarse).resize(GTA5_SIZE, Image.Resampling.BICUBIC)) - 128.0) / 4
+    ids = rng.integers(0, GTA5_IDS, (height // 32, width // 32)).astype(np.uint8)
+    for name, array in (("images", pixels.clip(0, 255).astype(np.uint8)), ("labels", ids)):
+        (root / name).mkdir()
+        Image.fromarray(array).resize(GTA5_SIZE, Image.Resampling.NEAREST).save(root / name / "00001.png")
+
+
+def released_sample(dataset: SegmentationDataset, cfg: DataConfig, rng: np.random.Generator) -> tuple[Tensor, ...]:
+    """Two views float32 (3, H, W) and label int64 (H, W) as releases make them: the whole image is resized, then
+    cropped; label ids are mapped one after another; colours are changed in the loader."""
+    sample, jitter = dataset.samples[0], (tuple(cfg.jitter_factor),) * 3
+    image, label = Image.open(sample.image).convert("RGB"), Image.open(sample.label)
+    width = round(rng.uniform(*cfg.scale) * (cfg.base_width or image.width))
+    size = (width, round(width * image.height / image.width))
+    image, label = image.resize(size, Image.Resampling.BICUBIC), label.resize(size, Image.Resampling.NEAREST)
+    left, top = (int(rng.integers(max(0, s - c) + 1)) for s, c in zip(size, cfg.crop))
+    image, label = (p.crop((left, top, left + cfg.crop[0], top + cfg.crop[1])) for p in (image, label))
+    if rng.random() < cfg.hflip:
+        image, label = (p.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for p in (image, label))
+    ids = np.asarray(label)
+    train_ids = np.full(ids.shape, IGNORE, np.float32)
+    for i in range(GTA5_IDS):
+        train_ids[ids == i] = dataset.lookup_table[i]
+    views = (
+        F.to_dtype(F.pil_to_tensor(p), scale=True) for p in (image, v2.ColorJitter(*jitter, cfg.jitter_hue)(image))
+    )
+    weak, strong = (F.normalize(view, IMAGENET_MEAN, IMAGENET_STD) for view in views)
+    return weak, strong, torch.from_numpy(train_ids).long()
+
+
+def run_data(cfg: Config, device: torch.device, repeats: int = 31) -> None:
+    """Print the time of a training sample, of batches from worker processes, and the cores that feed a step."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_pair(Path(folder))
+        section = DatasetConfig(**vars(cfg.data.source) | {"format": "gta5", "root": folder, "size": [*GTA5_SIZE]})
+        dataset = build_dataset(section, CLASS_SETS["cityscapes19"], transform=RandomScaleCropFlip(cfg.data))
+        threads, draws = torch.get_num_threads(), [itertools.count(), itertools.count()]  # both take the same crops
+        torch.set_num_threads(1)  # as in a worker
+        forms = {
+            "as released": lambda: released_sample(dataset, cfg.data, np.random.default_rng([0, next(draws[0]), 1])),
+            "here, a worker's part": lambda: dataset[0, next(draws[1])],
+        }
+        samples = compare(forms, CPU, repeats)
+        torch.set_num_threads(threads)
+        report("sample, one process", samples, 1)
+
+        loaders, size = {}, cfg.train.batch_source
+        for workers in (0, 1, 2):
+            stream = training_batches(dataset, size, workers)
+            for _ in range(2 * workers + 1):
+                next(stream)  # batches that were read ahead
+            loaders[f"{workers} workers"] = Timing([seconds_of(lambda s=stream: [next(s) for _ in range(8)], CPU)], 0)
+            del stream  # its workers would go on reading
+        report(f"8 batches of {size}", loaders, 8 * size)
+
+    t, cost, step = cfg.train, samples["here, a worker's part"].median, 0.085  # BPL's recipe on a current GPU
+    if device.type == "cuda":
+        step = compare({"step": step_of(fitting(cfg, device), device, "here")}, device, 5)["step"].median
+    rate = (t.batch_source + t.batch_target) / step
+    cores = f"{rate * cost:.1f} CPU cores at {1000 * cost:.0f} ms a sample (this machine has {os.cpu_count()})"
+    print(f"a step of {1000 * step:.0f} ms takes {rate:.0f} samples a second: {cores}\n", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------- eval
+
+
+def run_eval(cfg: Config, device: torch.device, repeats: int = 3) -> None:
+    """Print the time of evaluation and of pseudo labels of one image, with the recipe's network."""
+    cfg = resolve_auto(cfg)
+    classes, precision, generator = len(class_set(cfg.data)), cfg.train.precision, torch.Generator().manual_seed(0)
+    size = (1024, 2048) if device.type == "cuda" else (256, 512)
+    model = build_network(cfg, device).eval()
+    image = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8, generator=generator).to(device)
+    label = torch.randint(0, classes, (1, *size), dtype=torch.uint8, generator=generator).to(device)
+    confusion = ConfusionMatrix(classes)
+
+    def probabilities(x: Tensor) -> Tensor:
+        with torch.no_grad(), autocast(device, precision):
+            logits = model(normalized(x, model))["logits"].float()
+        return upsample(logits, size).softmax(1)
+
+    def plain_evaluation() -> None:
+        predicted, true = (x.cpu().numpy().astype(np.int64) for x in (probabilities(image).argmax(1), label))
+        np.bincount((true * classes + predicted).ravel(), minlength=classes**2)
+
+    def network_alone() -> None:
+        with torch.no_grad(), autocast(device, precision):
+            model(normalized(image, model))
+
+    def evaluation() -> None:
+        confusion.update(predict_labels(model, image, precision=precision)[0], label)
+
+    title = f"{cfg.model.backbone}, {size[1]}x{size[0]}"
+    forms = {"at image size, counted by NumPy": plain_evaluation, "here": evaluation, "network alone": network_alone}
+    report(f"evaluation: {title}", compare(forms, device, repeats), 1)
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        files = [Path(folder) / f"{name}.png" for name in ("label", "confidence")]
+
+        def plain_labels() -> None:
+            mean = (probabilities(image) + probabilities(image.flip(-1)).flip(-1)) / 2
+            confidence, found = (x.cpu().numpy()[0] for x in mean.max(1))
+            for file, array in zip(files, (found, np.round(255 * confidence))):
+                Image.fromarray(array.astype(np.uint8)).save(file)
+
+        def labels() -> None:
+            found, confidence = predict_labels(
+                model, image, flip=True, precision=precision, softmax_first=True, with_confidence=True
+            )
+            maps = (found, confidence_levels(confidence, 0.95))
+            list(pool.map(write_png, files, (x[0].cpu().numpy() for x in maps)))
+
+        report(f"pseudo labels: {title}", compare({"at image size": plain_labels, "here": labels}, device, repeats), 1)
+
+
+# --------------------------------------------------------------------------------------------------------- plan
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside, and the most that were alive at once."""
+
+    def __init__(self, uncounted: list[Tensor]):
+        super().__init__()
+        self.known: dict[int, weakref.ref | None] = {t.untyped_storage()._cdata: None for t in uncounted}
+        self.alive = self.peak = 0
+
+    def _end(self, key: int, size: int) -> None:
+        del self.known[key]
+        self.alive -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, Tensor) and (key := value.untyped_storage()._cdata) not in self.known:
+                size = value.untyped_storage().nbytes()
+                self.known[key] = weakref.ref(value.untyped_storage(), lambda _, k=key, s=size: self._end(k, s))
+                self.alive += size
+                self.peak = max(self.peak, self.alive)
+        return result
+
+
+class Memory(NamedTuple):
+    """Bytes of a step: of networks, gradients and optimisers; and what grows with the batch."""
+
+    fixed: int
+    batch: int
+
+    def total(self, parts: int = 1) -> float:
+        """Peak in bytes with train.accumulate=parts."""
+        return self.fixed + self.batch / parts
+
+
+def memory_of_step(cfg: Config) -> Memory:
+    """Of a BPL step with train.accumulate=1. Fake tensors have sizes but no content: no data and no GPU is needed."""
+    cfg = resolve_auto(cfg)
+    with META:
+        stage = train_bpl.BPL(cfg, META)
+    stage.views = SimpleNamespace(weak=Tensor.float, strong=Tensor.float)  # colours cost little memory
+    with FakeTensorMode():
+        for module in (m for n in stage.networks.values() for m in n.modules()):
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty_strided(p.shape, p.stride())))
+            for name, b in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty_strided(b.shape, b.stride(), dtype=b.dtype))
+        parameters = [p for n in stage.networks.values() for p in n.parameters()]
+        buffers = [b for n in stage.networks.values() for b in n.buffers()]
+        for network in stage.networks.values():
+            network.train()
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        adam = sum(p.nbytes for k, n in stage.networks.items() if k != "model" for p in n.parameters())
+        # Weights, gradients and one number of the optimiser for each weight; Adam has two.
+        fixed = 3 * sum(p.nbytes for p in parameters) + adam + sum(b.nbytes for b in buffers)
+        source, target = batches(cfg, CPU)
+
+        def backward(total: Tensor, **terms: Tensor) -> None:
+            with torch.autocast("cpu", enabled=False), statistics_kept(*stage.networks.values()):
+                total.backward()
+
+        with (
+            _Alive([*parameters, *buffers, *(p.grad for p in parameters)]) as counter,
+            autocast(CPU, cfg.train.precision),
+        ):
+            stage.step(source, target, backward)
+        return Memory(fixed, counter.peak + sum(x.nbytes for batch in (source, target) for x in batch.values()))
+
+
+def run_plan(cfg: Config, device: torch.device) -> None:
+    """Print the peak by settings, and for each size of memory the settings that come closest to the recipe."""
+    cfg = copy.deepcopy(cfg)
+    t, m, (width, height), half = cfg.train, cfg.model, cfg.data.crop, cfg.train.precision
+    if half in ("auto", "float32", "tf32"):
+        half = default_precision(device) if device.type == "cuda" else "bfloat16"
+    m.arch = "deeplabv2" if m.arch == "auto" else m.arch
+    own_stride = OUTPUT_STRIDE[m.arch] if m.output_stride == "auto" else m.output_stride
+    least = 2 if m.arch == "deeplab_pbal" else 1  # images in a part, see `resolve_auto`
+    parts = [n for n in (1, 2, 4, 8) if not (t.batch_source % n or t.batch_target % n)]
+    parts = [n for n in parts if min(t.batch_source, t.batch_target) // n >= least]
+    t.accumulate, needs = 1, {}
+    print(
+        f"plan: BPL of {cfg.benchmark_name}, {width}x{height}, {t.batch_source}+{t.batch_target} images; GiB of tensors, and in all"
+    )
+    print(f"{'precision':9} {'stride':>6} {'checkpointing':>13} {'accumulate':>10} {'tensors':>7} {'in all':>6}")
+    for t.precision, m.output_stride, t.checkpointing in itertools.product((half, "float32"), (8, 16), (False, True)):
+        memory = memory_of_step(cfg)
+        for n in parts:
+            key, peak = (t.precision, m.output_stride, t.checkpointing, n), memory.total(n) / GIB
+            needs[key] = (1 + GAPS) * peak + OVERHEAD
+            again = "yes" if t.checkpointing else "no"
+            print(f"{t.precision:9} {m.output_stride:6} {again:>13} {n:10} {peak:7.1f} {needs[key]:6.1f}", flush=True)
+    print(f"\nin all: with {GAPS:.0%} for gaps between tensors and {OVERHEAD:g} GiB for CUDA and its convolutions")
+    # What changes the result least comes first: checkpointing, then smaller parts for BatchNorm, the stride last.
+    order = sorted(needs, key=lambda key: (key[1] != own_stride, key[3], key[2], key[0] != half))
+    for name, size in [(f"{size}", size) for size in CARDS] + [
+        (f"{device.type} {device_memory(device):.1f}", device_memory(device))
+    ]:
+        words = "none of these; take a smaller data.crop"
+        if best := next((key for key in order if needs[key] <= size), None):
+            words = f"train.precision={best[0]}" + " train.checkpointing=true" * best[2]
+            words += f" train.accumulate={best[3]}" * (best[3] > 1)
+            words += f" model.output_stride={best[1]}" * (best[1] != own_stride)
+        print(f"{name:>9} GiB: {words}")
+    print(flush=True)
+
+
+def device_memory(device: torch.device) -> float:
+    """GiB that the device has in all."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1] / GIB
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+
+
+SECTIONS = {"step": run_step, "data": run_data, "eval": run_eval, "plan": run_plan}
+
+
+def main() -> None:
+    """Command line."""
+
+    def call(words: list[str]) -> None:
+        chosen = [w for w in words if "=" not in w] or [name for name in SECTIONS if name != "plan"]
+        if unknown := [name for name in chosen if name not in SECTIONS]:
+            raise ConfigError(f"unknown section {unknown[0]!r}; known are {', '.join(SECTIONS)}")
+        cfg = load_config(ROOT / "configs" / "stage1_BPL.yml", [w for w in words if "=" in w])
+        device = choose_device(cfg)
+        on_gpu = device.type == "cuda"
+        name = torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine()
+        print(f"torch {torch.__version__}, {device} ({name}), {os.cpu_count()} CPU cores\n")
+        for section in chosen:
+            SECTIONS[section](cfg, device)
+
+    run_words(call, __doc__, "section or key=value")
+
+
+if __name__ == "__main__":
+    main()
