@@ -22,6 +22,7 @@ from data.datasets import SegmentationDataset, build_dataset
 from data.loaders import whole_images
 from data.taxonomy import class_set
 from utils.config import Config, UserError, to_dict
+from utils.config.keys import MAX_SKIPPED
 from utils.engine import checkpoint, distributed
 from utils.engine.command_line import run_cli
 from utils.engine.log import progress, show_path
@@ -85,7 +86,7 @@ def _generate(cfg: Config) -> dict:
     with store.Beside() as beside:
         for indices, images, _ in same_size_batches(loader, device):
             found = predict_labels(
-                model, images, cfg.pseudo.flip, cfg.train.precision, softmax_first=True, with_confidence=True
+                model, images, True, cfg.train.precision, softmax_first=True, with_confidence=True
             )
             counts += torch.bincount((found[0].long() * 256 + found[1]).flatten(), minlength=len(counts))
             labels, levels = (maps.cpu().numpy() for maps in found)
@@ -99,10 +100,9 @@ def _generate(cfg: Config) -> dict:
     histogram = distributed.total(counts).view(-1, 256).cpu().numpy()
     written = set().union(*distributed.gathered(own))
     left_out = [s.name for s in target.samples if s.name not in written]
-    if len(left_out) > cfg.data.max_skipped:
+    if len(left_out) > MAX_SKIPPED:
         raise UserError(
-            f"{len(left_out)} target images cannot be used, more than data.max_skipped={cfg.data.max_skipped}; "
-            f"the first is {left_out[0]}"
+            f"{len(left_out)} target images cannot be used, more than {MAX_SKIPPED}; the first is {left_out[0]}"
         )
 
     # Second pass: what is below its class's threshold becomes ignore.
