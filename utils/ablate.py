@@ -3,8 +3,8 @@
     python -m utils.ablate benchmark=camvid_day_to_dusk seeds=0,1,2
     python -m utils.ablate benchmark=path/to/mine.yml seeds=0,1 variants=my_variants.yml train.lr=1e-3
 
-`variants` is a YAML of {stage: {variant: [key=value, …]}} for the stages warmup, bpl and pst; configs/ablations/default.yml
-by default. A variant is the benchmark's own stage with other values of its keys. It starts from what that stage starts
+`variants` is a YAML of {stage: {variant: [key=value, …]}} for the stages warmup, bpl and pst; by default,
+configs/ablations/default.yml. A variant is the benchmark's own stage with other values of its keys. It starts from what that stage starts
 from, and is scored as the stage leaves it. What it starts from is trained once for each seed: it is the pipeline's run
 in runs/seed<k>/<benchmark>/, and is taken from there if it is there already. Runs of variants go into
 ablation/<stage>/<variant> beside it (`python -m utils.report` of that folder shows them).
@@ -25,7 +25,16 @@ from utils.engine.command_line import run_words
 from utils.engine.log import show_path
 from utils.engine.loop import refuse_other_experiment
 from utils.engine.setup import check_inputs, load_config
-from utils.pipeline import STEPS, first_weights, format_summary, load_stages, load_tests, over_seeds, own_keys, stage_rows
+from utils.pipeline import (
+    STEPS,
+    first_weights,
+    format_summary,
+    load_stages,
+    load_tests,
+    over_seeds,
+    own_keys,
+    stage_rows,
+)
 from utils.report.runs import ABLATION, read_mapping
 
 VARIANTS = ROOT / "configs" / "ablations" / "default.yml"

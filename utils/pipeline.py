@@ -257,8 +257,8 @@ COLUMNS = {  # of the table, where any row has them: title, key of the row, digi
 NOTES = {
     "control": "control: the source alone for as many steps; gain: over it, both under target BN",
     "of the gap": f"of the gap: share in percent of the way from {CONTROL} to {BOUND}, under target BN",
-    "mIoU": "mIoU and what follows: under the BatchNorm statistics that the stage validates with; last checkpoints, but "
-    "for best, the highest on the validation labels",
+    "mIoU": "mIoU and what follows: under the BatchNorm statistics that the stage validates with; last checkpoints, "
+    "except for best, the highest on the validation labels",
 }
 
 

@@ -115,9 +115,7 @@ class DataConfig:
     )
     hflip: float = opt(0.5, "probability of mirroring (as released)", most=1, stages=TRAINING_STAGES)
     jitter: bool = opt(True, "colour jitter in the strong view; without it, strong = weak", stages=JITTERED)
-    jitter_hue: float = opt(
-        0.2, "strong view: hue shift, uniform in +-this (as released)", most=0.5, stages=JITTERED
-    )
+    jitter_hue: float = opt(0.2, "strong view: hue shift, uniform in +-this (as released)", most=0.5, stages=JITTERED)
     jitter_factor: list[float] = opt(
         [0.5, 1.5], "strong view: range of brightness, contrast and saturation (as released)", stages=JITTERED
     )
@@ -190,7 +188,9 @@ class ModelConfig:
         stages=("warmup", "bpl", "pst"),
         path=os.path.isfile,
     )
-    published: str = opt("", "file of pretrain_model/ that is taken where the run named by init or checkpoint is absent")
+    published: str = opt(
+        "", "file of pretrain_model/ that is taken where the run named by init or checkpoint is absent"
+    )
 
     def validate(self, key: str) -> None:
         """As `DatasetConfig.validate`."""
@@ -214,11 +214,11 @@ class LossConfig:
         0.1, "weight of each of the two prototype terms (as released); 0 = warm-up", stages=("bpl",)
     )
     directions: Literal["both", "s2t", "t2s"] = opt(
-        "both", "s2t: every pixel distributes itself over the classes; t2s: every class over the pixels", stages=("bpl",)
+        "both",
+        "s2t: every pixel distributes itself over the classes; t2s: every class over the pixels",
+        stages=("bpl",),
     )
-    pseudo_ce: float = opt(
-        1.0, "weight of cross-entropy on pseudo labels (as released)", stages=("pst", "distill")
-    )
+    pseudo_ce: float = opt(1.0, "weight of cross-entropy on pseudo labels (as released)", stages=("pst", "distill"))
     contrast: float = opt(1.0, "weight of prototypical contrast, each domain (as released)", stages=("pst",))
     temperature: float = opt(0.07, "tau of prototypical contrast (as released)", least=TINY, stages=("pst",))
     prototype_gradient: bool = opt(
@@ -338,7 +338,10 @@ class TestConfig:
         [1.0], "average over the image resized by these; [0.5] predicts at half size", least=TINY, stages=TRAIN_OR_TEST
     )
     window: list[int] = opt(
-        [], "sliding window [width, height]; [] = the whole image (as in the literature)", least=32, stages=TRAIN_OR_TEST
+        [],
+        "sliding window [width, height]; [] = the whole image (as in the literature)",
+        least=32,
+        stages=TRAIN_OR_TEST,
     )
     overlap: float = opt(
         0.5, "least share of a sliding window that its neighbour sees too", most=0.9, stages=TRAIN_OR_TEST

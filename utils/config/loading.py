@@ -201,7 +201,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _parse(text: str) -> Any:
-    return yaml.load(text, _Loader)  # noqa: S506, a SafeLoader
+    return yaml.load(text, _Loader)
 
 
 def read_yaml(path: Path) -> dict:

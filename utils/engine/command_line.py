@@ -63,9 +63,7 @@ def run_words(call: Callable[[list[str]], Any], usage: str, words: str = "key=va
 
 
 def _parser(usage: str, **options: Any) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, **options
-    )
+    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
     parser.add_argument("--debug", action="store_true", help="show tracebacks of the user's mistakes too")
     return parser
 
@@ -144,7 +142,7 @@ class _Terminal:
             os.fstat(number)
         except OSError:  # started with it closed: the next file that is opened would take its place
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
-        self.stream = stream or open(os.devnull, "w", encoding="utf-8")
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         if hasattr(self.stream, "reconfigure"):
             self.stream.reconfigure(errors="backslashreplace")
 
