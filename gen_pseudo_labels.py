@@ -26,6 +26,7 @@ from data.datasets import SegmentationDataset, build_dataset
 from data.loaders import whole_images
 from data.taxonomy import class_set
 from utils.config import Config, UserError, to_dict
+from utils.config.keys import MAX_SKIPPED
 from utils.engine import checkpoint, distributed
 from utils.engine.command_line import run_cli
 from utils.engine.log import progress, show_path
@@ -118,12 +119,7 @@ def _predict(
     with progress(total=len(mine), desc="predict", unit="img") as bar, ThreadPoolExecutor(store.THREADS) as pool:
         for indices, images, _ in same_size_batches(loader, device):
             labels, confidence = predict_labels(
-                model,
-                images,
-                flip=cfg.pseudo.flip,
-                precision=cfg.train.precision,
-                softmax_first=True,
-                with_confidence=True,
+                model, images, flip=True, precision=cfg.train.precision, softmax_first=True, with_confidence=True
             )
             levels = store.confidence_levels(confidence, threshold)
             highest = torch.maximum(highest, confidence.max())
@@ -148,10 +144,9 @@ def _left_out(target: SegmentationDataset, own: set[str], cfg: Config) -> list[s
     """Names of the images that could not be read; raises UserError if there are more than data.max_skipped."""
     written = set().union(*distributed.gathered(own))
     left_out = [s.name for s in target.samples if s.name not in written]
-    if len(left_out) > cfg.data.max_skipped:
+    if len(left_out) > MAX_SKIPPED:
         raise UserError(
-            f"{len(left_out)} target images cannot be used, more than data.max_skipped={cfg.data.max_skipped}; "
-            f"the first is {left_out[0]}"
+            f"{len(left_out)} target images cannot be used, more than {MAX_SKIPPED}; the first is {left_out[0]}"
         )
     return left_out
 

@@ -9,9 +9,11 @@ from data.loaders import spread
 from data.taxonomy import IGNORE
 from utils.config import Config, UserError
 
+CHECKED = 8  # samples of each dataset that are looked at
+
 
 def check_samples(dataset: SegmentationDataset, name: str, cfg: Config) -> SegmentationDataset:
-    """Read `data.check` samples, spread evenly, and give the dataset back.
+    """Read `CHECKED` samples, spread evenly, and give the dataset back.
 
     Args:
         dataset: where it has a transform, it is trained on.
@@ -31,7 +33,7 @@ def check_samples(dataset: SegmentationDataset, name: str, cfg: Config) -> Segme
         raise UserError(f"{len(empty)} files of {key} are empty, the first is {empty[0]}")
     plain = copy.copy(dataset)
     plain.transform = None
-    looked = [s for s in map(plain.__getitem__, spread(len(plain), cfg.data.check)) if UNREADABLE not in s]
+    looked = [s for s in map(plain.__getitem__, spread(len(plain), CHECKED)) if UNREADABLE not in s]
     labels = [s["label"] for s in looked if "label" in s]
     pseudo = name == "target"  # an unsure network may have labelled nothing in some
     if labels and not pseudo and all((label == IGNORE).all() for label in labels):

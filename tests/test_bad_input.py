@@ -194,33 +194,51 @@ CASES = [
     case("image empty", "warmup", "", write(f"{GTA5}/images/00003.png", b""), "empty", "images/00003.png"),
     case("image is text", "warmup", "", write(f"{GTA5}/images/00003.png", b"hello"), "cannot read image", "00003.png"),
     case("image is PostScript", "warmup", "", write(f"{GTA5}/images/00003.png", b"%!PS-Adobe-3.0 EPSF-3.0\n"), "00003"),
-    case("image of absurd size", "warmup", "", write(f"{GTA5}/images/00001.png", png(30000, 30000)), "images/00001.png"),
+    case(
+        "image of absurd size", "warmup", "", write(f"{GTA5}/images/00001.png", png(30000, 30000)), "images/00001.png"
+    ),
     case("image of large size", "warmup", "", write(f"{GTA5}/images/00001.png", png(10000, 10000)), "too many"),
     case("label cut", "warmup", "", cut(f"{GTA5}/labels/00004.png"), "cannot read label", "00004.png"),
     case("label empty", "warmup", "", write(f"{GTA5}/labels/00004.png", b""), "empty", "labels/00004.png"),
-    case("label of absurd size", "warmup", "", write(f"{GTA5}/labels/00001.png", png(10**6, 10**6)), "labels/00001.png"),
+    case(
+        "label of absurd size", "warmup", "", write(f"{GTA5}/labels/00001.png", png(10**6, 10**6)), "labels/00001.png"
+    ),
     case("label of another size", "warmup", "", fill(CITY_LABEL, 7, (50, 40)), "96x64", "is 50x40", "aachen_000002"),
     case("label id of no class", "warmup", "", fill(CITY_LABEL, 77), "holds id 77", "aachen_000002"),
     case("GTA5 label id of no class", "warmup", "", fill(f"{GTA5}/labels/00002.png", 99), "holds id 99", "00002.png"),
     case("source all void", "warmup", "", fill_all(f"{GTA5}/labels/*.png", 0), "no pixel of any class", "data.source"),
-    case("val all void", "warmup", "", fill_all(f"{CITY}/gtFine/val/*/*.png", 255), "no pixel of any class", "data.val"),
+    case(
+        "val all void", "warmup", "", fill_all(f"{CITY}/gtFine/val/*/*.png", 255), "no pixel of any class", "data.val"
+    ),
     case("empty split", "warmup", "data.val.split=test", nothing, "no cityscapes image matches leftImg8bit/test"),
     case("no split.mat", "warmup", "data.source.split=train", nothing, "split.mat"),
     case("bad split.mat", "warmup", "data.source.split=train", write(f"{GTA5}/split.mat", b"x" * 300), "split.mat"),
-    case("cut image met in training", "warmup", "data.check=0 train.iterations=4 train.val_every=9 train.save_every=9", cut(f"{GTA5}/images/00002.png"), "00002.png"),
-    case("… by a process", "warmup", "data.check=0 data.workers=1 train.iterations=4 train.val_every=9 train.save_every=9", cut(f"{GTA5}/images/00002.png"), "00002.png"),
+    case(
+        "cut image met in training",
+        "warmup",
+        "unchecked train.iterations=4 train.val_every=9 train.save_every=9",
+        cut(f"{GTA5}/images/00002.png"),
+        "00002.png",
+    ),
+    case(
+        "… by a process",
+        "warmup",
+        "unchecked data.workers=1 train.iterations=4 train.val_every=9 train.save_every=9",
+        cut(f"{GTA5}/images/00002.png"),
+        "00002.png",
+    ),
     case(
         "too many skipped",
         "warmup",
-        "data.on_error=skip data.max_skipped=0 train.iterations=4 train.val_every=9 train.save_every=9",
+        "data.on_error=skip none_skipped train.iterations=4 train.val_every=9 train.save_every=9",
         cut(f"{GTA5}/images/00002.png"),
-        "more than data.max_skipped=0",
+        "more than 0 files",
         "00002.png",
     ),
     case(
         "nothing to skip to",
         "warmup",
-        "data.on_error=skip data.check=0",
+        "data.on_error=skip unchecked",
         fill_all(f"{GTA5}/labels/*.png", 99),
         "10 samples in a row cannot be used",
     ),
@@ -234,10 +252,23 @@ CASES = [
     case("pseudo label empty", "pst", "", lambda p: first_label(p).write_bytes(b""), "1 of 5 pseudo labels"),
     case("pseudo label cut", "pst", "", lambda p: cut(first_label(p))(p), "cannot read label", "pseudo_labels"),
     case("pseudo label id of no class", "pst", "", lambda p: fill(first_label(p), 19)(p), "holds id 19"),
-    case("pseudo labels stale", "pst", "", retrained, "are stale", "bpl/checkpoints/last.pth has been trained on since"),
-    case("pseudo labels of other classes", "pst", "", manifest(classes={"a": {}}), "pseudo_labels are of other classes"),
-    case("two images, one pseudo label", "labels", f"benchmark=bad.yml checkpoint={RUNS}/gta5_to_city/bpl/checkpoints/last.pth", twins, ".jpg and ", ".png would"),
-    case("nothing sure enough", "labels", "name=x pseudo.threshold=1 pseudo.selection=constant", nothing, "threshold=1"),
+    case(
+        "pseudo labels stale", "pst", "", retrained, "are stale", "bpl/checkpoints/last.pth has been trained on since"
+    ),
+    case(
+        "pseudo labels of other classes", "pst", "", manifest(classes={"a": {}}), "pseudo_labels are of other classes"
+    ),
+    case(
+        "two images, one pseudo label",
+        "labels",
+        f"benchmark=bad.yml checkpoint={RUNS}/gta5_to_city/bpl/checkpoints/last.pth",
+        twins,
+        ".jpg and ",
+        ".png would",
+    ),
+    case(
+        "nothing sure enough", "labels", "name=x pseudo.threshold=1 pseudo.selection=constant", nothing, "threshold=1"
+    ),
     case("other pseudo labels there", "labels", "pseudo.keep=0.1", nothing, "keep: 0.5 -> 0.1", "train.restart=true"),
     case("K differs", "warmup", "name=x model.init=seven.pth", other_classes, "seven.pth", "7-class file, 19-class"),
     case("weights missing", "bpl", "name=x model.init=none.pth", nothing, "no weights at none.pth"),
@@ -247,10 +278,26 @@ CASES = [
     case("weights hold code", "bpl", "name=x model.init=evil.pth", evil, "evil.pth is refused: it holds"),
     case("weights to test missing", "test", "checkpoint=none.pth", nothing, "no weights at none.pth"),
     case("a backbone to test", "test", "checkpoint=net.pth", backbone, "net.pth", "holds a backbone alone"),
-    case("a backbone to label by", "labels", "name=x checkpoint=net.pth", backbone, "net.pth", "holds a backbone alone"),
+    case(
+        "a backbone to label by", "labels", "name=x checkpoint=net.pth", backbone, "net.pth", "holds a backbone alone"
+    ),
     case("teacher missing", "distill", "checkpoint=none.pth", nothing, "no weights at none.pth"),
-    case("both states damaged", "warmup", "name= train.iterations=3", damaged_state, "last.pth", "previous.pth", "restart=true"),
-    case("another experiment", "warmup", "name= train.lr=0.5", nothing, "holds another experiment (train.lr: 0.001 -> 0.5)"),
+    case(
+        "both states damaged",
+        "warmup",
+        "name= train.iterations=3",
+        damaged_state,
+        "last.pth",
+        "previous.pth",
+        "restart=true",
+    ),
+    case(
+        "another experiment",
+        "warmup",
+        "name= train.lr=0.5",
+        nothing,
+        "holds another experiment (train.lr: 0.001 -> 0.5)",
+    ),
     case("runs is a file", "warmup", "runs=file", write("file", b""), "file"),
     case("folder cannot be written", "warmup", "runs=/proc/runs", nothing, "/proc/runs"),
     case("unknown device", "warmup", "device=warp", nothing, "device=warp cannot be used"),
@@ -261,16 +308,65 @@ CASES = [
     case("wrong type", "warmup", "train.iterations=many", nothing, "train.iterations='many'", status=2),
     case("out of range", "warmup", "train.lr=-1", nothing, "train.lr=-1.0", status=2),
     case("not YAML", "warmup", "benchmark=bad.yml", write("bad.yml", b"a: [b"), "bad.yml is not valid YAML", status=2),
-    case("YAML with code", "warmup", "benchmark=bad.yml", write("bad.yml", b"a: !!python/name:os.system"), "bad.yml", status=2),
-    case("no YAML there", "warmup", "benchmark=none.yml", nothing, "cannot read config none.yml", status=2),
-    case("untaught class", "warmup", "benchmark=bad.yml", own_yaml(data__source__id_map={0: "a"}), "no label id for class 'b'", status=2),
+    case(
+        "YAML with code",
+        "warmup",
+        "benchmark=bad.yml",
+        write("bad.yml", b"a: !!python/name:os.system"),
+        "bad.yml",
+        status=2,
+    ),
+    case(
+        "key twice",
+        "warmup",
+        "benchmark=bad.yml",
+        write("bad.yml", b"train: {lr: 1}\ndata: {}\ntrain: {}"),
+        "bad.yml: key 'train' stands twice, in lines 1 and 3",
+        status=2,
+    ),
+    case("no YAML there", "warmup", "benchmark=none.yml", nothing, "none.yml: No such file", status=2),
+    case(
+        "untaught class",
+        "warmup",
+        "benchmark=bad.yml",
+        own_yaml(data__source__id_map={0: "a"}),
+        "no label id for class 'b'",
+        status=2,
+    ),
     case("name leads out", "warmup", "name=../../x", nothing, "name='../../x'", status=2),
     case("pseudo labels lead out", "pst", "pseudo_labels=/tmp", nothing, "pseudo_labels='/tmp'", status=2),
-    case("benchmark leads out", "warmup", "benchmark=...yml", lambda p: (own_yaml()(p), os.rename("bad.yml", "...yml")), "...yml", status=2),
-    case("YAML writes elsewhere", "warmup", "benchmark=bad.yml", own_yaml(runs="/tmp/x"), "runs='/tmp/x' in a YAML", status=2),
-    case("YAML draws elsewhere", "warmup", "benchmark=bad.yml", own_yaml(data__toy_root="../x"), "data.toy_root='../x'", status=2),
-    case("images lead out", "warmup", "benchmark=bad.yml model.init=scratch", own_yaml(data__target__images=["../*/*.png"]), "without '..'"),
-]  # fmt: skip
+    case(
+        "benchmark leads out",
+        "warmup",
+        "benchmark=...yml",
+        lambda p: (own_yaml()(p), os.rename("bad.yml", "...yml")),
+        "...yml",
+        status=2,
+    ),
+    case(
+        "YAML writes elsewhere",
+        "warmup",
+        "benchmark=bad.yml",
+        own_yaml(runs="/tmp/x"),
+        "runs='/tmp/x' in a YAML",
+        status=2,
+    ),
+    case(
+        "YAML draws elsewhere",
+        "warmup",
+        "benchmark=bad.yml",
+        own_yaml(data__toy_root="../x"),
+        "data.toy_root='../x'",
+        status=2,
+    ),
+    case(
+        "images lead out",
+        "warmup",
+        "benchmark=bad.yml model.init=scratch",
+        own_yaml(data__target__images=["../*/*.png"]),
+        "without '..'",
+    ),
+]
 
 
 def refusal(capfd, stage, overrides, debug=False):
@@ -286,7 +382,11 @@ def refusal(capfd, stage, overrides, debug=False):
 
 
 @pytest.mark.parametrize(("stage", "overrides", "damage", "said", "status"), CASES)
-def test_one_line_names_it(place, capfd, stage, overrides, damage, said, status):
+def test_one_line_names_it(place, capfd, monkeypatch, stage, overrides, damage, said, status):
+    for word, constant in (("unchecked", "data.check.CHECKED"), ("none_skipped", "utils.engine.loop.MAX_SKIPPED")):
+        if word in overrides:
+            monkeypatch.setattr(constant, 0)
+            overrides = [o for o in overrides if o != word]
     damage(place)
     weights = {p: file_hash(p) for p in place.rglob("*.pth")}
     code, lines = refusal(capfd, stage, overrides)

@@ -17,11 +17,11 @@ from test_bad_input import png
 from data.datasets import read_image, read_label_ids
 from data.toy.files import png16
 from models import read_checkpoint
-from utils.config import ROOT, ConfigError, UserError, _all_keys
+from utils.config import ROOT, ConfigError, UserError, all_keys
 from utils.config.keys import STAGES
 from utils.engine.setup import load_config
 
-KEYS = sorted(_all_keys())
+KEYS = sorted(all_keys())
 quick = settings(
     max_examples=150, deadline=5000, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

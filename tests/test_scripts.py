@@ -1,9 +1,12 @@
 """The scripts as programs: what they say where data and weights are missing, and how long they are."""
 
+import json
+import os
 import subprocess
 import sys
 
 import pytest
+import yaml
 
 from utils.config import ROOT
 
@@ -70,3 +73,77 @@ def test_a_script_is_the_method_and_little_else(script):
     text = (ROOT / script).read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150
     assert text.startswith('"""') and "def main(cfg: Config)" in text
+
+
+TALK = """
+import sys
+from utils.engine.command_line import guarded
+from utils.engine.log import progress
+
+def call():
+    for i in progress(range(3000)):
+        print("stra\\xdfe", "\\udcff", i)
+        sys.stdout.flush()
+    print("seen", file=sys.stderr)
+    open(sys.argv[1], "w").close()
+
+guarded(call)
+"""
+
+
+def talk(tmp_path, **options):
+    return subprocess.Popen([sys.executable, "-c", TALK, tmp_path / "done"], cwd=ROOT, **options)
+
+
+def test_a_run_goes_on_where_the_reader_of_its_output_is_gone(tmp_path):
+    process = talk(tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"seen\n" and process.wait(60) == 0 and (tmp_path / "done").exists()
+
+
+def test_a_run_goes_on_where_its_terminal_is_gone(tmp_path):
+    ours, its = os.openpty()
+    process = talk(tmp_path, stdin=subprocess.DEVNULL, stdout=its, stderr=its, start_new_session=True)
+    os.close(its)
+    os.read(ours, 100)
+    os.close(ours)
+    assert process.wait(60) == 0 and (tmp_path / "done").exists()
+
+
+def test_a_run_that_is_started_with_closed_output(tmp_path):
+    command = ["sh", "-c", f'exec "$0" -c "$1" {tmp_path}/done >&- 2>&-', sys.executable, TALK]
+    assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == 0 and (tmp_path / "done").exists()
+
+
+ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+def test_text_beyond_ascii_in_an_ascii_locale(tmp_path):
+    process = talk(tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | ASCII)
+    assert process.stdout.readline() == b"stra\\xdfe \\udcff 0\n"
+    process.stdout.close()
+    assert process.wait(60) == 0
+
+
+def test_a_runs_files_are_utf_8_in_any_locale(tmp_path):
+    """config.yml, log.txt and metrics.jsonl; a file's name may be no text at all."""
+    folder = "format: folder, images: ['*.png']"
+    (tmp_path / "mine.yml").write_text(
+        "data:\n  class_set: custom\n  class_names: [ciel, chaussée]\n"
+        + "".join(f"  {name}: {{{folder}}}\n" for name in ("source", "target", "val")),
+        encoding="utf-8",
+    )
+    code = (
+        "from utils.config import *; from utils.engine.log import RunLog\n"
+        f"log = RunLog(read_config('configs/stage1_BPL.yml', ['benchmark={tmp_path}/mine.yml', 'runs={tmp_path}']))\n"
+        "log.record(1, 'val', {'iou': {'chaussée': 1.0}}); log.info('chaussée \\udcff', terminal=False)"
+    )
+    (tmp_path / "code.py").write_text(f"import sys; sys.path.insert(0, '.')\n{code}", encoding="utf-8")
+    done = subprocess.run([sys.executable, tmp_path / "code.py"], cwd=ROOT, env=os.environ | ASCII, timeout=120)
+    assert done.returncode == 0
+    run = tmp_path / "mine" / "bpl"
+    config = yaml.safe_load((run / "config.yml").read_text(encoding="utf-8"))
+    assert config["data"]["class_names"] == ["ciel", "chaussée"]
+    assert (run / "log.txt").read_text(encoding="utf-8").endswith("chaussée \\udcff\n")
+    assert json.loads((run / "metrics.jsonl").read_text(encoding="utf-8"))["iou"] == {"chaussée": 1.0}

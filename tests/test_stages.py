@@ -257,7 +257,7 @@ def test_a_key_newer_than_the_run_counts_as_its_default(configure, runs):
 
 @one_layout
 def test_other_pseudo_labels_are_refused_until_they_are_to_be_replaced(finished, configure):
-    changes = ("name=pseudo_labels_again", "pseudo.flip=false")
+    changes = ("name=pseudo_labels_again", "pseudo.keep=0.4")
     before = gen_pseudo_labels.main(configure(finished.layout, "pseudo_labels.yml", finished.runs, *changes))
     cfg = configure(finished.layout, "pseudo_labels.yml", finished.runs, *changes, "pseudo.threshold=0.01")
     with pytest.raises(UserError, match=r"holds other pseudo labels \(threshold: 0\.95 -> 0\.01\)"):
@@ -558,8 +558,9 @@ def test_diverging_training_stops_with_a_line(configure, runs):
     assert "\n" not in str(error.value)
 
 
-def test_validation_without_any_label_is_no_crash(configure, runs):
-    overrides = ("model.init=scratch", "data.val.id_map={200: car}", "data.check=0")
+def test_validation_without_any_label_is_no_crash(configure, runs, monkeypatch):
+    monkeypatch.setattr("data.check.CHECKED", 0)
+    overrides = ("model.init=scratch", "data.val.id_map={200: car}")
     cfg = configure("day_to_dusk", "stage0_warmup.yml", runs, *overrides)
     train_bpl.main(cfg)
     json.loads((cfg.run_dir / "metrics.json").read_text(), parse_constant=work)  # NaN is no JSON
@@ -570,7 +571,7 @@ def summary(benchmarks, tmp_path_factory):
     """The pipeline's overrides and what it returned."""
     runs = tmp_path_factory.mktemp("pipeline")
     overrides = [f"benchmark={benchmarks['day_to_dusk']}", f"runs={runs}", "device=cpu"]
-    yield overrides, runs / "day_to_dusk", pipeline.run(overrides)
+    yield overrides, runs / "day_to_dusk", pipeline.run(overrides, control=False)
     shutil.rmtree(runs)
 
 
@@ -600,6 +601,6 @@ def test_second_call_of_the_pipeline_does_no_work(summary, monkeypatch):
     overrides, _, returned = summary
     forbid_training(monkeypatch)
     monkeypatch.setattr(test, "main", work)
-    assert pipeline.run(overrides) == returned
+    assert pipeline.run(overrides, control=False) == returned
     with pytest.raises(AssertionError, match="work was done"):  # other modes are other scores
-        pipeline.run([*overrides, "test.flip=true"])
+        pipeline.run([*overrides, "test.flip=true"], control=False)

@@ -56,7 +56,7 @@ def upstream(configure, tmp_path_factory):
         (train_bpl, "stage1_BPL.yml"),
         (gen_pseudo_labels, "pseudo_labels.yml"),
     ):
-        script.main(configure("gta5_to_city", file, runs, "data.check=0"))
+        script.main(configure("gta5_to_city", file, runs))
     yield runs
     shutil.rmtree(runs)
 
@@ -102,7 +102,7 @@ def at_once_and_killed(configure, upstream, folders, stage, *overrides):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stage", list(STAGES))
 def test_killed_run_is_the_run_that_was_not(configure, upstream, folders, stage, workers):
-    fewer_loaders = ("train.val_every=8", "batchnorm.statistics=running", "data.check=0") if workers else ()
+    fewer_loaders = ("train.val_every=8", "batchnorm.statistics=running") if workers else ()
     results = at_once_and_killed(configure, upstream, folders, stage, f"data.workers={workers}", *fewer_loaders)
     (one, digests_one, more_one), (other, digests_other, more_other) = results
     assert_same_run(one, other)
@@ -181,7 +181,7 @@ def test_killed_at_random_moments(configure, upstream, folders, request):
     assert not list(other.rglob(".*.partial"))
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signal_ends_the_run_after_the_step_and_a_save(configure, upstream, folders, number, status):
     main, one = long_run(configure, upstream, folders("at_once"), "bpl", "data.workers=1")
     assert in_process(main) == 0
@@ -202,6 +202,14 @@ def test_second_signal_ends_the_run_at_once(configure, upstream, folders):
     twice = (signal.SIGTERM, signal.SIGTERM)
     assert in_process(lambda: (watch_batches(folders("batches.txt"), 6, twice), main())) == 143
     assert read(folder / "checkpoints" / "last.pth")["iteration"] == 4
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGHUP, signal.SIGHUP), (signal.SIGTERM, signal.SIGHUP)])
+def test_a_hangup_may_come_twice(configure, upstream, folders, numbers):
+    """As a terminal goes away, the kernel and the shell send it both; systemd sends it after SIGTERM."""
+    main, folder = long_run(configure, upstream, folders("stopped"), "warmup")
+    status = in_process(lambda: (watch_batches(folders("batches.txt"), 6, numbers), main()))
+    assert status == 128 + numbers[0] and read(folder / "checkpoints" / "last.pth")["iteration"] == 6
 
 
 def test_lock_keeps_a_second_run_out_and_ends_with_the_first(tmp_path):
@@ -315,7 +323,7 @@ def test_not_finite_gradient_is_named(configure, upstream, folders, monkeypatch)
 
 
 def test_not_finite_steps_are_left_out_up_to_a_limit(configure, upstream, folders, monkeypatch):
-    options = ("train.on_nonfinite=skip", "train.max_skipped=2")
+    options = ("train.on_nonfinite=skip",)
     main, folder = long_run(configure, upstream, folders("skip"), "warmup", *options)
     poison(monkeypatch, (2, 5), lambda value: value * float("inf"))
     main()
@@ -323,9 +331,10 @@ def test_not_finite_steps_are_left_out_up_to_a_limit(configure, upstream, folder
     assert all(v.isfinite().all() for v in state["model"].values()) and state["step"]["skipped"] == 2
     assert metrics_of(folder)[-2]["skipped_steps"] == 2
     monkeypatch.undo()
+    monkeypatch.setattr("utils.engine.step.MAX_SKIPPED", 2)
     poison(monkeypatch, (2, 3, 5), lambda value: value * float("inf"))
     main, folder = long_run(configure, upstream, folders("too many"), "warmup", *options)
-    with pytest.raises(UserError, match=r"in step 5; .*train\.max_skipped=2 steps were left out before"):
+    with pytest.raises(UserError, match=r"in step 5; .*2 steps were left out before"):
         main()
 
 

@@ -3,13 +3,13 @@
     python -m utils.ablate benchmark=camvid_day_to_dusk seeds=0,1,2
     python -m utils.ablate benchmark=path/to/mine.yml seeds=0,1 variants=my_variants.yml train.lr=1e-3
 
-`variants` is a YAML of {stage: {variant: [key=value, …]}} for the stages warmup, bpl and pst; without it,
-configs/ablations/default.yml. A variant is the benchmark's own stage but for its keys, starts from what that stage starts from,
-and is scored as the stage leaves it. What it starts from is trained once for each seed: it is the pipeline's own run in
-runs/seed<k>/<benchmark>/, which is taken as it is where it is there, as is a stage that a variant does not change. Runs
-of variants go into ablation/<stage>/<variant> beside it (`python -m utils.report` of that folder shows them).
+`variants` is a YAML of {stage: {variant: [key=value, …]}} for the stages warmup, bpl and pst; by default,
+configs/ablations/default.yml. A variant is the benchmark's own stage with other values of its keys. It starts from what that stage starts
+from, and is scored as the stage leaves it. What it starts from is trained once for each seed: it is the pipeline's run
+in runs/seed<k>/<benchmark>/, and is taken from there if it is there already. Runs of variants go into
+ablation/<stage>/<variant> beside it (`python -m utils.report` of that folder shows them).
 
-Writes runs/<benchmark>/ablation.json, after each seed. Started again, it goes on where it stopped.
+Writes runs/<benchmark>/ablation.json after each seed. Started again, it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -19,13 +19,22 @@ from pathlib import Path
 
 import yaml
 
-from utils.config import ROOT, Config, ConfigError, read_yaml
+from utils.config import ROOT, Config, ConfigError, find_path, read_yaml
 from utils.engine import checkpoint
 from utils.engine.command_line import run_words
 from utils.engine.log import show_path
 from utils.engine.loop import refuse_other_experiment
 from utils.engine.setup import check_inputs, load_config
-from utils.pipeline import STEPS, first_weights, format_summary, over_seeds, own_keys, stage_rows
+from utils.pipeline import (
+    STEPS,
+    first_weights,
+    format_summary,
+    load_stages,
+    load_tests,
+    over_seeds,
+    own_keys,
+    stage_rows,
+)
 from utils.report.page import ABLATION, read_mapping
 
 VARIANTS = ROOT / "configs" / "ablations" / "default.yml"
@@ -33,15 +42,14 @@ STAGES = ("warmup", "bpl", "pst")  # that may have variants
 SHARED = ("benchmark", "stage", "name", "runs", "seed", "checkpoint", "which", "pseudo_labels", "device")
 SEEDS = [0, 1, 2]
 BY_STAGE = {stage: (script, file, own) for stage, script, file, own in STEPS}
-TESTS = ROOT / "configs" / "test_from_gta_to_city.yml"
 
 
 def read_variants(path: Path) -> dict[str, list[str]]:
-    """The table's rows and their overrides: {"bpl": [], "bpl/s2t_alone": [...], …}, each stage as it is before its variants.
+    """The table's rows and their overrides: {"bpl": [], "bpl/s2t_alone": [...], …}, each stage before its variants.
 
     Raises ConfigError naming file and entry.
     """
-    rows: dict[str, list[str]] = {}
+    path, rows = path.absolute(), {}
     for stage, variants in read_yaml(path).items():
         if stage not in STAGES:
             raise ConfigError(f"{path}: {stage!r} is no stage with variants; they are {', '.join(STAGES)}")
@@ -79,25 +87,20 @@ def _made_from(cfg: Config, stages: dict[str, Config]) -> list[Config]:
     return steps
 
 
-def own_stages(overrides: list[str]) -> dict[str, Config]:
-    """The benchmark's own stages, in order."""
-    return {stage: _load(stage, overrides) for stage in BY_STAGE}
-
-
 def planned(stages: dict[str, Config], overrides: list[str], row: str, own: list[str]) -> list[Config]:
     """The runs that a row of the table needs, in order, its own last.
 
     Where the variant's keys change nothing, that is the benchmark's own run of the stage.
 
     Args:
-        stages: `own_stages(overrides)`.
+        stages: `load_stages(overrides)`.
         row: "bpl" or "bpl/<variant>", likewise the other stages.
         own: the variant's keys.
     """
     stage, _, name = row.partition("/")
     of_labels = [o for o in own if o.startswith("pseudo.")]
     cfg = _load(stage, [*overrides, *(o for o in own if o not in of_labels)])
-    labels = _load("pseudo_labels", [*overrides, *of_labels]) if of_labels else stages["pseudo_labels"]
+    labels = _load("pseudo_labels", [*overrides, *of_labels])
     other_labels = labels != stages["pseudo_labels"]
     if other_labels or cfg != stages[stage]:
         cfg.name = f"{ABLATION}/{row}"
@@ -107,8 +110,20 @@ def planned(stages: dict[str, Config], overrides: list[str], row: str, own: list
     return list({step.run_dir: step for step in steps}.values())
 
 
-def _refuse_other(cfg: Config) -> None:
-    """UserError if the run's folder holds another experiment."""
+def _plan(overrides: list[str], variants: Path) -> dict[str, list[Config]]:
+    """The runs of every row for one seed."""
+    stages, plan = load_stages(overrides), {}
+    for row, own in read_variants(variants).items():
+        try:
+            plan[row] = planned(stages, overrides, row, own)
+        except ConfigError as error:
+            raise ConfigError(f"{variants.absolute()}: {row}: {error}") from None
+    return plan
+
+
+def _check(cfg: Config) -> None:
+    """UserError if a run cannot start, or its folder holds another experiment."""
+    first_weights(cfg)
     saved = read_mapping(cfg.run_dir / "config.yml", yaml.safe_load)
     if saved and not cfg.train.restart:
         refuse_other_experiment(saved, cfg)
@@ -117,24 +132,14 @@ def _refuse_other(cfg: Config) -> None:
 def run(overrides: list[str], seeds: list[int], variants: Path = VARIANTS) -> dict:
     """Train what is not there yet for every variant and seed; returns what is written to ablation.json."""
     rows, base = read_variants(variants), _load("bpl", overrides)
-    plans = []  # every config is checked before the first run starts
-    for seed in seeds:
-        seeded = [*overrides, f"seed={seed}", f"runs={base.runs}/seed{seed}"]
-        stages, plan = own_stages(seeded), {}
-        for row, own in rows.items():
-            try:
-                plan[row] = planned(stages, seeded, row, own)
-            except ConfigError as error:
-                raise ConfigError(f"{show_path(variants)}: {row}: {error}" if own else str(error)) from None
-        plans.append((plan, load_config(TESTS, [*seeded, f"benchmark={base.benchmark}"])))
-    every = {cfg.run_dir: cfg for plan, _ in plans for steps in plan.values() for cfg in steps}.values()
-    check_inputs(
-        *(lambda cfg=cfg, check=check: check(cfg) for cfg in every for check in (first_weights, _refuse_other))
-    )
+    by_seed = [[*overrides, f"seed={seed}", f"runs={base.runs}/seed{seed}"] for seed in seeds]
+    plans = [_plan(seeded, variants) for seeded in by_seed]  # every config is checked before the first run starts
+    every = {cfg.run_dir: cfg for plan in plans for steps in plan.values() for cfg in steps}.values()
+    check_inputs(*(lambda cfg=cfg: _check(cfg) for cfg in every))
 
     path, summaries, result = base.sibling_run("ablation.json"), [], {}
-    for plan, tests in plans:
-        summaries.append(_run_seed(plan, tests))
+    for plan, seeded in zip(plans, by_seed):
+        summaries.append(_run_seed(plan, load_tests(seeded, base)))
         done = {"benchmark": base.benchmark, "seeds": seeds[: len(summaries)], "overrides": rows}
         result = done | {"rows": over_seeds(summaries)}
         checkpoint.write_json(path, result)
@@ -156,11 +161,10 @@ def _run_seed(plan: dict[str, list[Config]], tests: Config) -> dict[str, dict]:
             if cfg.run_dir not in finished:
                 print(f"== seed {cfg.seed}, {cfg.name or cfg.stage}", flush=True)
                 finished[cfg.run_dir] = BY_STAGE[cfg.stage][0].main(cfg)
-        cfg, stage = steps[-1], row.partition("/")[0]
-        run_name = cfg.name or cfg.stage
+        stage, run_name = row.partition("/")[0], cfg.name or cfg.stage
         rows |= stage_rows(row, run_name, cfg, finished[cfg.run_dir], tests)
-        rows[row] |= {"scored_at": stage, "run": run_name}
-        rows[row]["over_own"] = rows[row]["miou"] - rows[stage]["miou"] if row != stage else None
+        over_own = rows[row]["miou"] - rows[stage]["miou"] if row != stage else None
+        rows[row] |= {"scored_at": stage, "run": run_name, "over_own": over_own}
     return rows
 
 
@@ -168,14 +172,13 @@ def main() -> None:
     """Command line."""
 
     def call(words: list[str]) -> None:
-        given = [o for o in words if not o.startswith("variants=")]
-        files = [o.removeprefix("variants=") for o in words if o not in given]
-        overrides, controls, seeds = own_keys(given)
+        files = [o.removeprefix("variants=") for o in words if o.startswith("variants=")]
+        overrides, controls, seeds = own_keys([o for o in words if not o.startswith("variants=")])
         if any(o.startswith("seed=") for o in overrides):
             raise ConfigError("seed= is given; seeds=0,1,2 says which to run")
-        if controls:
-            raise ConfigError("controls=true is for utils.pipeline, which trains them")
-        run(overrides, seeds or SEEDS, *map(Path, files[-1:]))
+        if controls is not None:
+            raise ConfigError("controls= is for utils.pipeline, which trains them")
+        run(overrides, seeds or SEEDS, Path(find_path(files[-1])) if files else VARIANTS)
 
     run_words(call, __doc__)
 

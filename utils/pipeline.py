@@ -4,21 +4,29 @@
     python -m utils.pipeline benchmark=path/to/mine.yml train.iterations=2000 seed=1 runs=runs/seed1
     python -m utils.pipeline benchmark=toy controls=true seeds=0,1,2
 
-Runs source-only, warm-up, BPL, pseudo labels, PST, distillation and the tests. Started again, it goes on where it
-stopped. Writes runs/<benchmark>/summary.json and panel.png (image | each stage | truth). A key=value reaches every
-stage; what differs between stages belongs into the benchmark's `stages:` section. Two keys are the pipeline's own:
+Runs source-only, warm-up, BPL, pseudo labels, PST, distillation, their control and the tests. Started again, it goes on
+where it stopped. Writes runs/<benchmark>/summary.json and panel.png (image | each stage | truth). A key=value reaches
+every stage; what differs between stages belongs into the benchmark's `stages:` section.
 
-  controls=true  also trains, from where the warm-up starts and for as many steps as all stages together,
-                 source_only_long (the source alone) and, where target training labels exist, labelled_bound (labels of
-                 both domains), and says which share of the gap between them each stage closes
-  seeds=0,1,2    runs once for each seed, in runs/seed0/<benchmark> and so on, and writes mean and standard deviation
-                 into runs/<benchmark>/seeds.json
+Every stage also goes on learning from the source, and that alone raises mIoU. So each is held against a control that
+learns from source images alone, for as many steps as the chain had taken by then, at the same learning rates. Where a
+stage's row is not above its control, nothing was gained from the target.
+
+Two keys are the pipeline's own:
+
+  controls=true   also trains labelled_bound, with the labels of both domains where target training labels exist, and
+                  says which share of the gap from the control to that bound each stage closes
+  controls=false  leaves the control out too
+  seeds=0,1,2     runs once for each seed, in runs/seed0/<benchmark> and so on, and writes mean and standard deviation
+                  into runs/<benchmark>/seeds.json
 """
 
 from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -30,15 +38,16 @@ import gen_pseudo_labels
 import test
 import train_bpl
 import train_pst
-from data.datasets import build_dataset
+from data.datasets import build_dataset, list_samples
 from data.taxonomy import IGNORE, ClassSet, class_set
-from utils.config import ROOT, Config, ConfigError
+from loss import segmentation_loss
+from models import upsample
+from utils.config import ROOT, Config, ConfigError, UserError
 from utils.config.keys import TRAINING_STAGES
-from utils.controls import control_runs, gap_closed
 from utils.engine import checkpoint, distributed
-from utils.engine.command_line import run_words
+from utils.engine.command_line import run_words, warn_of_idle_gpus
 from utils.engine.log import show_path
-from utils.engine.loop import fit
+from utils.engine.loop import Backward, Stage, fit
 from utils.engine.setup import check_inputs, choose_device, load_config, load_network, refuse_unusable_backbone
 from utils.evaluation.metrics import mean_over
 from utils.evaluation.pictures import Gallery, save_panel
@@ -54,35 +63,40 @@ STEPS = (
     ("pst", train_pst, "stage2_PST.yml", []),
     ("distill", distill, "stage3_distill.yml", []),
 )
+TESTS = ROOT / "configs" / "test_from_gta_to_city.yml"
+CONTROL, BOUND = "source_only_long", "labelled_bound"
 RAREST = 6  # classes that the tail score averages over
 
 
-def run(overrides: list[str], controls: bool = False) -> dict:
+def load_stages(overrides: list[str]) -> dict[str, Config]:
+    """The configuration of every stage, in order."""
+    return {stage: load_config(ROOT / "configs" / file, [*overrides, *own]) for stage, _, file, own in STEPS}
+
+
+def load_tests(overrides: list[str], cfg: Config) -> Config:
+    """The configuration that the runs of `cfg`'s benchmark are scored by."""
+    tests = load_config(TESTS, [*overrides, f"benchmark={cfg.benchmark}"])  # the tests' file names one of its own
+    tests.data.class_set = cfg.data.class_set  # the benchmark's stages.test may leave it to the file
+    return tests
+
+
+def run(overrides: list[str], control: bool = True, bound: bool = False) -> dict:
     """Run or resume the pipeline; returns what is written to summary.json."""
-    # Every config is checked before the first stage starts.
-    configs = {stage: load_config(ROOT / "configs" / file, [*overrides, *own]) for stage, _, file, own in STEPS}
-    benchmark = f"benchmark={configs['bpl'].benchmark}"  # named in any case: the tests' file has one of its own
+    configs = load_stages(overrides)  # every one is checked before the first stage starts
     check_inputs(*(lambda cfg=cfg: first_weights(cfg) for cfg in configs.values()))
-    tests = load_config(ROOT / "configs" / "test_from_gta_to_city.yml", [*overrides, benchmark])
-    tests.data.class_set = configs["bpl"].data.class_set  # of a stages.test that follows the file
-    final_run = {}
-    rows: dict[str, dict] = {}
+    tests = load_tests(overrides, configs["bpl"])
+    warn_of_idle_gpus(configs["bpl"])
+    final_run, rows = {}, {}
     for stage, script, _, _ in STEPS:
         cfg = configs[stage]
         print(f"== {stage}", flush=True)
         metrics = script.main(cfg)
-        if stage == "pseudo_labels":
-            continue
-        name = cfg.name or cfg.stage
-        final_run[stage] = f"{name}/round{cfg.distill.rounds[-1]}" if stage == "distill" else name
-        rows |= stage_rows(stage, final_run[stage], cfg, metrics, tests)
-    if controls:
-        for name, cfg, stage_type in control_runs(configs):
-            print(f"== {name}", flush=True)
-            rows |= stage_rows(name, name, cfg, fit(cfg, stage_type), tests)
-        for base in ("source_only_target_bn", "source_only_long"):
-            for stage, row in rows.items():
-                row[f"gap_closed_from_{base}"] = gap_closed(rows, stage, base)
+        if stage != "pseudo_labels":
+            name = cfg.name or cfg.stage
+            final_run[stage] = f"{name}/round{cfg.distill.rounds[-1]}" if stage == "distill" else name
+            rows |= stage_rows(stage, final_run[stage], cfg, metrics, tests)
+    if control:
+        add_controls(rows, configs, tests, bound)
     folder = tests.sibling_run("")
     summary = {"benchmark": tests.benchmark, "seed": tests.seed, "stages": rows}
     checkpoint.write_json(folder / "summary.json", summary)
@@ -90,20 +104,6 @@ def run(overrides: list[str], controls: bool = False) -> dict:
     print(format_summary(rows))
     print(f"written to {show_path(folder / 'summary.json')}, panel.png and {write_report(folder).name} beside it")
     return summary
-
-
-def stage_rows(stage: str, run_name: str, cfg: Config, metrics: dict, tests: Config) -> dict[str, dict]:
-    """The summary's row of a trained stage, under both kinds of BatchNorm statistics; source-only has a second one."""
-    own = cfg.batchnorm.statistics
-    other = "target" if own == "running" else "running"
-    scores = {own: metrics["last"], other: _test(tests, run_name, other)}
-    both = {"miou_running": scores["running"]["miou"], "miou_target_bn": scores["target"]["miou"]}
-    best = {"best_miou": metrics["best"]["miou"]}
-    rows = {stage: _row(scores[own], class_set(tests.data)) | {"statistics": own} | both | best}
-    if stage == "source_only":
-        target = _row(scores["target"], class_set(tests.data)) | {"statistics": "target"}
-        rows["source_only_target_bn"] = target | {"miou_target_bn": target["miou"]}
-    return rows
 
 
 def first_weights(cfg: Config) -> None:
@@ -116,18 +116,108 @@ def first_weights(cfg: Config) -> None:
         checkpoint.find_init(cfg)
 
 
-def _test(tests: Config, run_name: str, statistics: str) -> dict:
-    """Scores of a run's last checkpoint under one kind of BatchNorm statistics; kept from an earlier call."""
-    cfg = copy.deepcopy(tests)
-    cfg.checkpoint, cfg.which, cfg.batchnorm.statistics = run_name, "last", statistics
-    cfg.name, cfg.test.dataset, cfg.test.images = f"test/{run_name}_{statistics}", "val", ""
-    before = cfg.run_dir / "metrics.json"
-    if before.is_file():
-        scores = json.loads(before.read_text())
-        same = scores["checkpoint_hash"] == checkpoint.file_hash(checkpoint.find_checkpoint(cfg, run_name))
-        if same and scores.get("mode") == test.mode(cfg):
-            return scores
-    return test.main(cfg)
+# -------------------------------------------------------------------------------------------------------- controls
+
+
+class LabelledBound(Stage):
+    """L = CE(z_s, y_s) + CE(z_t, y_t), with the true labels of target training images."""
+
+    uses_target_labels = True
+
+    def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
+        for domain, batch in (("source", source), ("target", target)):
+            logits = self.model(self.views.strong(batch["image"]))["logits"]
+            logits = upsample(logits.float(), batch["label"].shape[1:])
+            ce = segmentation_loss(logits, batch["label"], batch.get("normalizer"))
+            del logits
+            backward(ce, **{f"ce_{domain}": ce})
+
+
+def add_controls(rows: dict[str, dict], configs: dict[str, Config], tests: Config, with_bound: bool) -> None:
+    """Train the controls and add to `rows` what they reach and how each stage compares, under target statistics."""
+    steps = steps_by_stage(configs)
+    for stage, cfg in control_legs(configs):
+        print(f"== control of {stage}", flush=True)
+        row = stage_rows(CONTROL, cfg.name, cfg, fit(cfg, train_bpl.BPL), tests)[CONTROL]
+        control = row["miou_target_bn"]
+        compared = {"control_miou_target_bn": control, "gain_over_control": rows[stage]["miou_target_bn"] - control}
+        rows[stage] |= compared | {"steps": steps[stage]}
+    rows[CONTROL] = row | {"steps": steps[stage]}  # of the last leg
+    if with_bound and (cfg := bound_config(configs)):
+        print(f"== {BOUND}", flush=True)
+        rows |= stage_rows(BOUND, BOUND, cfg, fit(cfg, LabelledBound), tests)
+        rows[BOUND]["steps"] = steps[stage]
+        for base in ("source_only_target_bn", CONTROL):
+            for name, row in rows.items():
+                row[f"gap_closed_from_{base}"] = gap_closed(rows, name, base)
+
+
+def rounds_of(cfg: Config) -> list[Config]:
+    """The runs that a stage consists of: distillation has one for each round."""
+    return [distill.round_config(cfg, n) for n in cfg.distill.rounds] if cfg.stage == "distill" else [cfg]
+
+
+def steps_by_stage(configs: dict[str, Config]) -> dict[str, int]:
+    """Training steps from the start of the warm-up to the end of each stage."""
+    stages = [stage for stage in TRAINING_STAGES if stage in configs]
+    own = (sum(cfg.train.iterations for cfg in rounds_of(configs[stage])) for stage in stages)
+    return dict(zip(stages, accumulate(own)))
+
+
+def control_legs(configs: dict[str, Config]) -> Iterator[tuple[str, Config]]:
+    """(stage, configuration) of the runs that one after another make up the control `source_only_long`.
+
+    Each has the steps, learning rates and statistics of the stage that it is the control of, and its order of source
+    images; it learns from these alone. The first starts where the warm-up starts, each other one from the one before.
+    """
+    init, number = configs["warmup"].model.init, 0
+    for stage in TRAINING_STAGES:
+        for own in rounds_of(configs[stage]):
+            number += 1
+            cfg = copy.deepcopy(configs["warmup"])
+            cfg.stage, cfg.distill, cfg.train, cfg.batchnorm = own.stage, own.distill, own.train, own.batchnorm
+            cfg.name, cfg.model.init, cfg.loss.adversarial = f"{CONTROL}/{number}_{stage}", init, 0.0
+            init = cfg.name
+            yield stage, cfg
+
+
+def bound_config(configs: dict[str, Config]) -> Config | None:
+    """Of `labelled_bound`: the warm-up stretched to the steps of all stages. None where the target has no labels."""
+    cfg = copy.deepcopy(configs["warmup"])
+    try:
+        list_samples(cfg.data.target)
+    except UserError as error:
+        print(f"no {BOUND}: {error}")
+        return None
+    steps, t = steps_by_stage(configs)["distill"], cfg.train
+    cfg.name, cfg.loss.adversarial = BOUND, 0.0
+    t.horizon, t.iterations = round(steps * t.horizon / t.iterations), steps
+    return cfg
+
+
+def gap_closed(rows: dict[str, dict], stage: str, base: str) -> float | None:
+    """Share in percent of the way from row `base` to `labelled_bound` that a stage has gone, all with target BatchNorm.
+
+    None where the bound is not above the base.
+    """
+    start, end, here = (rows[name]["miou_target_bn"] for name in (base, BOUND, stage))
+    return 100 * (here - start) / (end - start) if end > start and stage != base else None
+
+
+# ---------------------------------------------------------------------------------------------------------- scores
+
+
+def stage_rows(stage: str, run_name: str, cfg: Config, metrics: dict, tests: Config) -> dict[str, dict]:
+    """The summary's row of a trained stage, under both kinds of BatchNorm statistics; source-only has a second one."""
+    own, classes = cfg.batchnorm.statistics, class_set(tests.data)
+    other = "target" if own == "running" else "running"
+    scores = {own: metrics["last"], other: _test(tests, run_name, other)}
+    both = {"miou_running": scores["running"]["miou"], "miou_target_bn": scores["target"]["miou"]}
+    rows = {stage: _row(scores[own], classes) | {"statistics": own, **both, "best_miou": metrics["best"]["miou"]}}
+    if stage == "source_only":
+        target = _row(scores["target"], classes) | {"statistics": "target"}
+        rows["source_only_target_bn"] = target | {"miou_target_bn": target["miou"]}
+    return rows
 
 
 def _row(scores: dict, classes: ClassSet) -> dict:
@@ -136,79 +226,97 @@ def _row(scores: dict, classes: ClassSet) -> dict:
     return kept | {"rarest": present[:RAREST], "miou_rarest": mean_over(scores["iou"], present[:RAREST])}
 
 
-def _cell(value: float | dict | None) -> str:
+def _test(tests: Config, run_name: str, statistics: str) -> dict:
+    """Scores of a run's last checkpoint under one kind of BatchNorm statistics; kept from an earlier call."""
+    cfg = copy.deepcopy(tests)
+    cfg.checkpoint, cfg.which, cfg.batchnorm.statistics = run_name, "last", statistics
+    cfg.name, cfg.test.dataset, cfg.test.images = f"test/{run_name}_{statistics}", "val", ""
+    before = cfg.run_dir / "metrics.json"
+    if before.is_file():
+        scores = json.loads(before.read_text(encoding="utf-8"))
+        same = scores["checkpoint_hash"] == checkpoint.file_hash(checkpoint.find_checkpoint(cfg, run_name))
+        if same and scores.get("mode") == test.mode(cfg):
+            return scores
+    return test.main(cfg)
+
+
+COLUMNS = {  # of the table, where any row has them: title, key of the row, digits
+    "steps": ("steps", 0),
+    "target BN": ("miou_target_bn", 1),
+    "control": ("control_miou_target_bn", 1),
+    "gain": ("gain_over_control", 1),
+    "of the gap": ("gap_closed_from_source_only_long", 0),
+    "running BN": ("miou_running", 1),
+    "mIoU": ("miou", 1),
+    "16 classes": ("miou16", 1),
+    "13 classes": ("miou13", 1),
+    f"rarest {RAREST}": ("miou_rarest", 1),
+    "best": ("best_miou", 1),
+    "over own": ("over_own", 1),
+}
+NOTES = {
+    "control": "control: the source alone for as many steps; gain: over it, both under target BN",
+    "of the gap": f"of the gap: share in percent of the way from {CONTROL} to {BOUND}, under target BN",
+    "mIoU": "mIoU and what follows: under the BatchNorm statistics that the stage validates with; last checkpoints, "
+    "except for best, the highest on the validation labels",
+}
+
+
+def _cell(value: float | dict | None, digits: int) -> str:
     if isinstance(value, dict):
-        return f"{value['mean']:.1f} ± {value['std']:.1f}"
-    return "-" if value is None else f"{value:.1f}"
+        return f"{value['mean']:.{digits}f}" + (f" ± {value['std']:.{digits}f}" if digits else "")
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def format_summary(rows: dict[str, dict]) -> str:
     """The table of mIoU by stage."""
-    subsets = [k for k in next(iter(rows.values())) if k.startswith("miou1")]
-    columns = {
-        "mIoU": "miou",
-        **{k: k for k in subsets},
-        f"rarest {RAREST}": "miou_rarest",
-        "running BN": "miou_running",
-        "target BN": "miou_target_bn",
-        "best": "best_miou",
-    }
-    where_there = {
-        "gap from BN": "gap_closed_from_source_only_target_bn",
-        "from long": "gap_closed_from_source_only_long",
-        "over own": "over_own",
-    }
     known = {key for row in rows.values() for key, value in row.items() if value is not None}
-    columns |= {title: key for title, key in where_there.items() if key in known}
+    columns = {title: column for title, column in COLUMNS.items() if column[0] in known}
     width = max(24, *map(len, rows))
-    lines = [f"{'mIoU in percent':{width}}" + "".join(f"{title:>14}" for title in columns)]
+    lines = [f"{'mIoU in percent':{width}}" + "".join(f"{title:>12}" for title in columns)]
     for stage, row in rows.items():
-        lines.append(f"{stage:{width}}" + "".join(f"{_cell(row.get(key)):>14}" for key in columns.values()))
-    lines.append("mIoU: the last checkpoint, as its stage validates it; best: the highest on the validation labels")
-    if "from long" in columns:
-        lines.append(
-            "gap: share in percent of the way to labelled_bound that is closed, all with target BN; counted from "
-            "source_only_target_bn and from source_only_long"
-        )
-    return "\n".join(lines)
+        lines.append(f"{stage:{width}}" + "".join(f"{_cell(row.get(key), n):>12}" for key, n in columns.values()))
+    return "\n".join([*lines, *(note for title, note in NOTES.items() if title in columns)])
 
 
 def _panel(cfg: Config, runs: dict[str, str], path: Path) -> None:
-    """image | each stage | truth; rows from the image that gained most pixels over all stages to the one that lost most."""
-    cfg, device = copy.deepcopy(cfg), choose_device(cfg)
+    """image | each stage | truth, of five images: from the one that gained most pixels over all stages to the one that
+    lost most."""
+    cfg, device, classes = copy.deepcopy(cfg), choose_device(cfg), class_set(cfg.data)
     cfg.which, cfg.batchnorm.statistics = "last", "saved"
     models = [load_network(cfg, checkpoint.find_checkpoint(cfg, run_name), device)[0] for run_name in runs.values()]
-    val = build_dataset(cfg.data.val, class_set(cfg.data))
+    val = build_dataset(cfg.data.val, classes)
     gains = np.zeros(len(val))
     for model, sign in ((models[0], -1), (models[-1], 1)):
 
-        def see(index: int, image: Tensor, prediction: Tensor, label: Tensor, sign: int = sign) -> None:
+        def count(index: int, image: Tensor, prediction: Tensor, label: Tensor, sign: int = sign) -> None:
             gains[index] += sign * ((prediction == label).sum() / (label != IGNORE).sum().clamp(min=1)).item()
 
-        evaluate(model, val, class_set(cfg.data), cfg, device, see)
-    gains = sum(distributed.gathered(gains))
-    ranked = np.argsort(-gains, kind="stable")
+        evaluate(model, val, classes, cfg, device, count)
+    ranked = np.argsort(-sum(distributed.gathered(gains)), kind="stable")
     chosen = ranked[np.linspace(0, len(val) - 1, min(5, len(val))).round().astype(int)]
     val.samples = [val.samples[i] for i in chosen]
-
-    columns: list[list[np.ndarray]] = []
-    for model in models:
-        gallery = Gallery(range(len(val)), class_set(cfg.data))
-        evaluate(model, val, class_set(cfg.data), cfg, device, gallery)
-        shown = [gallery.shown[i] for i in range(len(val))]
-        columns.append([prediction for _, prediction, _ in shown])
-    images, truths = [s[0] for s in shown], [s[2] for s in shown]
-    rows = [list(row) for row in zip(images, *columns, truths)]
+    galleries = [Gallery(range(len(val)), classes) for _ in models]
+    for model, gallery in zip(models, galleries):
+        evaluate(model, val, classes, cfg, device, gallery)
+    rows = []
+    for i in range(len(val)):
+        image, _, truth = galleries[0].shown[i]
+        rows.append([image, *(gallery.shown[i][1] for gallery in galleries), truth])
     save_panel(path, rows, ["image", *(name.replace("_", " ") for name in runs), "truth"])
 
 
-def run_seeds(overrides: list[str], seeds: list[int], controls: bool = False) -> dict:
+# ----------------------------------------------------------------------------------------------------------- seeds
+
+
+def run_seeds(overrides: list[str], seeds: list[int], control: bool = True, bound: bool = False) -> dict:
     """The pipeline once for each seed; returns what is written to seeds.json: mean and deviation by stage and class."""
     base = load_config(ROOT / "configs" / "stage1_BPL.yml", overrides)
     summaries, folders = [], {}
     for seed in seeds:
         print(f"==== seed {seed}", flush=True)
-        summaries.append(run([*overrides, f"seed={seed}", f"runs={base.runs}/seed{seed}"], controls)["stages"])
+        own = [*overrides, f"seed={seed}", f"runs={base.runs}/seed{seed}"]
+        summaries.append(run(own, control, bound)["stages"])
         folders[str(seed)] = f"../seed{seed}/{base.benchmark_name}"  # from seeds.json's own
     result = {"benchmark": base.benchmark, "seeds": seeds, "folders": folders, "stages": over_seeds(summaries)}
     path = base.sibling_run("seeds.json")
@@ -229,27 +337,23 @@ def over_seeds(summaries: list[dict]) -> dict:
     return {"mean": mean(summaries), "std": stdev(summaries) if len(summaries) > 1 else 0.0}
 
 
-def own_keys(overrides: list[str]) -> tuple[list[str], bool, list[int]]:
-    """The overrides without the pipeline's own keys, and the values of these."""
-    controls, seeds, others = False, [], []
-    for assignment in overrides:
-        key, _, text = assignment.partition("=")
-        if key == "controls":
-            if text not in ("true", "false"):
-                raise ConfigError(f"controls={text!r} has the wrong type: true or false is needed")
-            controls = text == "true"
-        elif key == "seeds":
-            try:
-                seeds = [int(seed) for seed in text.strip("[]").split(",")]
-            except ValueError:
-                raise ConfigError(f"seeds={text!r} has the wrong type: seeds=0,1,2 is needed") from None
-            if len(set(seeds)) < len(seeds):
-                raise ConfigError(f"seeds={text!r} names a seed twice")
-        elif key == "name":
-            raise ConfigError("name= would be the one folder of all stages; runs= keeps pipelines apart")
-        else:
-            others.append(assignment)
-    if seeds and any(assignment.startswith("seed=") for assignment in others):
+def own_keys(overrides: list[str]) -> tuple[list[str], bool | None, list[int]]:
+    """The overrides without the pipeline's own keys, and the values of these: controls (None if not given), seeds."""
+    own = dict(o.split("=", 1) for o in overrides if o.startswith(("controls=", "seeds=")))
+    others = [o for o in overrides if o.partition("=")[0] not in own]
+    controls = {"true": True, "false": False, None: None}.get(own.get("controls"), "")
+    if controls == "":
+        raise ConfigError(f"controls={own['controls']!r} has the wrong type: true or false is needed")
+    try:
+        seeds = [int(seed) for seed in own["seeds"].strip("[]").split(",")] if "seeds" in own else []
+    except ValueError:
+        raise ConfigError(f"seeds={own['seeds']!r} has the wrong type: seeds=0,1,2 is needed") from None
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds={own['seeds']!r} names a seed twice")
+    given = {o.partition("=")[0] for o in others}
+    if "name" in given:
+        raise ConfigError("name= would be the one folder of all stages; runs= keeps pipelines apart")
+    if seeds and "seed" in given:
         raise ConfigError("seed= and seeds= are given; seeds= says all")
     return others, controls, seeds
 
@@ -259,7 +363,8 @@ def main() -> None:
 
     def call(words: list[str]) -> None:
         overrides, controls, seeds = own_keys(words)
-        run_seeds(overrides, seeds, controls) if seeds else run(overrides, controls)
+        which = {"control": controls is not False, "bound": controls is True}
+        run_seeds(overrides, seeds, **which) if seeds else run(overrides, **which)
 
     run_words(call, __doc__)
 

@@ -1,5 +1,6 @@
 """Configuration: what is refused, in which words, and what wins over what."""
 
+import os
 import re
 
 import pytest
@@ -7,7 +8,9 @@ import yaml
 from conftest import CUSTOM
 
 from data.taxonomy import class_set
-from utils.config import ROOT, ConfigError, UserError
+from utils.ablate import read_variants
+from utils.config import ROOT, ConfigError, UserError, all_keys, key_help, read_yaml, to_dict
+from utils.config.keys import STAGES
 from utils.engine.command_line import guarded, run_cli
 from utils.engine.setup import load_config
 
@@ -33,7 +36,7 @@ def test_every_stage_goes_with_every_benchmark(stage_file, name):
 @pytest.mark.parametrize("file", ["pseudo_labels.yml", "test_from_gta_to_city.yml"])
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_network_is_used_as_it_was_validated(name, file):
-    """No benchmark decides for a network which statistics it had, nor asks for target images that `test.images` lacks."""
+    """No benchmark says which statistics a network had, nor asks for target images that `test.images` lacks."""
     cfg = load_config(ROOT / "configs" / file, [f"benchmark={name}"])
     assert cfg.batchnorm.statistics == "saved"
 
@@ -106,7 +109,6 @@ def test_unknown_choice_names_the_nearest():
         ("train.iterations=90001", r"train\.iterations.*train\.horizon"),
         ("train.iterations=0", r"train\.iterations"),
         ("train.lr=-1e-4", r"train\.lr"),
-        ("train.momentum=-1", r"train\.momentum"),
         ("train.weight_decay=-1", r"train\.weight_decay"),
         ("train.head_lr_factor=-1", r"train\.head_lr_factor"),
         ("train.lr_discriminator=-1", r"train\.lr_discriminator"),
@@ -160,18 +162,22 @@ def test_what_wins_over_what(tmp_path):
     """Defaults < stage file < benchmark < its section of the stage < command line."""
     stage, benchmark = tmp_path / "stage.yml", tmp_path / "mine.yml"
     stage.write_text(
-        f"benchmark: {benchmark}\nstage: warmup\nloss: {{bidirectional: 0}}\ntrain: {{lr: 2, power: 2, momentum: 0.2}}"
+        f"benchmark: {benchmark}\nstage: warmup\nloss: {{bidirectional: 0}}\n"
+        "train: {lr: 2, head_lr_factor: 2, weight_decay: 0.2}"
     )
-    content = {"train": {"lr": 3, "power": 3}, "stages": {"warmup": {"train": {"lr": 4}}, "bpl": {"train": {"lr": 9}}}}
+    content = {
+        "train": {"lr": 3, "head_lr_factor": 3},
+        "stages": {"warmup": {"train": {"lr": 4}}, "bpl": {"train": {"lr": 9}}},
+    }
     benchmark.write_text(yaml.safe_dump(content))
     train = load_config(stage).train
-    assert (train.weight_decay, train.momentum, train.power, train.lr) == (2e-4, 0.2, 3, 4)
+    assert (train.iterations, train.weight_decay, train.head_lr_factor, train.lr) == (60_000, 0.2, 3, 4)
     assert load_config(stage, ["train.lr=5"]).train.lr == 5
-    content["stages"]["source_only"] = {"train": {"power": 6}}
+    content["stages"]["source_only"] = {"train": {"head_lr_factor": 6}}
     benchmark.write_text(yaml.safe_dump(content))
     train = load_config(stage, ["name=source_only"]).train  # a warm-up with deltas of its own
-    assert (train.lr, train.power) == (4, 6)
-    assert load_config(stage).train.power == 3
+    assert (train.lr, train.head_lr_factor) == (4, 6)
+    assert load_config(stage).train.head_lr_factor == 3
 
 
 def test_numbers_as_people_write_them(tmp_path):
@@ -181,6 +187,40 @@ def test_numbers_as_people_write_them(tmp_path):
     cfg = load_config(tmp_path / "stage.yml")
     assert cfg.train.lr == 1e-3 and cfg.data.scale == [0.5, 2.0]
     assert load_config(BPL, ["name=2024"]).name == "2024"  # text stays text
+    cfg = load_config(BPL, ["train.iterations=1e3", "data.crop=[64.0, 6.4e1]"])  # whole numbers
+    assert (cfg.train.iterations, cfg.data.crop) == (1000, [64, 64]) and isinstance(cfg.train.iterations, int)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train: {lr: 1}\nseed: 1\ntrain: {}", r"key 'train' stands twice, in lines 1 and 3"),
+        ("stages:\n  pst: {}\n  bpl: {}\n  pst: {}", r"key 'pst' stands twice, in lines 2 and 4"),
+        ("stages:\n  pst: {train: {lr: 1,\n lr: 2}}", r"key 'lr' stands twice, in lines 2 and 3"),
+        ("data:\n  source: {id_map: {0: sky, 2: car, 2: road}}", r"key 2 stands twice, in line 2"),
+        ("data:\n  source: {id_map: {16: sky, 0x10: car}}", r"key 16 stands twice, in line 2"),
+        ("bpl:\n  x: []\n  x: []", r"key 'x' stands twice"),
+    ],
+)
+def test_a_key_that_stands_twice_is_named(tmp_path, text, said):
+    """In sections, stages, id maps and variants, of benchmarks and of stage files: YAML would take the last one."""
+    file = tmp_path / "mine.yml"
+    file.write_text(text)
+    refused(rf"{re.escape(str(file))}: {said}", stage_file=file)
+    refused(rf"{re.escape(str(file))}: {said}", f"benchmark={file}")
+    with pytest.raises(ConfigError, match=said):
+        read_variants(file)
+
+
+def test_what_looks_like_a_key_that_stands_twice_is_read(tmp_path):
+    """A merged section may be overridden, wherever it stands."""
+    text = "a: {b: {c: &base {x: 1, y: 1}, d: &more {<<: *base, x: 2}}}\ne: {<<: *more, y: 3}\nf: [{x: 1}, {x: 2}]"
+    (tmp_path / "mine.yml").write_text(text)
+    assert read_yaml(tmp_path / "mine.yml") == yaml.safe_load(text)
+
+
+def test_a_key_that_stands_twice_on_the_command_line_is_named():
+    refused(r"data\.source\.id_map=.* key 2 stands twice", "data.source.id_map={2: car, 2: road}")
 
 
 @pytest.mark.parametrize("text", ["train: {lr: 1", "train:\n\tlr: 1", "a: b: c", "train: {lr: 2020-13-45}", "\x00"])
@@ -190,7 +230,8 @@ def test_malformed_yaml_is_named(tmp_path, text):
 
 
 def test_unusable_files_are_named(tmp_path):
-    refused(r"cannot read config .*none\.yml", stage_file=tmp_path / "none.yml")
+    refused(r"cannot read config /.*none\.yml", stage_file=tmp_path / "none.yml")
+    refused(rf"cannot read config {re.escape(os.path.abspath('none.yml'))}", stage_file="none.yml")
     refused(r"cannot read config .*none\.yml", f"benchmark={tmp_path / 'none.yml'}")
     (tmp_path / "mine.yml").write_text("- a\n- b")
     refused(r"mine\.yml holds list, not keys and values", stage_file=tmp_path / "mine.yml")
@@ -225,13 +266,99 @@ def test_refused_config_is_one_line_and_status_2(monkeypatch, capsys):
     assert line.startswith("error: train.lr='fast'")
 
 
-def test_help_lists_every_key_with_default_and_reason(monkeypatch, capsys):
+def shown(monkeypatch, capsys, *arguments):
+    """What a script prints that does not run."""
+    start(monkeypatch, *arguments, main=pytest.fail)
+    return capsys.readouterr().out
+
+
+def test_help_shows_the_values_that_are_used_and_the_keys_that_the_stage_reads(monkeypatch, capsys):
+    out = shown(monkeypatch, capsys, "--help")
+    assert "Usage of the script." in out and "model.output_stride=auto [auto | 8 | 16]" in out
+    assert "\ntrain\n  train.iterations=60000\n      steps to run (as released)\n" in out
+    assert "loss.bidirectional=0.1\n" in out and "loss.contrast" not in out and "distill." not in out
+    out = shown(monkeypatch, capsys, "benchmark=toy", "--help", "loss.bidirectional=0.3")
+    assert "train.iterations=120\n      steps to run (as released); default 60000\n" in out
+    assert "loss.bidirectional=0.3\n" in out and "data.source.root=data/toy/GTA5\n" in out
+    warmup = ("--config", str(ROOT / "configs/stage0_warmup.yml"))
+    assert "loss.bidirectional" not in shown(monkeypatch, capsys, "-h", *warmup)
     with pytest.raises(SystemExit) as stop:
-        start(monkeypatch, "--help")
-    assert stop.value.code == 0
-    out = capsys.readouterr().out
-    assert out.count("\n") > 100 and "Usage of the script." in out
-    assert "train.horizon=90000\n      steps over which" in out and "model.output_stride=auto [auto | 8 | 16]" in out
+        start(monkeypatch, "--help", "train.itertions=3", main=pytest.fail)
+    assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_every_key_is_read_by_a_stage():
+    stages = {stage: load_config(file) for file in STAGE_FILES for stage in [read_yaml(file)["stage"]]}
+    assert set(stages) == set(STAGES)
+    texts = {stage: key_help(cfg) for stage, cfg in stages.items()}
+    for key in all_keys().keys() - {"stage"}:
+        assert any(f"\n  {key}=" in text for text in texts.values()), key
+    assert "pseudo.threshold" in texts["pseudo_labels"] and "train.lr" not in texts["pseudo_labels"]
+    assert "train.precision" in texts["test"] and "data.source.root" not in texts["pseudo_labels"]
+
+
+def test_print_config_is_the_whole_configuration(monkeypatch, capsys):
+    out = shown(monkeypatch, capsys, "--print-config", "benchmark=toy", "train.lr=3e-3")
+    assert yaml.safe_load(out) == to_dict(load_config(BPL, ["benchmark=toy", "train.lr=3e-3"]))
+
+
+def test_several_gpus_that_one_process_sees_are_named(monkeypatch, capsys):
+    for count, lines in ((1, 0), (4, 1)):
+        monkeypatch.setattr("torch.cuda.device_count", lambda count=count: count)
+        start(monkeypatch)
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == lines and all("--nproc_per_node=4" in line for line in said)
+    start(monkeypatch, "device=cuda:1")
+    assert capsys.readouterr().err == ""
+
+
+# ----------------------------------------------------------------------------------------------------------- paths
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A working folder outside the checkout, and a benchmark of the user's in another one."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    content = {"data": {"source": {"root": "d/day"}}, "stages": {"bpl": {"model": {"init": "start.pth"}}}}
+    (tmp_path / "own" / "mine.yml").write_text(yaml.safe_dump(content))
+    return tmp_path
+
+
+def test_a_dataset_is_looked_for_beside_the_users_yaml_then_from_the_start_then_in_the_checkout(elsewhere, monkeypatch):
+    def found(*overrides):
+        cfg = load_config(BPL, ["benchmark=../own/mine.yml", *overrides])
+        return cfg.data.source.root, cfg.model.init
+
+    monkeypatch.setattr("utils.config.loading.ROOT", elsewhere / "checkout")
+    assert found() == ("d/day", "start.pth")  # nowhere: as it is
+    for folder, named in (("checkout", str(elsewhere / "checkout")), ("work", ""), ("own", str(elsewhere / "own"))):
+        (elsewhere / folder / "d/day").mkdir(parents=True)
+        (elsewhere / folder / "start.pth").touch()
+        assert found() == (os.path.join(named, "d/day"), os.path.join(named, "start.pth"))
+    root, _ = found("data.source.root=d")  # on the command line: not beside the YAML
+    assert root == "d"
+    monkeypatch.chdir(elsewhere / "own")  # the same place by both rules: as it is, so that older runs are resumed
+    assert load_config(BPL, ["benchmark=mine.yml"]).data.source.root == "d/day"
+
+
+def test_a_runs_name_is_no_path(elsewhere):
+    (elsewhere / "own" / "warmup").mkdir()
+    (elsewhere / "work" / "warmup").mkdir()
+    assert load_config(BPL, ["benchmark=../own/mine.yml", "model.init=warmup"]).model.init == "warmup"
+
+
+def test_the_checkouts_files_are_found_from_anywhere_and_runs_stay_where_one_starts(elsewhere, monkeypatch):
+    cfg = load_config("configs/stage1_BPL.yml", ["benchmark=toy"])
+    assert cfg.run_dir.as_posix() == "runs/toy/bpl"
+    assert cfg.data.toy_root == str(ROOT / "data/toy")
+    assert cfg.data.source.root == str(ROOT / "data/toy/GTA5")  # drawn or not
+    assert cfg.data.val.root == str(ROOT / "data/toy/Cityscapes")
+    assert load_config(BPL, ["benchmark=configs/benchmarks/toy.yml"]).data == cfg.data
+    monkeypatch.chdir(ROOT)
+    cfg = load_config(BPL, ["benchmark=toy"])
+    assert (cfg.data.toy_root, cfg.data.source.root) == ("data/toy", "data/toy/GTA5")
 
 
 def test_users_mistakes_are_status_1_and_bugs_keep_their_traceback(capsys):

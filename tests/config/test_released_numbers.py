@@ -9,6 +9,7 @@ from data.taxonomy import IGNORE
 from data.transforms import Views
 from models import build_model
 from utils.config import ROOT
+from utils.engine import loop
 from utils.engine.setup import load_config, resolve_auto
 
 PBAL, PRODA = "PBAL's release", "ProDA's release"
@@ -18,9 +19,7 @@ TRAINED = (WARMUP, BPL, PST, DISTILL)
 
 # (stage files, key, value, source)
 NUMBERS = [
-    (TRAINED, "train.momentum", 0.9, PBAL),
     (TRAINED, "train.weight_decay", 2e-4, PBAL),
-    (TRAINED, "train.power", 0.9, PBAL),
     (TRAINED, "train.horizon", 90_000, PBAL),
     (TRAINED, "train.head_lr_factor", 10, PBAL),
     ((WARMUP, BPL, PST), "train.iterations", 60_000, PBAL),
@@ -95,6 +94,10 @@ def test_jitter_draws_from_the_released_ranges():
         values = np.array([draw[f"{name}_factor"] for draw in draws])
         edge = 0.02 * (high - low)
         assert low <= values.min() < low + edge and high - edge < values.max() <= high, name
+
+
+def test_momentum_and_poly_power():
+    assert (loop.MOMENTUM, loop.POWER) == (0.9, 0.9)
 
 
 def test_ignored_is_255():

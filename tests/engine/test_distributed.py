@@ -98,7 +98,7 @@ def upstream(configure, tmp_path_factory):
     runs = tmp_path_factory.mktemp("upstream")
     with networks(Plain):
         for script, file, own in (*list(STAGES.values())[:2], (gen_pseudo_labels, "pseudo_labels.yml", ())):
-            script.main(configure(LAYOUT, file, runs, *own, "data.check=0"))
+            script.main(configure(LAYOUT, file, runs, *own))
     return runs
 
 

@@ -2,17 +2,31 @@
 
 from utils.config.errors import ConfigError, UserError
 from utils.config.keys import Config
-from utils.config.loading import ROOT, default_config, flatten, key_help, read_config, read_yaml, to_dict
+from utils.config.loading import (
+    ROOT,
+    all_keys,
+    default_config,
+    find_path,
+    flatten,
+    key_help,
+    read_config,
+    read_yaml,
+    to_dict,
+    to_yaml,
+)
 
 __all__ = [
     "ROOT",
     "Config",
     "ConfigError",
     "UserError",
+    "all_keys",
     "default_config",
+    "find_path",
     "flatten",
     "key_help",
     "read_config",
     "read_yaml",
     "to_dict",
+    "to_yaml",
 ]

@@ -2,8 +2,11 @@
 
     defaults  <  configs/<stage>.yml  <  benchmark YAML  <  its `stages: {<name>: …}` part  <  key=value
 
-Every key is a field of `utils.config.keys`. An unknown key, a wrong type or an impossible
-combination raises `ConfigError` before data or GPU are touched.
+Every key is a field of `utils.config.keys`. An unknown key, a wrong type or an impossible combination raises
+`ConfigError` before data or GPU are touched.
+
+A relative path is looked for beside the user's own YAML that names it, then in the folder that the script is started
+from, then in the checkout; see `find_path`. Runs are written below the folder that the script is started from.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import typing
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,30 +25,83 @@ import yaml
 from utils.config.errors import ConfigError
 from utils.config.keys import RUNS, Config, leaves_folder, require
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]  # the checkout
 
 
-# ------------------------------------------------------------------------------------------ building and checking
+# ------------------------------------------------------------------------------------------------------------ keys
 
 
-def _fields(cls: type) -> dict[str, tuple[Any, dataclasses.Field]]:
+class _Key(typing.NamedTuple):
+    """One key: its type, what `utils.config.keys.opt` said of it, and the stages that read it (None: all)."""
+
+    hint: Any
+    metadata: Any
+    stages: tuple[str, ...] | None
+
+
+def _fields(cls: type) -> Iterator[tuple[str, Any, Any]]:
+    """(name, type, metadata) of a section's fields."""
     hints = typing.get_type_hints(cls)
-    return {f.name: (hints[f.name], f) for f in dataclasses.fields(cls)}
+    return ((f.name, hints[f.name], f.metadata) for f in dataclasses.fields(cls))
 
 
-def _default(cls: type) -> Any:
-    nested = {k: _default(t) for k, (t, _) in _fields(cls).items() if dataclasses.is_dataclass(t)}
-    return cls(**nested)
-
-
-def _all_keys(cls: type = Config, prefix: str = "") -> dict[str, tuple[Any, dataclasses.Field]]:
+def all_keys(cls: type = Config, prefix: str = "", stages: tuple[str, ...] | None = None) -> dict[str, _Key]:
+    """Every key by its dotted name."""
     keys = {}
-    for name, (hint, f) in _fields(cls).items():
+    for name, hint, metadata in _fields(cls):
+        own = stages if metadata["stages"] is None else metadata["stages"]
         if dataclasses.is_dataclass(hint):
-            keys.update(_all_keys(hint, f"{prefix}{name}."))
+            keys |= all_keys(hint, f"{prefix}{name}.", own)
         else:
-            keys[prefix + name] = (hint, f)
+            keys[prefix + name] = _Key(hint, metadata, own)
     return keys
+
+
+def default_config(cls: type = Config) -> Any:
+    """Every key at its default."""
+    return cls(**{name: default_config(hint) for name, hint, _ in _fields(cls) if dataclasses.is_dataclass(hint)})
+
+
+def to_dict(config: Config) -> dict:
+    """The configuration as plain nested dicts, for YAML and checkpoints."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(content: dict) -> str:
+    """As text, in the order of the keys."""
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """{'train': {'lr': 1}} -> {'train.lr': 1}; an `id_map` stays whole."""
+    flat = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and key != "id_map"
+        flat.update(flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value})
+    return flat
+
+
+def key_help(config: Config) -> str:
+    """The keys that the configuration's stage reads, with their values and reasons, by section."""
+    values, defaults = flatten(to_dict(config)), flatten(to_dict(default_config()))
+    lines, section = [f"keys of stage {config.stage}, with the values of this command:"], None
+    for key, (hint, metadata, stages) in all_keys().items():
+        if stages is not None and config.stage not in stages:
+            continue
+        if section != key.rpartition(".")[0]:
+            section = key.rpartition(".")[0]
+            lines.append(f"\n{section}")
+        choices = f" [{_type_name(hint)}]" if typing.get_origin(hint) is Literal else ""
+        changed = f"; default {_shown(defaults[key])}" if values[key] != defaults[key] else ""
+        lines += [f"  {key}={_shown(values[key])}{choices}", f"      {metadata['help']}{changed}"]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf).split("\n...")[0].strip()
+
+
+# ----------------------------------------------------------------------------------------------------------- types
 
 
 def _type_name(hint: Any) -> str:
@@ -54,8 +112,17 @@ def _type_name(hint: Any) -> str:
     return str(hint) if typing.get_origin(hint) else hint.__name__
 
 
+def _number(value: Any, hint: type) -> int | float | None:
+    """`value` as an int or float, None if it is none. YAML reads '1e3' as text; a whole float is an int too."""
+    try:
+        number = value if type(value) is hint else float(value)
+        return int(number) if hint is int and float(number).is_integer() else number if hint is float else None
+    except (TypeError, ValueError, OverflowError):
+        return value if type(value) is hint else None  # an int beyond every float
+
+
 def _coerce(value: Any, hint: Any, key: str) -> Any:
-    """`value` as type `hint`, or ConfigError. An int is a float; YAML reads '1e-4' as text, which is one too."""
+    """`value` as type `hint`, or ConfigError."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value in args and type(value) in {type(a) for a in args}:
@@ -72,45 +139,81 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         return [_coerce(v, args[0], key) for v in value]
     if hint is dict and isinstance(value, dict):
         return dict(value)
-    if hint is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError, OverflowError):
-            pass
-    if isinstance(hint, type) and type(value) is hint and not (hint is str and "\0" in value):  # no path holds NUL
+    if hint in (int, float) and not isinstance(value, bool) and (number := _number(value, hint)) is not None:
+        return number
+    if hint in (bool, str) and type(value) is hint and not (hint is str and "\0" in value):  # no path holds NUL
         return value
     raise ConfigError(f"{key}={value!r} has the wrong type: {_type_name(hint)} is needed")
 
 
 def _unknown(key: str, where: str) -> ConfigError:
-    keys = list(_all_keys())
+    keys = list(all_keys())
     leaf = [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     near = leaf or difflib.get_close_matches(key, keys, 1, 0)
     return ConfigError(f"unknown key {key!r} in {where}; nearest is {near[0]!r}")
 
 
-def _apply(config: Any, delta: dict, where: str, prefix: str = "") -> None:
-    """Write the nested mapping `delta` into the nested dataclass `config`, checking keys and types."""
-    known = _fields(type(config))
-    for name, value in delta.items():
-        key = f"{prefix}{name}"
-        if name not in known:
-            raise _unknown(key, where)
-        hint = known[name][0]
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{key} in {where} is a section: its keys go below it, not {value!r}")
-            _apply(getattr(config, name), value, where, f"{key}.")
-        else:
-            setattr(config, name, _coerce(value, hint, key))
+def _numbers(value: Any) -> list[int | float]:
+    """A number, or those in a nested list."""
+    if isinstance(value, list):
+        return [number for entry in value for number in _numbers(entry)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def _check_ranges(config: Config) -> None:
+    """Raise ConfigError for a number outside the range of its key."""
+    values = flatten(to_dict(config))
+    for key, (_, metadata, _) in all_keys().items():
+        least, most = metadata["least"], metadata["most"]
+        inside = all(least <= number <= most and number < math.inf for number in _numbers(values[key]))
+        span = f"in {least:g}..{most:g}" if most < math.inf else f"at least {least:g}" if least else "0 or more"
+        require(inside, f"{key}={values[key]} must be {span.replace('at least 1e-12', 'above 0')}")
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def find_path(path: str, is_there: Callable[[str], bool] = os.path.exists, beside: Path | None = None) -> str:
+    """A relative path from the first folder that has it: `beside`, the working folder, the checkout.
+
+    Returns:
+        `path` as it is where it is absolute, found from the working folder, or found nowhere.
+    """
+    if path and not os.path.isabs(path):
+        for folder in (beside or os.curdir, os.curdir, ROOT):
+            found = os.path.join(folder, path)
+            if is_there(found):
+                return path if os.path.realpath(found) == os.path.realpath(path) else found
+    return path
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping: of two values, YAML would take the second without a word."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        mapping, lines = super().compose_mapping_node(anchor), {}
+        for node, _ in mapping.value:
+            if isinstance(node, yaml.ScalarNode) and node.tag != "tag:yaml.org,2002:merge":
+                key, line = self.construct_object(node), node.start_mark.line + 1
+                if key in lines:
+                    first = f"lines {lines[key]} and" if lines[key] != line else "line"
+                    raise ConfigError(f"key {key!r} stands twice, in {first} {line}")
+                lines[key] = line
+        return mapping
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def read_yaml(path: Path) -> dict:
     """The mapping that a YAML file holds, {} of an empty one; ConfigError if it holds anything else."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except Exception as error:  # of a tag that does not fit its value, the loader raises anything
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())[:500]}") from None
     if content is None:
@@ -122,7 +225,7 @@ def read_yaml(path: Path) -> dict:
 
 def _find_benchmark(name: str) -> Path:
     if name.endswith((".yml", ".yaml")):
-        return Path(name)
+        return Path(os.path.abspath(find_path(name, os.path.isfile)))
     path = ROOT / "configs" / "benchmarks" / f"{name}.yml"
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.yml"))
@@ -133,6 +236,29 @@ def _find_benchmark(name: str) -> Path:
     return path
 
 
+# ------------------------------------------------------------------------------------------------ filling the keys
+
+
+def _apply(config: Any, delta: dict, where: str, beside: Path | None = None, prefix: str = "") -> None:
+    """Write the nested mapping `delta` into the nested dataclass `config`, checking keys and types.
+
+    `beside` is the folder of the user's own YAML that `delta` is from.
+    """
+    known = {name: (hint, metadata) for name, hint, metadata in _fields(type(config))}
+    for name, value in delta.items():
+        key = f"{prefix}{name}"
+        if name not in known:
+            raise _unknown(key, where)
+        hint, metadata = known[name]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{key} in {where} is a section: its keys go below it, not {value!r}")
+            _apply(getattr(config, name), value, where, beside, f"{key}.")
+        else:
+            value = _coerce(value, hint, key)
+            setattr(config, name, find_path(value, metadata["path"], beside) if metadata["path"] else value)
+
+
 def _override(assignment: str) -> tuple[str, dict]:
     """'train.lr=1e-3' -> ('train.lr', {'train': {'lr': 1e-3}})."""
     key, equals, text = assignment.partition("=")
@@ -140,11 +266,13 @@ def _override(assignment: str) -> tuple[str, dict]:
         weights = Path(assignment).suffix in (".pth", ".pt", ".pkl", ".tar")
         hint = f"; a weight file is named by checkpoint={assignment}" if weights else ""
         raise ConfigError(f"{assignment!r} is not of the form key=value{hint}")
-    keys = _all_keys()
+    keys = all_keys()
     if key not in keys:
         raise _unknown(key, "the command line")
     try:
-        value = text if keys[key][0] is str else yaml.safe_load(text)
+        value = text if keys[key].hint is str else _parse(text)
+    except ConfigError as error:
+        raise ConfigError(f"{key}={text!r}: {error}") from None
     except Exception:
         raise ConfigError(f"{key}={text!r}: the value is not valid YAML") from None
     for part in reversed(key.split(".")):
@@ -152,9 +280,28 @@ def _override(assignment: str) -> tuple[str, dict]:
     return key, value
 
 
-def default_config() -> Config:
-    """Every key at its default."""
-    return _default(Config)
+def _stage_deltas(content: Any, file: Path) -> dict[str, dict]:
+    """A benchmark's `stages:`, by the name of a run, every one of them checked."""
+    if not isinstance(content, dict):
+        raise ConfigError(f"stages in {file} must hold one section per stage, not {content!r}")
+    for run, delta in content.items():
+        where = f"stages.{run} of {file}"
+        if run not in RUNS:
+            raise ConfigError(f"unknown {where}; nearest is {difflib.get_close_matches(str(run), RUNS, 1, 0)[0]!r}")
+        if not isinstance(delta, dict):
+            raise ConfigError(f"{where} is a section, not {delta!r}")
+        _apply(default_config(), delta, where)
+    return content
+
+
+def _place_toy(config: Config) -> None:
+    """Find the folder that the toy cities are drawn into: datasets below it go where it goes, drawn or not."""
+    data, folder = config.data, config.data.toy_root
+    data.toy_root = find_path(folder, os.path.isdir)
+    for section in (data.source, data.target, data.val) if folder else ():
+        for before in (Path(folder), ROOT / folder):
+            if Path(section.root).is_relative_to(before):
+                section.root = os.path.join(data.toy_root, Path(section.root).relative_to(before))
 
 
 def read_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
@@ -168,79 +315,33 @@ def read_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
         ConfigError: unknown key, wrong type, impossible combination, unreadable file.
     """
     config = default_config()
-    stage_file = Path(stage_file)
+    stage_file = Path(os.path.abspath(find_path(str(stage_file), os.path.isfile)))
     stage_delta = read_yaml(stage_file)
     commands = [_override(o) for o in overrides]
     if any(key == "stage" for key, _ in commands):
         raise ConfigError("stage is set by the stage file: give another one with --config")
     chosen = {key: next(iter(value.values())) for key, value in commands if key in ("benchmark", "name")}
-    benchmark = chosen.get("benchmark") or stage_delta.get("benchmark") or config.benchmark
-    _apply(config, stage_delta, str(stage_file))
-    benchmark_file = _find_benchmark(str(benchmark))
+    benchmark = str(chosen.get("benchmark") or stage_delta.get("benchmark") or config.benchmark)
+    benchmark_file = _find_benchmark(benchmark)
     benchmark_delta = read_yaml(benchmark_file)
-    by_stage = benchmark_delta.pop("stages", None) or {}
-    _apply(config, benchmark_delta, str(benchmark_file))
-    if not isinstance(by_stage, dict):
-        raise ConfigError(f"stages in {benchmark_file} must hold one section per stage, not {by_stage!r}")
+    by_stage = _stage_deltas(benchmark_delta.pop("stages", None) or {}, benchmark_file)
+
+    def apply(delta: dict, file: Path, where: str) -> None:
+        folder = file.resolve().parent
+        _apply(config, delta, where, None if folder.is_relative_to(ROOT / "configs") else folder)
+
+    apply(stage_delta, stage_file, str(stage_file))
+    apply(benchmark_delta, benchmark_file, str(benchmark_file))
     run_name = chosen.get("name") or config.name or config.stage
-    for run, delta in by_stage.items():
-        where = f"stages.{run} of {benchmark_file}"
-        if run not in RUNS:
-            raise ConfigError(f"unknown {where}; nearest is {difflib.get_close_matches(str(run), RUNS, 1, 0)[0]!r}")
-        if not isinstance(delta, dict):
-            raise ConfigError(f"{where} is a section, not {delta!r}")
-        _apply(default_config(), delta, where)  # sections of other stages are checked as well
     for run in dict.fromkeys((config.stage, run_name)):  # source_only is a warm-up with deltas of its own
-        _apply(config, by_stage.get(run, {}), f"stages.{run} of {benchmark_file}")
+        apply(by_stage.get(run, {}), benchmark_file, f"stages.{run} of {benchmark_file}")
     for key, value in (("runs", config.runs), ("data.toy_root", config.data.toy_root)):
         if leaves_folder(value):  # who passes a YAML on does not decide where it writes
             raise ConfigError(f"{key}={value!r} in a YAML must be a relative path without '..'; give it as {key}=…")
     for _, delta in commands:
         _apply(config, delta, "the command line")
-    config.benchmark = str(benchmark)
+    config.benchmark = benchmark
+    _place_toy(config)
     _check_ranges(config)
     config.validate()
     return config
-
-
-def _numbers(value: Any) -> list[int | float]:
-    """A number, or those in a nested list."""
-    if isinstance(value, list):
-        return [number for entry in value for number in _numbers(entry)]
-    return [value] if isinstance(value, int | float) else []
-
-
-def _check_ranges(config: Config) -> None:
-    """Raise ConfigError for a number outside the range of its key."""
-    values = flatten(to_dict(config))
-    for key, (_, f) in _all_keys().items():
-        least, most = f.metadata["least"], f.metadata["most"]
-        inside = all(least <= number <= most and number < math.inf for number in _numbers(values[key]))
-        span = f"in {least:g}..{most:g}" if most < math.inf else f"at least {least:g}" if least else "0 or more"
-        require(inside, f"{key}={values[key]} must be {span.replace('at least 1e-12', 'above 0')}")
-
-
-def to_dict(config: Config) -> dict:
-    """The configuration as plain nested dicts, for YAML and checkpoints."""
-    return dataclasses.asdict(config)
-
-
-def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """{'train': {'lr': 1}} -> {'train.lr': 1}; an `id_map` stays whole."""
-    flat = {}
-    for key, value in tree.items():
-        nested = isinstance(value, dict) and key != "id_map"
-        flat.update(flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value})
-    return flat
-
-
-def key_help() -> str:
-    default = flatten(to_dict(default_config()))
-    lines = ["keys, with their defaults before any YAML:"]
-    for key, (hint, f) in _all_keys().items():
-        why = f.metadata["help"]
-        kind = f" [{_type_name(hint)}]" if typing.get_origin(hint) is Literal else ""
-        value = default[key]
-        shown = yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
-        lines.append(f"  {key}={shown}{kind}\n      {why}")
-    return "\n".join(lines)

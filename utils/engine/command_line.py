@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from models import WeightError
-from utils.config import ROOT, Config, ConfigError, UserError, key_help
+from utils.config import ROOT, Config, ConfigError, UserError, key_help, to_dict, to_yaml
+from utils.config.keys import TRAINING_STAGES
 from utils.engine import distributed
 from utils.engine.setup import load_config
 
@@ -21,18 +24,17 @@ def run_cli(main: Callable[[Config], Any], default_config: str, usage: str, stag
     """Parse `[--config FILE] [key=value …]`, run `main(config)`, and end with the exit status users expect.
 
     0 done · 1 the user's mistake beyond the config (one line) · 2 a config that cannot be meant (one line).
-    `--debug` shows the traceback of such errors.
+    `--help` and `--print-config` show the configuration in place of a run. `--debug` shows the traceback of errors.
     """
-    parser = argparse.ArgumentParser(
-        description=usage, epilog=key_help(), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _parser(usage, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true", help="show the keys that are read, with their values")
+    parser.add_argument("--print-config", action="store_true", help="show the whole configuration as YAML")
     parser.add_argument(
         "--config",
         metavar="FILE",
         default=str(ROOT / "configs" / default_config),
         help=f"stage YAML (default: configs/{default_config})",
     )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of the user's mistakes too")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, e.g. train.iterations=200")
     args = parser.parse_intermixed_args()
 
@@ -42,18 +44,40 @@ def run_cli(main: Callable[[Config], Any], default_config: str, usage: str, stag
             raise ConfigError(
                 f"{args.config} is of stage {config.stage!r}; {Path(sys.argv[0]).name} is for {' and '.join(stages)}"
             )
-        main(config)
+        if args.help:
+            print(f"{parser.format_help()}\n{key_help(config)}")
+        elif args.print_config:
+            print(to_yaml(to_dict(config)), end="")
+        else:
+            warn_of_idle_gpus(config)
+            main(config)
 
     guarded(call, args.debug)
 
 
 def run_words(call: Callable[[list[str]], Any], usage: str, words: str = "key=value") -> None:
     """Parse the command line of a module without a stage file and run `call(words)`; errors end as in `run_cli`."""
-    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of the user's mistakes too")
+    parser = _parser(usage)
     parser.add_argument("words", nargs="*", metavar=words, help="see `python train_bpl.py --help`")
     args = parser.parse_args()
     guarded(lambda: call(args.words), args.debug)
+
+
+def _parser(usage: str, **options: Any) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of the user's mistakes too")
+    return parser
+
+
+def warn_of_idle_gpus(config: Config) -> None:
+    """One line where a training process sees several GPUs, of which it uses one."""
+    alone = config.stage in TRAINING_STAGES and config.device == "auto" and distributed.world_size() == 1
+    if alone and (gpus := torch.cuda.device_count()) > 1:
+        print(
+            f"warning: training on one of {gpus} GPUs; `torchrun --standalone --nproc_per_node={gpus}` in place of "
+            "`python` uses all, device=cuda:0 hides this line",
+            file=sys.stderr,
+        )
 
 
 def guarded(call: Callable[[], Any], debug: bool = False) -> None:
@@ -62,6 +86,8 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> None:
     Where torchrun has started several processes, they meet here, and part here when all are done. The first that fails
     prints why; torchrun ends the others.
     """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = terminals = _Terminal(sys.stdout, 1), _Terminal(sys.stderr, 2)
     try:
         try:
             distributed.start()
@@ -70,20 +96,10 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> None:
             distributed.end()
             raise
         distributed.end()
-    except (UserError, WeightError, OSError) as error:  # the last: no space left, a read-only folder, …
+    except (UserError, WeightError, OSError, UnicodeEncodeError, torch.OutOfMemoryError) as error:
         if debug:
             traceback.print_exc()
-        if isinstance(error, OSError):
-            error = UserError(f"{error.filename or 'the system says'}: {error.strerror or error}")
-        _print_and_leave(f"error: {error}", getattr(error, "status", 1))
-    except torch.OutOfMemoryError as error:
-        if debug:
-            traceback.print_exc()
-        _print_and_leave(
-            f"error: {str(error).split('. ')[0]}: see train.checkpointing, train.accumulate, data.crop and test.batch; "
-            "`python -m utils.benchmark plan` says what fits",
-            1,
-        )
+        _print_and_leave(f"error: {_one_line(error)}", getattr(error, "status", 1))
     except KeyboardInterrupt:
         _print_and_leave("interrupted", 130)
     except Exception as error:
@@ -91,9 +107,63 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> None:
             raise
         gone = distributed.others_are_gone(error) and not debug
         _print_and_leave(f"error: {distributed.GONE}" if gone else traceback.format_exc(), 1)
+    finally:
+        for terminal in terminals:
+            terminal.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):  # no space left, a read-only folder, …
+        return f"{error.filename or 'the system says'}: {error.strerror or error}"
+    if isinstance(error, UnicodeEncodeError):  # of a file's name
+        return f"{error.object[:200]!r} cannot be written in this locale's {error.encoding}: set PYTHONUTF8=1"
+    return (
+        f"{str(error).split('. ')[0]}: see train.checkpointing, train.accumulate, data.crop and test.batch; "
+        "`python -m utils.benchmark plan` says what fits"
+    )
 
 
 def _print_and_leave(line: str, status: int) -> None:
     if distributed.first_to_print():
         print(line, file=sys.stderr)
     distributed.leave(status)
+
+
+class _Terminal:
+    """In place of sys.stdout or sys.stderr: a run goes on where the terminal or the pipe's reader is gone.
+
+    log.txt holds what is no longer seen. Characters that the terminal's encoding lacks are written as escapes.
+    """
+
+    def __init__(self, stream: TextIO | None, number: int):
+        try:
+            os.fstat(number)
+        except OSError:  # started with it closed: the next file that is opened would take its place
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """As of a file; a dead terminal takes everything."""
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Likewise."""
+        self._try(self.stream.flush)
+
+    def _try(self, call: Callable[..., Any], *args: str) -> None:
+        try:
+            call(*args)
+        except ValueError:  # it is closed
+            pass
+        except OSError:
+            with contextlib.suppress(OSError, ValueError):  # what is still buffered must not fail at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())

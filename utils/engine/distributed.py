@@ -55,7 +55,7 @@ def start() -> None:
             "of reach? torchrun's --master_addr and --master_port name others"
         ) from None
     if not is_main():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def end() -> None:

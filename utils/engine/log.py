@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils.config import ROOT, Config, UserError, flatten, to_dict
+from utils.config import ROOT, Config, UserError, flatten, to_dict, to_yaml
 from utils.engine import distributed
 from utils.engine.checkpoint import atomic_write, plain
 
@@ -61,8 +60,8 @@ class RunLog:
         self.folder = cfg.run_dir
         self.folder.mkdir(parents=True, exist_ok=True)
         header = {"git": git_sha(), **to_dict(cfg)}
-        text = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
-        atomic_write(self.folder / "config.yml", lambda p: p.write_text(text))
+        text = to_yaml(header)
+        atomic_write(self.folder / "config.yml", lambda p: p.write_text(text, encoding="utf-8"))
         self.text_file, self.metrics_file = self.folder / "log.txt", self.folder / "metrics.jsonl"
         for file in (self.text_file, self.metrics_file):
             if file.exists():
@@ -183,14 +182,15 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 def _append(path: Path, line: str) -> None:
     try:
-        with open(path, "a", encoding="utf-8") as file:
+        # A file's name may hold bytes that are no text.
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{line}\n")
     except OSError as error:
         raise _cannot_write(path, error) from None
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror}; the last checkpoint is kept")
+    return UserError(f"cannot write {path.absolute()}: {error.strerror}; the last checkpoint is kept")
 
 
 def show_path(path: Path) -> str:

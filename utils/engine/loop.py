@@ -27,7 +27,7 @@ from data.transforms import RandomScaleCropFlip, Views
 from models import parameter_groups, read_weights
 from models.weights import identify
 from utils.config import Config, UserError, default_config, flatten, to_dict
-from utils.config.keys import TRAINING_STAGES, TestConfig
+from utils.config.keys import MAX_SKIPPED, TRAINING_STAGES, TestConfig
 from utils.engine import checkpoint, distributed
 from utils.engine.log import Meter, open_log, peak_memory, progress, show_path
 from utils.engine.run_folder import Interruption, run_lock
@@ -48,14 +48,16 @@ from utils.evaluation.prediction import evaluate
 
 Backward = Callable[..., None]
 
+MOMENTUM, POWER = 0.9, 0.9  # of SGD; of the poly schedule (as released)
+
 # Keys that may differ between the two parts of a resumed run: they change where and how fast, not what is learnt.
-HARMLESS = {"benchmark", "runs", "device", "model.published", "data.workers", "data.check", "data.on_error", "data.max_skipped"}
+HARMLESS = {"benchmark", "runs", "device", "model.published", "data.workers", "data.on_error"}
 HARMLESS |= {f"test.{f.name}" for f in dataclasses.fields(TestConfig)}
 HARMLESS |= {
     f"train.{key}"
     for key in (
         *("iterations", "log_every", "save_every", "val_every", "panels", "restart", "deterministic"),
-        *("checkpointing", "compile", "on_nonfinite", "max_skipped"),
+        *("checkpointing", "compile", "on_nonfinite"),
     )
 }
 
@@ -83,7 +85,7 @@ class Stage:
         t = cfg.train
         groups = parameter_groups(self.model, t.lr, t.head_lr_factor)
         self.networks: dict[str, nn.Module] = {"model": self.model}
-        self.optimizers: dict[str, Optimizer] = {"model": SGD(groups, momentum=t.momentum, weight_decay=t.weight_decay)}
+        self.optimizers: dict[str, Optimizer] = {"model": SGD(groups, momentum=MOMENTUM, weight_decay=t.weight_decay)}
         self.views = Views(cfg.data, self.model.mean, self.model.std)
 
     def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
@@ -120,7 +122,7 @@ def fit(cfg: Config, stage_type: type[Stage]) -> dict:
                 if stop.came():
                     run.leave(stop)
                 run.iteration += 1
-                rates = _set_learning_rates(run.stage, (1 - run.iteration / t.horizon) ** t.power)
+                rates = _set_learning_rates(run.stage, (1 - run.iteration / t.horizon) ** POWER)
                 if message := run.step(run.stage.step, source, target, run.iteration):
                     run.log.info(message)
                 run.meter.step()
@@ -349,11 +351,9 @@ class Run:
             if message not in self.unreadable:
                 self.unreadable.add(message)
                 self.log.info(f"left out ({len(self.unreadable)} so far): {message}")
-        if len(self.unreadable) > self.cfg.data.max_skipped:
-            raise UserError(
-                f"more than data.max_skipped={self.cfg.data.max_skipped} files cannot be used, the last: "
-                f"{(messages or sorted(self.unreadable))[-1]}"
-            )
+        if len(self.unreadable) > MAX_SKIPPED:
+            last = (messages or sorted(self.unreadable))[-1]
+            raise UserError(f"more than {MAX_SKIPPED} files cannot be used, the last: {last}")
 
     def log_step(self, rates: dict[str, float], bar) -> None:
         """Write the mean losses since the last time, rates, speed and time left."""

@@ -21,17 +21,20 @@ try:
 except ImportError:  # not a POSIX system: runs are not kept apart there
     fcntl = None
 
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal is closed; other systems than POSIX have none
+SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number]
 LOCK = ".lock"
 PARTIAL = ".partial"  # ending of files that are being written
 
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder, which is made if need be, and taken away again if nothing was written into it.
+    """Hold the lock of a run folder.
 
-    The lock belongs to this process alone, not to its loader processes, and ends with it however it ends: there is
-    nothing to clean up after a kill. Leftovers of half-written files are deleted. Of several processes of a run, the
-    first holds it for all; they enter and leave together.
+    The folder is made if it is not there, and removed again if nothing was written into it. The lock belongs to this
+    process alone, not to its loader processes, and ends with it: a kill leaves nothing to clean up. Leftovers of
+    half-written files are deleted. Of several processes of a run, the first holds the lock for all; they enter and
+    leave together.
 
     Raises:
         UserError: another run holds it.
@@ -75,17 +78,20 @@ def _lock(file, folder: Path) -> None:
             return  # a file system without locks
         file.seek(0)
         holder = file.read().strip() or "another process"
-        raise UserError(f"{folder} is in use by {holder}: wait for it, or give this run another name=") from None
+        raise UserError(
+            f"{folder.absolute()} is in use by {holder}: wait for it, or give this run another name="
+        ) from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()
 
 
 class Interruption:
-    """Ctrl-C and SIGTERM inside a `with` block: the first is noted in `signal`, a second ends the process at once.
+    """Ctrl-C, SIGTERM and SIGHUP inside a `with` block: the first is noted in `signal`.
 
-    Not so one of several processes, which would leave the others waiting: torchrun itself ends those that stay for
-    more than half a minute.
+    A second Ctrl-C or SIGTERM ends the process at once. Not so after a SIGHUP, which may come several times as a
+    terminal goes away. Nor in one of several processes, which would leave the others waiting: torchrun itself ends
+    those that stay for more than half a minute.
     """
 
     def __init__(self):
@@ -94,7 +100,7 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and background jobs have it
                     self._before[number] = signal.signal(number, self._note)
         return self
@@ -104,14 +110,15 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if distributed.world_size() > 1:
+        if distributed.world_size() > 1 or (self.signal and HANGUP in (number, self.signal)):
             self.signal = self.signal or number
             return
         if self.signal:
             raise SystemExit(128 + number)
         self.signal = number
-        # Not print: the handler may have interrupted one.
-        os.write(2, b"\nending after this step and a save; once more ends at once\n")
+        with contextlib.suppress(OSError):  # the terminal is gone
+            # Not print: the handler may have interrupted one.
+            os.write(2, b"\nending after this step and a save; once more ends at once\n")
 
     def came(self) -> bool:
         """Whether a signal has come by now, to any process of the run: all of them leave after the same step."""
@@ -126,6 +133,6 @@ class Interruption:
         return signal.Signals(self.signal).name
 
     def obey(self) -> None:
-        """Leave with the conventional status, 130 or 143, if a signal came."""
+        """Leave with the conventional status, 128 + the signal's number, if one came."""
         if self.signal:
             raise SystemExit(128 + self.signal)

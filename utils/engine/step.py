@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from data.taxonomy import IGNORE
 from models import statistics_kept
 from utils.config import Config, UserError, to_dict
+from utils.config.keys import MAX_SKIPPED
 from utils.engine import checkpoint, distributed
 from utils.engine.log import show_path
 from utils.evaluation.prediction import autocast
@@ -145,8 +146,8 @@ class GuardedStep:
         message = f"{name} is {value} in step {iteration}; batch, networks and config are in {show_path(self.file)}"
         if t.on_nonfinite == "stop":
             raise UserError(f"{message}; nothing was updated; a lower train.lr, or train.on_nonfinite=skip, may help")
-        if self.skipped > t.max_skipped:
-            raise UserError(f"{message}; train.max_skipped={t.max_skipped} steps were left out before")
+        if self.skipped > MAX_SKIPPED:
+            raise UserError(f"{message}; {MAX_SKIPPED} steps were left out before")
         return f"{message}; step left out, {self.skipped} so far"
 
     def take_means(self) -> dict[str, dict[str, float]]:

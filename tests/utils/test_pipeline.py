@@ -1,0 +1,108 @@
+"""The pipeline's controls: as many steps as the chain, source images alone; target labels for the bound alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from survival import use_tiny_networks
+
+from data import datasets
+from utils import pipeline
+from utils.config import ConfigError
+from utils.pipeline import BOUND, CONTROL, bound_config, control_legs, gap_closed, load_stages, steps_by_stage
+
+
+def stages_of(benchmarks, layout, *overrides):
+    return load_stages([f"benchmark={benchmarks[layout]}", *overrides])
+
+
+def test_the_control_takes_the_steps_and_rates_of_the_stages_one_after_another(benchmarks):
+    every = stages_of(benchmarks, "gta5_to_city", "train.iterations=5", "train.horizon=10", "distill.rounds=[1, 2]")
+    every["warmup"].model.init, every["pst"].train.iterations, every["pst"].train.lr = "source_only", 4, 0.02
+    every["pst"].batchnorm.statistics = "target"
+    assert steps_by_stage(every) == {"warmup": 5, "bpl": 10, "pst": 14, "distill": 24}
+    legs = list(control_legs(every))
+    assert [stage for stage, _ in legs] == ["warmup", "bpl", "pst", "distill", "distill"]
+    for stage, cfg in legs:
+        assert cfg.train == every[stage].train and cfg.batchnorm == every[stage].batchnorm
+        assert cfg.loss.adversarial == cfg.loss.bidirectional == 0
+    starts, names = [cfg.model.init for _, cfg in legs], [cfg.name for _, cfg in legs]
+    assert starts == ["source_only", *names[:-1]] and len(set(names)) == 5
+    assert [cfg.distill.rounds for _, cfg in legs[-2:]] == [[1], [2]]  # crops of their own
+    assert every["warmup"].loss.adversarial > 0 and every["warmup"].train.iterations == 5
+
+    bound = bound_config(every)
+    assert (bound.train.iterations, bound.train.horizon, bound.model.init) == (24, 48, "source_only")
+
+
+def test_no_bound_without_target_labels(benchmarks, capsys):
+    assert bound_config(stages_of(benchmarks, "day_to_dusk")) is None
+    assert f"no {BOUND}" in capsys.readouterr().out
+
+
+def test_share_of_the_gap():
+    rows = {"long": {"miou_target_bn": 40.0}, "pst": {"miou_target_bn": 46.0}, "bpl": {"miou_target_bn": 38.0}}
+    rows[BOUND] = {"miou_target_bn": 50.0}
+    assert gap_closed(rows, "pst", "long") == 60
+    assert gap_closed(rows, "bpl", "long") == -20
+    assert gap_closed(rows, BOUND, "long") == 100
+    assert gap_closed(rows, "long", "long") is None
+    rows[BOUND]["miou_target_bn"] = 40.0
+    assert gap_closed(rows, "pst", "long") is None
+
+
+def test_controls_by_the_pipeline(benchmarks, tmp_path, monkeypatch, capsys):
+    """A seed of the whole chain with controls; only the bound opens target training labels."""
+    use_tiny_networks(monkeypatch)
+    opened, fitted, read, fit = [], {}, datasets.read_label_ids, pipeline.fit
+    monkeypatch.setattr(datasets, "read_label_ids", lambda path: opened.append(str(path)) or read(path))
+
+    def watched(cfg, stage):
+        before = len(opened)
+        result = fit(cfg, stage)
+        fitted[cfg.name] = {
+            part for path in opened[before:] for part in ("labels", "train", "val") if f"/{part}/" in path
+        }
+        return result
+
+    monkeypatch.setattr(pipeline, "fit", watched)
+    given = [f"benchmark={benchmarks['gta5_to_city']}", f"runs={tmp_path}", "device=cpu", "distill.rounds=[1]"]
+    result = pipeline.run_seeds(given, [3], bound=True)
+    assert result == json.loads((tmp_path / "gta5_to_city" / "seeds.json").read_text())
+    rows = json.loads((tmp_path / "seed3" / "gta5_to_city" / "summary.json").read_text())["stages"]
+    assert list(rows)[-2:] == [CONTROL, BOUND]
+    assert result["stages"]["pst"]["miou"] == {"mean": rows["pst"]["miou"], "std": 0}
+    assert opened and {name: "train" in parts for name, parts in fitted.items()} == dict.fromkeys(
+        [f"{CONTROL}/1_warmup", f"{CONTROL}/2_bpl", f"{CONTROL}/3_pst", f"{CONTROL}/4_distill"], False
+    ) | {BOUND: True}
+    for name, steps in (("warmup", 2), ("bpl", 4), ("pst", 6), ("distill", 8)):
+        row = rows[name]
+        assert row["gain_over_control"] == pytest.approx(row["miou_target_bn"] - row["control_miou_target_bn"])
+        assert row["steps"] == steps
+    assert rows[CONTROL]["miou_target_bn"] == rows["distill"]["control_miou_target_bn"]
+    assert rows[CONTROL]["steps"] == rows[BOUND]["steps"] == 8 and "steps" not in rows["source_only"]
+    table = capsys.readouterr().out
+    assert all(title in table for title in ("control", "gain", "of the gap"))
+
+    monkeypatch.setattr(pipeline, "fit", fit)
+    monkeypatch.setattr("train_bpl.BPL.step", pytest.fail)  # again: nothing is trained, nor for less
+    again = pipeline.run([*given, "seed=3", f"runs={tmp_path}/seed3"], control=False)["stages"]
+    assert set(again) == set(rows) - {CONTROL, BOUND} and "control_miou_target_bn" not in again["bpl"]
+
+
+def test_mean_and_deviation_over_seeds():
+    a, b = ({"pst": {"miou": m, "rarest": ["car"], "best_miou": None, "iou": {"car": m}}} for m in (40.0, 43.0))
+    row = pipeline.over_seeds([a, b])["pst"]
+    assert row["miou"] == row["iou"]["car"] == {"mean": 41.5, "std": pytest.approx(3 / 2**0.5)}
+    assert row["rarest"] == ["car"] and row["best_miou"] is None
+    assert "41.5 ± 2.1" in pipeline.format_summary({"pst": row})
+
+
+@pytest.mark.parametrize("given", ["controls=yes", "seeds=0,x", "seeds=1,1", "seeds=", "name=x", "seed=1 seeds=0,1"])
+def test_own_keys_are_checked(given):
+    with pytest.raises(ConfigError, match=given.split("=")[0]):
+        pipeline.own_keys(given.split())
+    assert pipeline.own_keys(["train.lr=1", "controls=true", "seeds=0,1"]) == (["train.lr=1"], True, [0, 1])
+    assert pipeline.own_keys(["controls=false"]) == ([], False, [])
+    assert pipeline.own_keys([]) == ([], None, [])
