@@ -43,6 +43,7 @@ def tiny_discriminator(num_classes):
 
 def use_tiny_networks(monkeypatch):
     """Steps in milliseconds and checkpoints in kilobytes."""
+
     def build(arch, num_classes, output_stride, dilations, **others):
         return TinyNetwork(num_classes, output_stride, dilations)
 

@@ -328,7 +328,9 @@ def compare_step(stage, expected_of):
 def test_equation_of_bpl(configure, runs, gan, directions):
     weights = ("loss.adversarial=0.3", "loss.bidirectional=0.7")
     weights = (*weights, f"loss.gan={gan}", f"loss.directions={directions}")
-    stage = train_bpl.BPL(resolve_auto(configure("gta5_to_city", "stage1_BPL.yml", runs, *weights)), torch.device("cpu"))
+    stage = train_bpl.BPL(
+        resolve_auto(configure("gta5_to_city", "stage1_BPL.yml", runs, *weights)), torch.device("cpu")
+    )
 
     def expected_of(source, target):
         out_s, out_t = stage.model(1 - source["image"] / 255), stage.model(target["image"] / 255)
@@ -350,7 +352,9 @@ def test_equation_of_bpl(configure, runs, gan, directions):
 )
 def test_equation_of_pst(configure, runs, switches):
     weights = ("loss.contrast=0.4", "loss.pseudo_ce=0.6", "loss.temperature=0.2", *switches)
-    stage = train_pst.PST(resolve_auto(configure("gta5_to_city", "stage2_PST.yml", runs, *weights)), torch.device("cpu"))
+    stage = train_pst.PST(
+        resolve_auto(configure("gta5_to_city", "stage2_PST.yml", runs, *weights)), torch.device("cpu")
+    )
     g = stage.projection.layers if switches else torch.nn.Identity()
 
     def expected_of(source, target):

@@ -90,7 +90,12 @@ def test_jitter_draws_from_the_released_ranges():
     d = load_config(ROOT / "configs" / BPL).data
     torch.manual_seed(0)
     draws = [Views(d, (0,) * 3, (1,) * 3).jitter.make_params([]) for _ in range(1000)]
-    for name, low, high in (("brightness", 0.5, 1.5), ("contrast", 0.5, 1.5), ("saturation", 0.5, 1.5), ("hue", -0.2, 0.2)):
+    for name, low, high in (
+        ("brightness", 0.5, 1.5),
+        ("contrast", 0.5, 1.5),
+        ("saturation", 0.5, 1.5),
+        ("hue", -0.2, 0.2),
+    ):
         values = np.array([draw[f"{name}_factor"] for draw in draws])
         edge = 0.02 * (high - low)
         assert low <= values.min() < low + edge and high - edge < values.max() <= high, name
@@ -102,5 +107,3 @@ def test_momentum_and_poly_power():
 
 def test_ignored_is_255():
     assert IGNORE == 255
-
-

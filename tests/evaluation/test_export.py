@@ -72,7 +72,9 @@ def test_maps_are_of_the_size_of_their_files(configure, trees, tmp_path):
     gta5 = build_dataset(cfg.data.source, class_set(cfg.data))
     seen = {}
     export = Exporter(tmp_path, gta5, class_set(cfg.data), label_ids(cfg.data.source, class_set(cfg.data)))
-    evaluate(Noisy(), gta5, class_set(cfg.data), cfg, CPU, export, lambda i, _, prediction, __: seen.update({i: prediction}))
+    evaluate(
+        Noisy(), gta5, class_set(cfg.data), cfg, CPU, export, lambda i, _, prediction, __: seen.update({i: prediction})
+    )
     for index, sample in enumerate(gta5.samples):
         size = (WIDTH + 4, HEIGHT - 2) if sample.name.endswith("5") else (WIDTH, HEIGHT)
         maps = {kind: Image.open(next(tmp_path.glob(f"{kind}/{sample.name}.*"))) for kind in KINDS}

@@ -39,7 +39,9 @@ def cfg(configure, tmp_path):
 
 @pytest.fixture
 def target(cfg):
-    return build_dataset(cfg.data.target, class_set(cfg.data), with_labels=False, transform=RandomScaleCropFlip(cfg.data))
+    return build_dataset(
+        cfg.data.target, class_set(cfg.data), with_labels=False, transform=RandomScaleCropFlip(cfg.data)
+    )
 
 
 class OneLayer(nn.Module):

@@ -93,7 +93,10 @@ def test_half_precision_features_are_computed_with_in_float32(layout):
     logits, prototypes = torch.randn(2, 19, 12, 20).bfloat16(), torch.randn(19, 256)
     labels = torch.randint(0, 19, (2, 96, 160), dtype=torch.uint8)
     with torch.autocast("cpu", torch.bfloat16):
-        terms = (*bidirectional_prototype_loss(feat, logits, prototypes), prototype_contrast_loss(feat, labels, prototypes))
+        terms = (
+            *bidirectional_prototype_loss(feat, logits, prototypes),
+            prototype_contrast_loss(feat, labels, prototypes),
+        )
     exact = (
         *bidirectional_prototype_loss(feat.double(), logits.double(), prototypes.double()),
         prototype_contrast_loss(feat.double(), labels, prototypes.double()),
@@ -202,7 +205,10 @@ def test_deterministic_form_is_the_same_sum(golden):
     values = []
     for exact in (False, True):
         torch.use_deterministic_algorithms(exact)
-        terms = segmentation_loss(upsample(logits, labels.shape[1:]), labels), prototype_contrast_loss(feat, labels, prototypes.flatten(1))
+        terms = (
+            segmentation_loss(upsample(logits, labels.shape[1:]), labels),
+            prototype_contrast_loss(feat, labels, prototypes.flatten(1)),
+        )
         torch.use_deterministic_algorithms(False)
         gradients = torch.autograd.grad(sum(terms), (feat, logits))
         values.append([*terms, *gradients])

@@ -40,7 +40,10 @@ def start() -> None:
         return
     if missing := {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
         names = ", ".join(sorted(missing))
-        print(f"warning: WORLD_SIZE={number} is set, but not {names}: training in one process; see torchrun", file=sys.stderr)
+        print(
+            f"warning: WORLD_SIZE={number} is set, but not {names}: training in one process; see torchrun",
+            file=sys.stderr,
+        )
         return
     # Tensors meet where they are: on GPUs by NCCL; on the host, as do flags and plain values, by Gloo.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

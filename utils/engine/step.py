@@ -134,6 +134,7 @@ class GuardedStep:
         return (
             f"step {iteration} left out: gradients overflow float16; loss scale now {scale:g}, {self.overflows} so far"
         )
+
     def _keep(self, numbers: dict, batch: dict, iteration: int) -> str:
         t = self.cfg.train
         kinds = {"loss": "loss {}", "grad_norm": "gradient of {}"}
