@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import gen_pseudo_labels
@@ -54,15 +55,15 @@ class Distillation(Stage):
         view, label = self.views.distill(target["image"], target["label"])
         with torch.no_grad():
             teacher_logits = self.teacher(renormalize(view, self.model, self.teacher))["logits"]
-        logits = self.model(view)["logits"]
-        if teacher_logits.shape != logits.shape:  # another output stride
-            teacher_logits = upsample(teacher_logits.float(), logits.shape[2:])
+        student = self.model(view)["logits"].float()
+        if self.cfg.distill.resolution == "quarter":
+            quarter = [side // 4 for side in label.shape[1:]]
+            student, label = upsample(student, quarter), F.interpolate(label[:, None], quarter, mode="nearest")[:, 0]
         normalizer = target.get("normalizer")
-        if normalizer is not None:
-            left, before = ((labels != IGNORE).sum() for labels in (label, target["label"]))
-            normalizer = normalizer * left / before.clamp(min=1)
-        ce = segmentation_loss(upsample(logits.float(), label.shape[1:]), label, normalizer)
-        kl = distillation_loss(logits, teacher_logits, weight.distill_form)
+        if normalizer is not None:  # of whole labels: without the hole, and at this size, there are fewer pixels
+            normalizer = normalizer * (label != IGNORE).sum() / (target["label"] != IGNORE).sum().clamp(min=1)
+        ce = segmentation_loss(upsample(student, label.shape[1:]), label, normalizer)
+        kl = distillation_loss(student, upsample(teacher_logits.float(), student.shape[2:]), weight.distill_form)
         backward(weight.pseudo_ce * ce + weight.distill * kl, ce_target=ce, distill=kl)
 
 

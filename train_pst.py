@@ -2,16 +2,21 @@
 
     python gen_pseudo_labels.py && python train_pst.py                     GTA5 -> Cityscapes
     python train_pst.py benchmark=synthia_to_cityscapes
+    python train_pst.py --config configs/stage2_PST_online.yml             labels made afresh at every step
 
 The model learns from source labels and from pseudo labels of target images, and contrasts the features of both
-against the classifier's prototypes, through a projection G where loss.projection names one.
+against the classifier's prototypes, through a projection G where loss.projection names one. Online pseudo labels are
+beyond the paper: they come from an exponential moving average of the model, as in DACS and what followed it.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import copy
 
+import torch
+from torch import Tensor, nn
+
+from data.transforms import class_mix
 from loss import prototype_contrast_loss, segmentation_loss
 from models import Projection, classifier_prototypes, upsample
 from utils.config import Config
@@ -40,20 +45,60 @@ class PST(Stage):
 
     def _learn(self, domain: str, batch: dict[str, Tensor], ce_weight: float, backward: Backward) -> None:
         """One domain's losses; nothing of its graph is left when the other's begins."""
-        weight = self.cfg.loss
+        weight, labels = self.cfg.loss, batch["label"]
         out = self.model(self.views.strong(batch["image"]))
-        logits = upsample(out["logits"].float(), batch["label"].shape[1:])
-        ce = segmentation_loss(logits, batch["label"], batch.get("normalizer"))
+        logits = upsample(out["logits"].float(), labels.shape[1:])
+        ce = segmentation_loss(logits, labels, batch.get("normalizer"), batch.get("weight"))
         feat, prototypes = out["feat"], classifier_prototypes(self.model.classifier, not weight.prototype_gradient)
         if self.projection:
             feat, prototypes = self.projection(feat, prototypes)
-        contrast = prototype_contrast_loss(feat, batch["label"], prototypes, weight.temperature)
+        contrast = prototype_contrast_loss(feat, labels, prototypes, weight.temperature)
         backward(ce_weight * ce + weight.contrast * contrast, **{f"ce_{domain}": ce, f"contrast_{domain}": contrast})
+
+
+class OnlinePST(PST):
+    """PST with labels made at every step by a teacher, the exponential moving average of the model.
+
+    As in DACS: the teacher labels the weak view; half the classes of a source image are pasted onto the target image
+    with their labels; the model learns from the strong view of the mix. Every pixel counts: those of the target by the
+    share of the image's pixels of which the teacher is sure.
+    """
+
+    uses_pseudo_labels = False
+
+    def __init__(self, cfg: Config, device: torch.device):
+        super().__init__(cfg, device)
+        self.teacher = copy.deepcopy(self.model).requires_grad_(False)
+        self.teacher.dropout = nn.Identity()
+        self.teachers["teacher"] = self.networks["teacher"] = self.teacher
+
+    @torch.no_grad()
+    def before_step(self, iteration: int) -> None:
+        """θ' = a θ' + (1 - a) θ with a = min(1 - 1/t, pseudo.ema) in step t: a copy at first."""
+        ema = min(1 - 1 / iteration, self.cfg.pseudo.ema)
+        for average, current in zip(self.teacher.parameters(), self.model.parameters()):
+            average.lerp_(current, 1 - ema)
+        if iteration == 1:  # from then on, its own passes over target images keep its BatchNorm statistics
+            for average, current in zip(self.teacher.buffers(), self.model.buffers()):
+                average.copy_(current)
+
+    def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
+        self._learn("source", source, 1.0, backward)
+        self._learn("target", self._mixed(source, target["image"]), self.cfg.loss.pseudo_ce, backward)
+
+    @torch.no_grad()
+    def _mixed(self, source: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+        """Target images with pasted source classes, their labels uint8 and weights float (N, H, W)."""
+        logits = self.teacher(self.views.weak(images))["logits"]
+        confidence, labels = upsample(logits.float(), images.shape[2:]).softmax(1).max(1)
+        sure = (confidence > self.cfg.pseudo.confidence).float().mean((1, 2), keepdim=True)
+        images, labels, pasted = class_mix(source["image"], source["label"], images, labels.byte())
+        return {"image": images, "label": labels, "weight": sure.expand(labels.shape).where(~pasted, 1.0)}
 
 
 def main(cfg: Config) -> dict:
     """Train PST; returns the run's metrics."""
-    metrics = fit(cfg, PST)
+    metrics = fit(cfg, OnlinePST if cfg.pseudo.labels == "online" else PST)
     write_report(cfg.run_dir)
     return metrics
 

@@ -5,6 +5,7 @@ One crop serves both views: the *weak* view is the crop normalised, the *strong*
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from data.taxonomy import IGNORE
@@ -110,7 +111,7 @@ class Views:
         self.mean, self.std, self.cutout = mean, std, cfg.cutout
         low, high = cfg.jitter_factor
         self.jitter = v2.ColorJitter((low, high), (low, high), (low, high), cfg.jitter_hue) if cfg.jitter else None
-        self.randaugment = cfg.randaugment
+        self.randaugment, self.geometry = cfg.randaugment, cfg.strong_geometry
 
     def weak(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) -> float32, normalised."""
@@ -126,26 +127,40 @@ class Views:
         return _normalize(out, self.mean, self.std)
 
     def distill(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """As `weak`, after RandAugment's colour operations and cutout (ProDA's strong view); geometry stays.
+        """As `weak`, after RandAugment and cutout (ProDA's strong view).
+
+        With `data.strong_geometry` also mirrored, rotated, sheared and moved, with a square hole whose centre may be
+        anywhere in the image (as released); otherwise colours alone, with a hole of the crop's aspect inside it.
 
         Args:
             labels: uint8 (N, H, W).
 
         Returns:
-            The view, and the labels, which are `IGNORE` where cutout hides the image.
+            The view, and labels that follow its geometry, `IGNORE` where the image is uncovered or hidden.
         """
-        out = torch.stack([_randaugmented(image, *self.randaugment) for image in images])
-        if self.cutout:
-            labels = labels.clone()
-            height, width = out.shape[2:]
-            hole_h, hole_w = round(height * self.cutout), round(width * self.cutout)
-            for image, label in zip(out, labels):
-                top = int(torch.randint(height - hole_h + 1, ()))
-                left = int(torch.randint(width - hole_w + 1, ()))
-                hole = (slice(top, top + hole_h), slice(left, left + hole_w))
-                image[:, *hole] = 127  # grey: about the mean after normalisation
-                label[hole] = IGNORE
+        number, magnitude = self.randaugment
+        pairs = []
+        for image, label in zip(images, labels):
+            if self.geometry and torch.rand(()) < 0.5:
+                image, label = image.flip(-1), label.flip(-1)
+            image, label = _randaugmented(image, label, number, magnitude, self.geometry)
+            pairs.append((image.clone(), label.clone()))
+            if self.cutout:
+                hole = self._hole(*label.shape)
+                pairs[-1][0][:, *hole] = 127  # grey: about the mean after normalisation
+                pairs[-1][1][hole] = IGNORE
+        out, labels = (torch.stack(maps) for maps in zip(*pairs))
         return self.weak(out), labels
+
+    def _hole(self, height: int, width: int) -> tuple[slice, slice]:
+        """Rows and columns that cutout hides."""
+        if self.geometry:
+            side = round(self.cutout * min(height, width))
+            top, left = (max(0, int(torch.randint(length, ())) - side // 2) for length in (height, width))
+            return slice(top, top + side), slice(left, left + side)
+        rows, columns = round(height * self.cutout), round(width * self.cutout)
+        top, left = int(torch.randint(height - rows + 1, ())), int(torch.randint(width - columns + 1, ()))
+        return slice(top, top + rows), slice(left, left + columns)
 
 
 def renormalize(images: Tensor, before: nn.Module, after: nn.Module) -> Tensor:
@@ -197,8 +212,29 @@ def _turn_hue(image: Tensor, turn: float) -> Tensor:
     return out
 
 
-# ProDA's pool, FixMatch's, without its geometric operations, which would part an image from its label; `v` is 0.1 to 0.9.
-_RANDAUGMENT = (
+def class_mix(source: Tensor, source_labels: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Paste half the classes of source images, drawn at random, onto target images (ClassMix, DACS).
+
+    Args:
+        source, images: uint8 (M, 3, H, W) and (N, 3, H, W); target image i gets classes of source image i mod M.
+        source_labels, labels: uint8 (M, H, W) and (N, H, W).
+
+    Returns:
+        Images and labels of the mix, and bool (N, H, W), which pixels are pasted.
+    """
+    of = torch.arange(len(images)) % len(source)
+    source, source_labels = source[of], source_labels[of]
+    pasted = torch.zeros_like(labels, dtype=torch.bool)
+    for mask, label in zip(pasted, source_labels):
+        classes = label.unique()
+        classes = classes[classes != IGNORE]
+        chosen = torch.randperm(len(classes))[: (len(classes) + 1) // 2]
+        mask.copy_(torch.isin(label, classes[chosen.to(classes.device)]))
+    return source.where(pasted[:, None], images), source_labels.where(pasted, labels), pasted
+
+
+# ProDA's pool, which is FixMatch's; `v` is 0.1 to 0.9 at magnitude 10.
+_COLOURS = (
     lambda image, v: image,
     lambda image, v: F.autocontrast(image),
     lambda image, v: F.equalize(image),
@@ -209,14 +245,43 @@ _RANDAUGMENT = (
     lambda image, v: F.adjust_contrast(image, 0.05 + 0.9 * v),
     lambda image, v: F.adjust_saturation(image, 0.05 + 0.9 * v),
 )
+_GEOMETRY = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 
 
-def _randaugmented(image: Tensor, number: int, magnitude: int) -> Tensor:
-    """A uint8 image (3, H, W) after `number` operations, each drawn anew with a strength below `magnitude` (0..10), and
-    left out half of the time (as ProDA has it)."""
+def _moved(image: Tensor, label: Tensor, kind: str, v: float) -> tuple[Tensor, Tensor]:
+    """A uint8 image (3, H, W), black where it is uncovered, and its label (H, W), `IGNORE` there, after one operation.
+
+    Up to 30 degrees, a shear of 0.3, or 0.3 of the side (as ProDA has it); `v` is -1 to 1.
+    """
+    height, width = label.shape
+    shear = math.degrees(math.atan(0.3 * v))
+    change = {
+        "rotate": {"angle": 30 * v},
+        "shear_x": {"shear": [shear, 0.0], "center": [0, 0]},
+        "shear_y": {"shear": [0.0, shear], "center": [0, 0]},
+        "translate_x": {"translate": [0.3 * v * width, 0]},
+        "translate_y": {"translate": [0, 0.3 * v * height]},
+    }[kind]
+    still = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
+    # Both by nearest neighbour, as Pillow's transforms are by default: no pixel mixes two classes.
+    image, label = (
+        F.affine(x, **still | change, fill=fill, interpolation=InterpolationMode.NEAREST)
+        for x, fill in ((image, 0), (label[None], IGNORE))
+    )
+    return image, label[0]
+
+
+def _randaugmented(image: Tensor, label: Tensor, number: int, magnitude: int, geometry: bool) -> tuple[Tensor, Tensor]:
+    """A uint8 image (3, H, W) and its label (H, W) after `number` operations, each drawn anew with a strength below
+    `magnitude` (0..10), and left out half of the time (as ProDA has it)."""
     for _ in range(number):
-        operation = _RANDAUGMENT[int(torch.randint(len(_RANDAUGMENT), ()))]
+        drawn = int(torch.randint(len(_COLOURS) + (len(_GEOMETRY) if geometry else 0), ()))
         strength = int(torch.randint(1, max(2, magnitude), ())) / 10
-        if torch.rand(()) < 0.5:
-            image = operation(image, strength)
-    return image
+        if torch.rand(()) >= 0.5:
+            continue
+        if drawn < len(_COLOURS):
+            image = _COLOURS[drawn](image, strength)
+        else:
+            sign = 1 if torch.rand(()) < 0.5 else -1
+            image, label = _moved(image, label, _GEOMETRY[drawn - len(_COLOURS)], sign * strength)
+    return image, label

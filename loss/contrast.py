@@ -32,4 +32,4 @@ def prototype_contrast_loss(
     """
     labels = F.interpolate(labels[:, None].byte(), size=feat.shape[2:], mode="nearest")[:, 0].long()
     similarity = cosine_map(feat, prototypes.flatten(1)) / temperature
-    return summed_cross_entropy(similarity, labels, ignore_index) / labels.numel()
+    return summed_cross_entropy(similarity, labels, ignore_index=ignore_index) / labels.numel()

@@ -7,15 +7,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def summed_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
-    """Cross-entropy of logits (N, K, ...) and labels (N, ...), summed over labelled pixels."""
+def summed_cross_entropy(
+    logits: Tensor, labels: Tensor, weight: Tensor | None = None, ignore_index: int = 255
+) -> Tensor:
+    """Cross-entropy of logits (N, K, ...) and labels (N, ...), times `weight` (N, ...), summed over labelled pixels."""
     if torch.are_deterministic_algorithms_enabled():  # CUDA has a deterministic kernel for rows, not for maps
         logits, labels = logits.movedim(1, -1).flatten(0, -2), labels.flatten()
-    return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    if weight is None:
+        return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    each = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
+    return (each * weight.view(each.shape)).sum()
 
 
 def segmentation_loss(
-    logits: Tensor, labels: Tensor, normalizer: Tensor | None = None, ignore_index: int = 255
+    logits: Tensor,
+    labels: Tensor,
+    normalizer: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = 255,
 ) -> Tensor:
     """Mean cross-entropy over labelled pixels; 0 with zero gradient if there is none.
 
@@ -24,6 +33,7 @@ def segmentation_loss(
         labels: integer (N, H, W), train ids or `ignore_index`.
         normalizer: divides the sum in place of the number of labelled pixels; float scalar. For one part of a batch,
             give the mean number over the parts: the mean of the parts' losses is then the loss of the whole.
+        weight: float (N, H, W), by which each pixel's loss is multiplied; 1 by default.
 
     Returns:
         float scalar.
@@ -32,4 +42,4 @@ def segmentation_loss(
     if normalizer is None:
         normalizer = (labels != ignore_index).sum()
     # Where nothing is labelled, the sum is 0. A mean over parts may be any positive number, so the floor is small.
-    return summed_cross_entropy(logits.float(), labels, ignore_index) / normalizer.clamp(min=1e-6)
+    return summed_cross_entropy(logits.float(), labels, weight, ignore_index) / normalizer.clamp(min=1e-6)

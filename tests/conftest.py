@@ -195,7 +195,8 @@ def benchmarks(trees, tmp_path_factory) -> dict[str, Path]:
         content = {
             "data": {**classes, **sections, **views},
             "model": {"backbone": "resnet18", "output_stride": 16},
-            "train": {"iterations": 2, "horizon": 4, "lr": 1e-3, "batch_source": 2, "batch_target": 2}
+            "train": {"precision": "float32"}
+            | {"iterations": 2, "horizon": 4, "lr": 1e-3, "batch_source": 2, "batch_target": 2}
             | {"val_every": 2, "save_every": 2, "log_every": 1, "panels": 2},
             "test": {"batch": 2, "panels": 2},
             "stages": {

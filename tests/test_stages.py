@@ -38,7 +38,7 @@ from utils.config import UserError, to_dict
 from utils.engine import checkpoint, loop
 from utils.engine.loop import refuse_other_experiment
 from utils.engine.setup import load_network, resolve_auto
-from utils.evaluation.prediction import predict_labels
+from utils.evaluation.prediction import default_precision, predict_labels
 
 STAGES = (
     ("warmup", train_bpl, "stage0_warmup.yml"),
@@ -549,7 +549,7 @@ def test_precision_is_settled_and_stays_and_changes_the_losses_little(configure,
         assert losses == pytest.approx(exact, rel=0.05) and losses != exact  # bfloat16 has eight bits
 
     train(configure, runs, "train.iterations=2", "name=bfloat16")  # auto: as it was
-    for name, precision in (("auto", "float32"), ("bfloat16", "bfloat16")):
+    for name, precision in (("auto", default_precision(torch.device("cpu"))), ("bfloat16", "bfloat16")):
         assert yaml.safe_load((folder / name / "config.yml").read_text("utf-8"))["train"]["precision"] == precision
         assert read(folder / name / "checkpoints" / "last.pth")["config"]["train"]["precision"] == precision
     with pytest.raises(UserError, match=r"another experiment \(train\.precision: bfloat16 -> float32\)"):

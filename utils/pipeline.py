@@ -89,6 +89,8 @@ def run(overrides: list[str], control: bool = True, bound: bool = False) -> dict
     final_run, rows = {}, {}
     for stage, script, _, _ in STEPS:
         cfg = configs[stage]
+        if stage == "pseudo_labels" and configs["pst"].pseudo.labels == "online":
+            continue
         print(f"== {stage}", flush=True)
         metrics = script.main(cfg)
         if stage != "pseudo_labels":

@@ -125,6 +125,11 @@ class DataConfig:
     cutout: float = opt(
         0.25, "strong view: side of the hole over the crop's side; 0 = no hole", most=1, stages=("distill",)
     )
+    strong_geometry: bool = opt(
+        False,
+        "distillation's strong view: also mirror, rotation, shear, translation, and a square hole (ProDA)",
+        stages=("distill",),
+    )
     workers: int = opt(4, "loader processes per domain and training process; 0 = the training process loads")
     on_error: Literal["stop", "skip"] = opt(
         "stop",
@@ -254,8 +259,8 @@ class TrainConfig:
     batch_target: int = opt(4, "target crops a step, of all processes together (as released)", least=1)
     precision: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = opt(
         "auto",
-        "of the forward passes; losses are float32. auto = bfloat16 on GPUs that have it, float16 with loss scaling on "
-        "older ones, float32 on CPUs; tf32 = float32 with TF32 products on GPUs",
+        "of the forward passes; losses are float32. auto = bfloat16 on GPUs and CPUs that compute in it, float16 with "
+        "loss scaling on older GPUs, float32 on other CPUs; tf32 = float32 with TF32 products on GPUs",
         stages=STAGES,
     )
     accumulate: int = opt(
@@ -307,10 +312,24 @@ class PseudoConfig:
         "constant", "class_balanced: per class min(threshold, the confidence that keeps `keep` of its pixels)"
     )
     keep: float = opt(0.66, "class_balanced: least share of each class's pixels that is kept", most=1)
+    labels: Literal["offline", "online"] = opt(
+        "offline",
+        "offline = gen_pseudo_labels.py's | online = a teacher's at every step, the moving average of the model (DACS)",
+        stages=("pst",),
+    )
+    ema: float = opt(0.99, "online: share of the teacher that each step keeps", most=0.9999, stages=("pst",))
+    confidence: float = opt(
+        0.968, "online: target pixels weigh by the share of their image above this (DACS)", most=1, stages=("pst",)
+    )
 
 
 @dataclass
 class DistillConfig:
+    resolution: Literal["full", "quarter"] = opt(
+        "full",
+        "where the student is compared with labels and teacher: full = labels' size and feature size | quarter = a "
+        "quarter of the crop for both (ProDA)",
+    )
     rounds: list[int] = opt([1, 2], "rounds to run; round 2 learns from round 1's result (ProDA)", least=1, most=2)
     init_round1: str = opt(
         "simclr",

@@ -167,6 +167,10 @@ class RunFiles:
             folder / "checkpoints" / f"{name}.pth" for name in ("last", "previous", "best", "not_finite")
         )
 
+    def of(self, name: str) -> Path:
+        """The checkpoint of a teacher."""
+        return self.folder / "checkpoints" / f"{name}.pth"
+
     def there(self) -> bool:
         """Whether there is a state to go on from."""
         return self.last.is_file() or self.previous.is_file()

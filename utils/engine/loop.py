@@ -69,6 +69,8 @@ class Stage:
         model: the network that is adapted, evaluated and saved.
         networks: every network that is trained, by name; `model` is one of them.
         optimizers: by name; their learning rates follow the poly schedule.
+        teachers: networks that are not trained themselves, but validated and saved like the model; by name, and among
+            `networks` too.
         views: inputs from uint8 images.
         uses_pseudo_labels: whether target batches carry the labels of the run that `pseudo_labels=` names.
         uses_target_labels: whether target batches carry true labels; for the upper bound alone.
@@ -85,8 +87,12 @@ class Stage:
         t = cfg.train
         groups = parameter_groups(self.model, t.lr, t.head_lr_factor)
         self.networks: dict[str, nn.Module] = {"model": self.model}
+        self.teachers: dict[str, nn.Module] = {}
         self.optimizers: dict[str, Optimizer] = {"model": SGD(groups, momentum=MOMENTUM, weight_decay=t.weight_decay)}
         self.views = Views(cfg.data, self.model.mean, self.model.std)
+
+    def before_step(self, iteration: int) -> None:
+        """Called once before each step, the first of which is 1; its batch may come in parts."""
 
     def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
         """One step's losses.
@@ -123,6 +129,7 @@ def fit(cfg: Config, stage_type: type[Stage]) -> dict:
                     run.leave(stop)
                 run.iteration += 1
                 rates = _set_learning_rates(run.stage, (1 - run.iteration / t.horizon) ** POWER)
+                run.stage.before_step(run.iteration)
                 if message := run.step(run.stage.step, source, target, run.iteration):
                     run.log.info(message)
                 run.meter.step()
@@ -375,29 +382,51 @@ class Run:
     @torch.compiler.set_stance("force_eager")  # what is compiled are the shapes of training
     def save(self, validates: bool) -> None:
         """Write checkpoints/last.pth, after a validation if asked. Training goes on as if neither had happened."""
-        cfg, running, rng = self.cfg, batchnorm_statistics(self.model), checkpoint.rng_states()
-        if cfg.batchnorm.statistics == "target":
-            recompute_batchnorm(self.model, self.data.target, cfg, self.stage.device)
-        weights = {
-            "recipe": checkpoint.recipe(cfg, self.model),
-            "model": self.model.state_dict(),
-            "running_statistics": running,
-            "iteration": self.iteration,
-            "config": to_dict(cfg),
-        }
-        if validates and self._validate():
-            checkpoint.save_checkpoint(self.files.best, weights)
-        self.files.save(weights | self.state_dict() | rng)
+        rng, teachers = checkpoint.rng_states(), {}
+        for name, teacher in self.stage.teachers.items():
+            with self._inference_statistics(teacher) as running:
+                if validates:
+                    scores = self._evaluate(teacher)
+                    teachers[name] = {key: scores[key] for key in ("miou", "iou")}
+                    self.log.info(f"step {self.iteration}: mIoU {scores['miou']:.2f} of the {name}")
+                checkpoint.save_checkpoint(self.files.of(name), self._weights(teacher, running))
+        with self._inference_statistics(self.model) as running:
+            weights = self._weights(self.model, running)
+            if validates and self._validate({"teachers": teachers} if teachers else {}):
+                checkpoint.save_checkpoint(self.files.best, weights)
+            self.files.save(weights | self.state_dict() | rng)
         self.saved_at = self.iteration
-        set_batchnorm_statistics(self.model, running)
         checkpoint.set_rng_states(rng)
 
-    def _validate(self) -> bool:
-        """Score the network on `data.val`; returns whether it is the best so far."""
+    @contextlib.contextmanager
+    def _inference_statistics(self, network: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """Inside, the BatchNorm statistics that `batchnorm.statistics` names; gives the running ones, then put back."""
+        running = batchnorm_statistics(network)
+        if self.cfg.batchnorm.statistics == "target":
+            recompute_batchnorm(network, self.data.target, self.cfg, self.stage.device)
+        yield running
+        set_batchnorm_statistics(network, running)
+
+    def _weights(self, network: nn.Module, running: dict[str, Tensor]) -> dict:
+        """What is needed to use a network again."""
+        return {
+            "recipe": checkpoint.recipe(self.cfg, network),
+            "model": network.state_dict(),
+            "running_statistics": running,
+            "iteration": self.iteration,
+            "config": to_dict(self.cfg),
+        }
+
+    def _evaluate(self, network: nn.Module, *callbacks: Callable) -> dict:
+        """Scores of a network on `data.val`."""
+        return evaluate(network, self.data.val, class_set(self.cfg.data), self.cfg, self.stage.device, *callbacks)
+
+    def _validate(self, more: dict) -> bool:
+        """Score the model and log the scores with `more`; returns whether it is the best so far."""
         cfg, classes, step = self.cfg, class_set(self.cfg.data), self.iteration
         gallery = Gallery(spread(len(self.data.val), cfg.train.panels), classes)
-        scores = evaluate(self.model, self.data.val, classes, cfg, self.stage.device, gallery)
-        self.last_scores = scores | {"iteration": step}
+        scores = self._evaluate(self.model, gallery)
+        self.last_scores = scores | more | {"iteration": step}
         better = self.best is None or scores["miou"] > self.best["miou"]
         self.best = self.last_scores if better else self.best
         self.log.record(step, "val", self.last_scores)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -27,9 +28,18 @@ ROWS = 64  # image rows whose class maps exist at one time
 def default_precision(device: torch.device) -> str:
     """The value that `train.precision=auto` stands for: half precision where the device supports it natively."""
     if device.type != "cuda":
-        return "float32"
+        return "bfloat16" if _cpu_computes_bfloat16() else "float32"
     with torch.cuda.device(device):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def _cpu_computes_bfloat16() -> bool:
+    """Whether the CPU has AVX512_BF16, AMX or Arm's BF16 instructions; without them bfloat16 is slower than float32."""
+    try:
+        words = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:  # not Linux
+        return False
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
