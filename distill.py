@@ -58,7 +58,10 @@ class Distillation(Stage):
         student = self.model(view)["logits"].float()
         if self.cfg.distill.resolution == "quarter":
             quarter = [side // 4 for side in label.shape[1:]]
-            student, label = upsample(student, quarter), F.interpolate(label[:, None], quarter, mode="nearest")[:, 0]
+            student, label = (
+                upsample(student, quarter),
+                F.interpolate(label[:, None].byte(), quarter, mode="nearest")[:, 0],
+            )
         normalizer = target.get("normalizer")
         if normalizer is not None:  # of whole labels: without the hole, and at this size, there are fewer pixels
             normalizer = normalizer * (label != IGNORE).sum() / (target["label"] != IGNORE).sum().clamp(min=1)

@@ -299,6 +299,11 @@ class MarkedViews:
         return (images / 255) ** 2, labels.where(labels > 3, IGNORE)
 
 
+def cross_entropy(logits, labels):
+    """At the labels' size."""
+    return segmentation_loss(upsample(logits, labels.shape[1:]), labels)
+
+
 def compare_step(stage, expected_of):
     """A step's gradients and terms against `expected_of(source, target)`: {network: its total loss}, terms."""
     torch.manual_seed(0)
@@ -335,7 +340,7 @@ def test_equation_of_bpl(configure, runs, gan, directions):
     def expected_of(source, target):
         out_s, out_t = stage.model(1 - source["image"] / 255), stage.model(target["image"] / 255)
         maps_s, maps_t = (upsample(out["logits"], (32, 64)).softmax(1) for out in (out_s, out_t))
-        terms = {"ce_source": segmentation_loss(out_s["logits"], source["label"])}
+        terms = {"ce_source": cross_entropy(out_s["logits"], source["label"])}
         terms["adversarial"] = generator_loss(stage.discriminator(maps_t), gan)
         prototypes = stage.model.classifier.weight.detach().flatten(1)
         terms["s2t"], terms["t2s"] = bidirectional_prototype_loss(out_t["feat"], out_t["logits"], prototypes)
@@ -362,7 +367,7 @@ def test_equation_of_pst(configure, runs, switches):
         prototypes = g(torch.nn.functional.normalize(prototypes if switches else prototypes.detach()))
         for domain, batch in (("source", source), ("target", target)):
             out = stage.model(1 - batch["image"] / 255)
-            terms[f"ce_{domain}"] = segmentation_loss(out["logits"], batch["label"])
+            terms[f"ce_{domain}"] = cross_entropy(out["logits"], batch["label"])
             feat = g(out["feat"].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             terms[f"contrast_{domain}"] = prototype_contrast_loss(feat, batch["label"], prototypes, 0.2)
         contrast = terms["contrast_source"] + terms["contrast_target"]
@@ -375,15 +380,18 @@ def test_equation_of_pst(configure, runs, switches):
     assert len(trained) == len(parameters) and set(trained) == set(parameters)
 
 
-@pytest.mark.parametrize(("arch", "form"), [("deeplabv2", "kl"), ("deeplab_pbal", "released")])
-def test_equation_of_distillation(configure, runs, arch, form):
+@pytest.mark.parametrize(
+    ("arch", "form", "resolution"),
+    [("deeplabv2", "kl", "full"), ("deeplab_pbal", "released", "full"), ("deeplabv2", "kl", "quarter")],
+)
+def test_equation_of_distillation(configure, runs, arch, form, resolution):
     """The teacher is of its own architecture and sees images in [0, 1], the student normalised ones."""
     teacher = build_model(arch, 19, "resnet18", 16).eval()
     runs.mkdir()
     recipe = {"arch": arch, "backbone": "resnet18", "output_stride": 16, "mean": [0, 0, 0], "std": [1, 1, 1]}
     torch.save({"model": teacher.state_dict(), "recipe": recipe}, runs / "teacher.pth")
     weights = ("loss.distill=0.9", "loss.pseudo_ce=0.6", f"checkpoint={runs / 'teacher.pth'}")
-    cfg = configure("gta5_to_city", "stage3_distill.yml", runs, *weights, f"loss.distill_form={form}")
+    cfg = configure("gta5_to_city", "stage3_distill.yml", runs, *weights, f"loss.distill_form={form}", f"distill.resolution={resolution}")
     cfg.model.arch = "deeplabv2"
     stage = distill.Distillation(resolve_auto(cfg), torch.device("cpu"))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (stage.model.mean, stage.model.std))
@@ -391,9 +399,13 @@ def test_equation_of_distillation(configure, runs, arch, form):
     def expected_of(source, target):
         view = (target["image"] / 255) ** 2
         logits, logits_s = stage.model(view)["logits"], stage.model(source["image"] / 255)["logits"]
-        terms = {"ce_source": segmentation_loss(logits_s, source["label"])}
-        terms["ce_target"] = segmentation_loss(logits, target["label"].where(target["label"] > 3, IGNORE))
-        terms["distill"] = distillation_loss(logits, teacher(view * std + mean)["logits"], form)
+        terms = {"ce_source": cross_entropy(logits_s, source["label"])}
+        label, size = target["label"].where(target["label"] > 3, IGNORE), logits.shape[2:]
+        if resolution == "quarter":  # of the crop: labels by nearest neighbour, logits bilinear (ProDA)
+            size = [side // 4 for side in label.shape[1:]]
+            label, logits = label[:, ::4, ::4], upsample(logits, size)
+        terms["ce_target"] = cross_entropy(logits, label)
+        terms["distill"] = distillation_loss(logits, upsample(teacher(view * std + mean)["logits"], size), form)
         return {"model": terms["ce_source"] + 0.6 * terms["ce_target"] + 0.9 * terms["distill"]}, terms
 
     compare_step(stage, expected_of)
