@@ -204,7 +204,8 @@ def picture(path: Path, description: str) -> str:
     least = min(width, LEGIBLE_WIDTH)
     wide = " wide" if least == LEGIBLE_WIDTH else ""
     return (
-        f'<div class="picture{wide}"><div class="scroll" tabindex="0"><img src="{uri}" width="{width}" height="{height}" '
+        f'<div class="picture{wide}"><div class="scroll" tabindex="0">'
+        f'<img src="{uri}" width="{width}" height="{height}" '
         f'style="min-width:{least}px" alt="{escape(description)}"></div></div>'
     )
 
