@@ -22,7 +22,6 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -181,11 +180,12 @@ def kernel_note(call: Callable[[], object], median: float, tflop: float) -> str:
     spans = [e.time_range.elapsed_us() for e in profiler.events() if e.device_type == DeviceType.CUDA]
     busy = sum(spans) / 1e6 / median
     limit = "launch-bound" if busy < 0.9 else "bound by the GPU"
-    return f"kernels {1000 * busy * median:.1f} ms in {len(spans)}, {busy:.0%} of the step: {limit}; {tflop / median:.0f} TFLOP/s"
+    kernels = f"{len(spans)} kernels take {1000 * busy * median:.1f} ms, {busy:.0%} of the step: {limit}"
+    return f"{kernels}; {tflop / median:.0f} TFLOP/s"
 
 
 def run_step(cfg: Config, device: torch.device, repeats: int = 3) -> None:
-    """Print the time of a BPL step with the discriminator; forms that the device cannot hold or compile are left out."""
+    """Print the time of a BPL step with the discriminator, without forms that the device cannot hold or compile."""
     cfg, forms, notes = fitting(cfg, device), {}, {}
     kinds = {"as released, float32": "released", f"here, {cfg.train.precision}": "here"}
     kinds |= {f"here, {cfg.train.precision}, compiled": "compiled"} if device.type == "cuda" else {}
@@ -286,50 +286,42 @@ def run_data(cfg: Config, device: torch.device, repeats: int = 31) -> None:
 def run_eval(cfg: Config, device: torch.device, repeats: int = 3) -> None:
     """Print the time of evaluation and of pseudo labels of one image, with the recipe's network."""
     cfg = resolve_auto(cfg)
-    classes, precision, generator = len(class_set(cfg.data)), cfg.train.precision, torch.Generator().manual_seed(0)
-    size = (1024, 2048) if device.type == "cuda" else (256, 512)
-    model = build_network(cfg, device).eval()
-    image = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8, generator=generator).to(device)
-    label = torch.randint(0, classes, (1, *size), dtype=torch.uint8, generator=generator).to(device)
-    confusion = ConfusionMatrix(classes)
+    classes, size = len(class_set(cfg.data)), (1024, 2048) if device.type == "cuda" else (256, 512)
+    model, options = build_network(cfg, device).eval(), {"precision": cfg.train.precision}
+    image = torch.randint(256, (1, 3, *size), dtype=torch.uint8).to(device)
+    label = torch.randint(classes, (1, *size), dtype=torch.uint8).to(device)
+    confusion, files = ConfusionMatrix(classes), ("label.png", "confidence.png")
 
-    def probabilities(x: Tensor) -> Tensor:
-        with torch.no_grad(), autocast(device, precision):
-            logits = model(normalized(x, model))["logits"].float()
-        return upsample(logits, size).softmax(1)
+    def network(x: Tensor) -> Tensor:
+        with torch.no_grad(), autocast(device, cfg.train.precision):
+            return model(normalized(x, model))["logits"].float()
+
+    def plain(*views: tuple[Tensor, bool]) -> list[np.ndarray]:
+        maps = [upsample(network(x), size).softmax(1) for x, _ in views]
+        mean = sum(m.flip(-1) if mirrored else m for m, (_, mirrored) in zip(maps, views)) / len(views)
+        return [x.cpu().numpy()[0] for x in reversed(mean.max(1))]
 
     def plain_evaluation() -> None:
-        predicted, true = (x.cpu().numpy().astype(np.int64) for x in (probabilities(image).argmax(1), label))
-        np.bincount((true * classes + predicted).ravel(), minlength=classes**2)
+        ids = label[0].cpu().numpy().astype(np.int64) * classes + plain((image, False))[0]
+        np.bincount(ids.ravel(), minlength=classes**2)
 
-    def network_alone() -> None:
-        with torch.no_grad(), autocast(device, precision):
-            model(normalized(image, model))
+    def plain_labels(folder: str) -> None:
+        predicted, confidence = plain((image, False), (image.flip(-1), True))
+        for file, array in zip(files, (predicted, np.round(255 * confidence))):
+            Image.fromarray(array.astype(np.uint8)).save(Path(folder, file))
 
-    def evaluation() -> None:
-        confusion.update(predict_labels(model, image, precision=precision)[0], label)
+    def labels(folder: str) -> None:
+        found, confidence = predict_labels(model, image, flip=True, softmax_first=True, with_confidence=True, **options)
+        for file, maps in zip(files, (found, confidence_levels(confidence, 0.95))):
+            write_png(Path(folder, file), maps[0].cpu().numpy())
 
     title = f"{cfg.model.backbone}, {size[1]}x{size[0]}"
-    forms = {"at image size, counted by NumPy": plain_evaluation, "here": evaluation, "network alone": network_alone}
+    forms = {"as released": plain_evaluation, "network alone": lambda: network(image)}
+    forms |= {"here": lambda: confusion.update(predict_labels(model, image, **options)[0], label)}
     report(f"evaluation: {title}", compare(forms, device, repeats), 1)
-
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        files = [Path(folder) / f"{name}.png" for name in ("label", "confidence")]
-
-        def plain_labels() -> None:
-            mean = (probabilities(image) + probabilities(image.flip(-1)).flip(-1)) / 2
-            confidence, found = (x.cpu().numpy()[0] for x in mean.max(1))
-            for file, array in zip(files, (found, np.round(255 * confidence))):
-                Image.fromarray(array.astype(np.uint8)).save(file)
-
-        def labels() -> None:
-            found, confidence = predict_labels(
-                model, image, flip=True, precision=precision, softmax_first=True, with_confidence=True
-            )
-            maps = (found, confidence_levels(confidence, 0.95))
-            list(pool.map(write_png, files, (x[0].cpu().numpy() for x in maps)))
-
-        report(f"pseudo labels: {title}", compare({"at image size": plain_labels, "here": labels}, device, repeats), 1)
+    with tempfile.TemporaryDirectory() as folder:
+        forms = {"as released": lambda: plain_labels(folder), "here": lambda: labels(folder)}
+        report(f"pseudo labels: {title}", compare(forms, device, repeats), 1)
 
 
 # --------------------------------------------------------------------------------------------------------- plan
@@ -375,64 +367,59 @@ def memory_of_step(cfg: Config) -> Memory:
     with META:
         stage = train_bpl.BPL(cfg, META)
     stage.views = SimpleNamespace(weak=Tensor.float, strong=Tensor.float)  # colours cost little memory
+    networks = stage.networks.values()
     with FakeTensorMode():
-        for module in (m for n in stage.networks.values() for m in n.modules()):
+        for module in (m for n in networks for m in n.modules()):  # fake tensors in place of those of no device
             for name, p in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(torch.empty_strided(p.shape, p.stride())))
+                getattr(module, name).grad = torch.empty_strided(p.shape, p.stride())
             for name, b in module.named_buffers(recurse=False):
                 setattr(module, name, torch.empty_strided(b.shape, b.stride(), dtype=b.dtype))
-        parameters = [p for n in stage.networks.values() for p in n.parameters()]
-        buffers = [b for n in stage.networks.values() for b in n.buffers()]
-        for network in stage.networks.values():
-            network.train()
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        adam = sum(p.nbytes for k, n in stage.networks.items() if k != "model" for p in n.parameters())
-        # Weights, gradients and one number of the optimiser for each weight; Adam has two.
-        fixed = 3 * sum(p.nbytes for p in parameters) + adam + sum(b.nbytes for b in buffers)
-        source, target = batches(cfg, CPU)
+        weights = [p for n in networks for p in n.parameters()]
+        adam = [p for k, n in stage.networks.items() if k != "model" for p in n.parameters()]
+        buffers, (source, target) = [b for n in networks for b in n.buffers()], batches(cfg, CPU)
 
         def backward(total: Tensor, **terms: Tensor) -> None:
-            with torch.autocast("cpu", enabled=False), statistics_kept(*stage.networks.values()):
+            with torch.autocast("cpu", enabled=False), statistics_kept(*networks):
                 total.backward()
 
-        with (
-            _Alive([*parameters, *buffers, *(p.grad for p in parameters)]) as counter,
-            autocast(CPU, cfg.train.precision),
-        ):
+        for network in networks:
+            network.train()
+        there = [*weights, *(p.grad for p in weights), *buffers]
+        with _Alive(there) as counter, autocast(CPU, cfg.train.precision):
             stage.step(source, target, backward)
+        # SGD and Adam keep one number for each weight, Adam a second one.
+        fixed = sum(x.nbytes for x in (*there, *weights, *adam))
         return Memory(fixed, counter.peak + sum(x.nbytes for batch in (source, target) for x in batch.values()))
 
 
 def run_plan(cfg: Config, device: torch.device) -> None:
-    """Print the peak by settings, and for each size of memory the settings that come closest to the recipe."""
-    cfg = copy.deepcopy(cfg)
+    """Print the memory that settings need, and for each size of memory the settings that come closest to the recipe."""
+    cfg, needs = copy.deepcopy(cfg), {}
     t, m, (width, height), half = cfg.train, cfg.model, cfg.data.crop, cfg.train.precision
     if half in ("auto", "float32", "tf32"):
         half = default_precision(device) if device.type == "cuda" else "bfloat16"
     m.arch = "deeplabv2" if m.arch == "auto" else m.arch
     own_stride = OUTPUT_STRIDE[m.arch] if m.output_stride == "auto" else m.output_stride
     least = 2 if m.arch == "deeplab_pbal" else 1  # images in a part, see `resolve_auto`
-    parts = [n for n in (1, 2, 4, 8) if not (t.batch_source % n or t.batch_target % n)]
-    parts = [n for n in parts if min(t.batch_source, t.batch_target) // n >= least]
-    t.accumulate, needs = 1, {}
+    sizes = (t.batch_source, t.batch_target)
+    parts = [n for n in (1, 2, 4, 8) if all(size % n == 0 and size // n >= least for size in sizes)]
+    t.accumulate = 1
     print(
-        f"plan: BPL of {cfg.benchmark_name}, {width}x{height}, {t.batch_source}+{t.batch_target} images; GiB of tensors, and in all"
+        f"plan: BPL of {cfg.benchmark_name}, {width}x{height}, {sizes[0]}+{sizes[1]} images; GiB of tensors, and in all"
     )
-    print(f"{'precision':9} {'stride':>6} {'checkpointing':>13} {'accumulate':>10} {'tensors':>7} {'in all':>6}")
+    print("precision  stride  checkpointing  accumulate  tensors  in all")
     for t.precision, m.output_stride, t.checkpointing in itertools.product((half, "float32"), (8, 16), (False, True)):
-        memory = memory_of_step(cfg)
+        memory, again = memory_of_step(cfg), "yes" if t.checkpointing else "no"
         for n in parts:
-            key, peak = (t.precision, m.output_stride, t.checkpointing, n), memory.total(n) / GIB
-            needs[key] = (1 + GAPS) * peak + OVERHEAD
-            again = "yes" if t.checkpointing else "no"
-            print(f"{t.precision:9} {m.output_stride:6} {again:>13} {n:10} {peak:7.1f} {needs[key]:6.1f}", flush=True)
+            peak = memory.total(n) / GIB
+            needs[t.precision, m.output_stride, t.checkpointing, n] = need = (1 + GAPS) * peak + OVERHEAD
+            print(f"{t.precision:9} {m.output_stride:7} {again:>14} {n:11} {peak:8.1f} {need:7.1f}", flush=True)
     print(f"\nin all: with {GAPS:.0%} for gaps between tensors and {OVERHEAD:g} GiB for CUDA and its convolutions")
     # What changes the result least comes first: checkpointing, then smaller parts for BatchNorm, the stride last.
     order = sorted(needs, key=lambda key: (key[1] != own_stride, key[3], key[2], key[0] != half))
-    for name, size in [(f"{size}", size) for size in CARDS] + [
-        (f"{device.type} {device_memory(device):.1f}", device_memory(device))
-    ]:
+    here = device_memory(device)
+    for name, size in {**{str(size): size for size in CARDS}, f"{device.type} {here:.1f}": here}.items():
         words = "none of these; take a smaller data.crop"
         if best := next((key for key in order if needs[key] <= size), None):
             words = f"train.precision={best[0]}" + " train.checkpointing=true" * best[2]

@@ -3,7 +3,7 @@
     python -m utils.embed benchmark=toy
     python -m utils.embed benchmark=toy batchnorm.statistics=target     the same kind of statistics for all runs
     python -m utils.embed benchmark=toy --only source_only,pst
-    tensorboard --logdir runs/toy/embed                                 features and prototypes in two or three dimensions
+    tensorboard --logdir runs/toy/embed                                 features and prototypes in 2 or 3 dimensions
 
 Takes the training runs of a benchmark that have a checkpoint, and the labelled validation images. Writes
 runs/<benchmark>/embed/ and features.json, which report.html shows. True labels give the class of a feature. Only the

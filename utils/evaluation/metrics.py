@@ -113,7 +113,7 @@ def class_table(scores: dict, classes: ClassSet) -> str:
 
 
 def confusion_table(scores: dict, classes: ClassSet) -> str:
-    """Predictions of each class's pixels, in percent: a row per true class, a column per predicted one (its train id)."""
+    """Predictions of each class's pixels, in percent: a row per true class, a column per predicted train id."""
     width = max(len(n) for n in classes.names)
     rows = [f"{'true':{width}}    " + "".join(f"{k:>4}" for k in range(len(classes))) + "  predicted, percent"]
     for k, (name, counts) in enumerate(zip(classes.names, scores["confusion"])):

@@ -131,7 +131,7 @@ def _windows(
 
 
 def _upsampled_rows(maps: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
-    """`upsample` of maps (K, h, w) to (height, width), `ROWS` rows at a time; the height first, which needs little memory."""
+    """`upsample` of maps (K, h, w) to (height, width), `ROWS` rows at a time: first in height, then in width."""
     height, width = size
     tall = upsample(maps[None].contiguous(), (height, maps.shape[2]))
     for start in range(0, height, ROWS):

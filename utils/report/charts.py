@@ -161,7 +161,8 @@ def heat_map(counts: np.ndarray, names: Sequence[str], title: str) -> str:
         label = escape(f"{names[i]} taken for {names[j]}: {value:.1f} %")
         parts.append(
             f'<g><title>{label}</title><rect x="{left}" y="{top}" width="{CELL}" height="{CELL}" '
-            f'fill="var(--heat)" fill-opacity="{0.06 + 0.94 * value / 100:.2f}"/><text class="{"on" if value > 45 else "off"}" '
+            f'fill="var(--heat)" fill-opacity="{0.06 + 0.94 * value / 100:.2f}"/>'
+            f'<text class="{"on" if value > 45 else "off"}" '
             f'x="{left + CELL / 2}" y="{top + CELL / 2 + 3.5}" text-anchor="middle">{value:.0f}</text></g>'
         )
     return (
@@ -204,7 +205,8 @@ def picture(path: Path, description: str) -> str:
     least = min(width, LEGIBLE_WIDTH)
     wide = " wide" if least == LEGIBLE_WIDTH else ""
     return (
-        f'<div class="picture{wide}"><div class="scroll" tabindex="0"><img src="{uri}" width="{width}" height="{height}" '
+        f'<div class="picture{wide}"><div class="scroll" tabindex="0">'
+        f'<img src="{uri}" width="{width}" height="{height}" '
         f'style="min-width:{least}px" alt="{escape(description)}"></div></div>'
     )
 
