@@ -13,7 +13,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from data.datasets import SegmentationDataset, build_dataset, read_label_ids, read_picture
+from data.datasets import SegmentationDataset, build_dataset
+from data.images import read_label_ids, read_picture
 from data.loaders import training_batches
 from data.taxonomy import CLASS_SETS, IGNORE
 from data.transforms import RandomScaleCropFlip, Views
