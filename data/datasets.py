@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from data.images import IMAGE_ENDINGS, pixels, read_label_ids, read_picture, reason, show_name
+from data.images import IMAGE_ENDINGS, read_image, read_label_ids, read_picture, reason, show_name
 from data.taxonomy import ID_TO_NAME, KNOWN_IDS, UNKNOWN, ClassSet, resolve_id_map
 from data.transforms import Crop
 from utils.config import UserError
@@ -343,17 +343,22 @@ class SegmentationDataset(Dataset):
         def crop_of(size: tuple[int, int]) -> Crop:  # the same at every call
             return self.transform(self.size or size, np.random.default_rng([self.seed, draw, 1]))
 
-        picture = read_picture(sample.image, (lambda size: crop_of(size).depth) if self.transform else None)
+        if self.transform:
+            picture = read_picture(sample.image, lambda size: crop_of(size).depth)
+            size = picture.size
+        else:
+            image = read_image(sample.image)
+            size = (image.shape[2], image.shape[1])
         ids = None if sample.label is None else read_label_ids(sample.label)
         if ids is not None:
-            self.refuse_unlike_sizes(sample, picture.size, ids.shape[::-1])
+            self.refuse_unlike_sizes(sample, size, ids.shape[::-1])
         train_ids = functools.partial(self.train_ids, sample.label)
         # Some GTA5 labels differ in size from their image: each is brought to the common size, or cropped, by itself.
         if self.transform:
-            crop = crop_of(picture.size)
+            crop = crop_of(size)
             image, label = crop.of_image(picture), None if ids is None else crop.of_label(ids, train_ids)
         else:
-            image, label = pixels(picture), None if ids is None else torch.from_numpy(train_ids(ids))
+            label = None if ids is None else torch.from_numpy(train_ids(ids))
             if self.size:
                 hw = self.size[::-1]
                 image, label = F.resize(image, hw, antialias=True), label if ids is None else resize_label(label, hw)
