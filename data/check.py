@@ -1,27 +1,190 @@
-"""A look at a few samples before the work starts: what is wrong with all of them is said in seconds, not in an hour."""
+"""One check of samples: `data.verify` runs it on all, training on a few before its work starts."""
 
 from __future__ import annotations
 
-import copy
+import hashlib
+import math
+from collections import Counter
 
-from data.datasets import UNREADABLE, SegmentationDataset
+import numpy as np
+
+from data.datasets import Sample, SegmentationDataset, label_ids
+from data.images import pixels, read_label_ids, read_picture, show_name, stored_as, used_palette
 from data.loaders import spread
-from data.taxonomy import IGNORE
+from data.taxonomy import CITYSCAPES_NAMES, ID_TO_NAME, IGNORE, KNOWN_IDS, ClassSet, class_set
 from utils.config import Config, UserError
+from utils.config.keys import DatasetConfig
 
-CHECKED = 8  # samples of each dataset that are looked at
+CHECKED = 8  # samples of each dataset that are looked at before training
+FEW_COLOURS = 40  # a grey or palette picture of no more is a label map, not a photograph
+MOST = 2 / 3  # of the pixels: where so many are ignored, it is said
+
+
+def look_at(sample: Sample) -> dict:
+    """What one image and its label are.
+
+    Returns:
+        size: (width, height); hash: of the pixels; label_map: whether the image looks like one; label_size; ids:
+        {label id: pixels}; stored: how the label stores them; palette: {index: colour}; problems: UserErrors of files
+        that cannot be read. What could not be found out, or is not there, is absent.
+    """
+    found = {"problems": []}
+    try:
+        picture = read_picture(sample.image)
+        found["size"] = picture.size
+        found["hash"] = hashlib.blake2b(pixels(picture).numpy().tobytes(), digest_size=16).hexdigest()
+        grey = stored_as(sample.image).partition(";")[0] in ("L", "P")
+        found["label_map"] = grey and picture.getcolors(FEW_COLOURS) is not None
+    except UserError as error:
+        found["problems"].append(("image cannot be read", str(error)))
+    if sample.label and sample.label.exists():
+        try:
+            ids = read_label_ids(sample.label)
+            found["label_size"] = ids.shape[::-1]
+            counts = np.bincount(ids.ravel())
+            found["ids"] = {int(i): int(counts[i]) for i in np.flatnonzero(counts)}
+            found["stored"], found["palette"] = stored_as(sample.label), used_palette(sample.label)
+        except UserError as error:
+            found["problems"].append(("label cannot be read", str(error)))
+    return found
+
+
+class Labels:
+    """What the labels of a dataset hold together.
+
+    Args:
+        cfg: the dataset's section.
+        classes: those that are learnt.
+    """
+
+    def __init__(self, cfg: DatasetConfig, classes: ClassSet):
+        self.cfg, self.classes, self.names = cfg, classes, label_ids(cfg, classes)
+        self.table = classes.lookup_table(self.names)
+        self.ids, self.stored, self.colours = Counter(), {}, {}
+        self.other_palette = ""
+
+    def add(self, sample: Sample, found: dict) -> None:
+        """Take in what `look_at` found."""
+        self.ids.update(found.get("ids", {}))
+        if "stored" in found:
+            self.stored.setdefault(found["stored"], sample.label)
+        for index, colour in found.get("palette", {}).items():
+            first, path = self.colours.setdefault(index, (colour, sample.label))
+            if first != colour and not self.other_palette:
+                self.other_palette = f"index {index} is {first} in {path} and {colour} in {sample.label}"
+
+    def pixels(self) -> np.ndarray:
+        """int64 (256,): pixels by train id."""
+        ids, counts = np.array([*self.ids], int), np.array([*self.ids.values()], float)
+        return np.bincount(self.table[ids], counts, 256).astype(np.int64)
+
+    @property
+    def known(self) -> set[int] | None:
+        """Label ids that may occur; None: any, as an id_map may leave void ids out."""
+        trained = {*range(len(self.classes)), IGNORE}
+        return KNOWN_IDS.get(self.cfg.format) or (None if self.cfg.id_map else trained)
+
+    def unknown(self, ids: dict[int, int]) -> list[int]:
+        """Those of some ids that the dataset cannot hold."""
+        return [] if self.known is None else sorted(ids.keys() - self.known)
+
+    def faults(self) -> list[tuple[str, str]]:
+        """(kind, text) of what is surely wrong: the ids are of another numbering, or were lost."""
+        if not self.ids:
+            return []
+        taught, looks, found = self._pixels(self._maps()), self.looks_like(), []
+        if not taught:
+            found.append(("no label holds any class", f"no pixel of any class; {self._held()}{looks and ': ' + looks}"))
+        elif looks:
+            ignored = 1 - taught / self.ids.total()
+            text = f"{ignored:.0%} of the pixels are ignored; {self._held()}: {looks}"
+            found.append(("label ids of another numbering", text))
+        if self.other_palette:
+            found.append(("palettes differ, so that their indices are no ids", self.other_palette))
+        few = [s for s in self.stored if s.startswith(("1", "L;2", "L;4"))]
+        others = [s for s in self.stored if s not in few]
+        if few and others:
+            text = f"{self.stored[few[0]]} beside {self.stored[others[0]]}: 255 may have become 1, 3 or 15"
+            found.append(("grey of few bits beside other labels, as an optimiser makes them", text))
+        return found
+
+    def warnings(self, every_class: bool) -> list[str]:
+        """What may be meant.
+
+        Args:
+            every_class: name classes without a pixel.
+        """
+        total = self.ids.total()
+        if not total or not self._pixels(self._maps()):
+            return []
+        found, ignored = [], total - self._pixels(self._maps())
+        if ignored > MOST * total:
+            found.append(f"{ignored / total:.0%} of the pixels are ignored; {self._held()}")
+        seen = {self.names.get(i) for i in self.ids}
+        absent = [name for name in self.classes.names if name not in seen]
+        if every_class and absent:
+            listed = ", ".join(f"{n} ({' '.join(str(i) for i, m in self.names.items() if m == n)})" for n in absent)
+            found.append(f"no pixel of class {listed}; {self._held()}")
+        stray = [i for i in sorted(self.ids) if i not in self.names and i != IGNORE] if self.cfg.id_map else []
+        if stray:
+            listed = ", ".join(f"{i} ({self.ids[i] / total:.1%})" for i in stray[:8])
+            found.append(f"ids that id_map does not name are ignored: {listed}{', …' if len(stray) > 8 else ''}")
+        return found
+
+    def looks_like(self) -> str:
+        """Words for the numbering that the ids are more likely of, or what has happened to them; "" where they are
+        those expected."""
+        own, present = self._maps(), set(self.ids)
+        taught, unknown = self._pixels(own), self.unknown(self.ids)
+        if set(self.classes.names) <= set(CITYSCAPES_NAMES):
+            for name, names, known in _NUMBERINGS:
+                better, other = self._pixels(names), own.items() - names.items()
+                fits = present <= known and better > self.ids.total() / 2 and better > taught
+                if other and fits and (unknown or taught < self.ids.total() / 2):
+                    return f"they look like {name}"
+        body = present - {IGNORE}
+        if present == {0}:
+            return "16-bit labels that were cut to 8 bits hold 0 alone"
+        if body == {0} and IGNORE not in self.names and len(self.classes) == 2:
+            other = self.classes.names[1]
+            return "they look like a mask of 0 and 255: name 255 in id_map"
+        step = math.gcd(*body)
+        if step > 1 and len(body) > 2 and (unknown or not taught or not body <= self.names.keys()):
+            return f"they are multiples of {step}, as in labels that were stretched for the eye"
+        if not self.cfg.id_map and self.cfg.format == "folder" and unknown == [len(self.classes)]:
+            return "they look like ids that begin at 1: name them in id_map"
+        return ""
+
+    def _maps(self) -> dict[int, str]:
+        return {i: name for i, name in self.names.items() if name in self.classes.names}
+
+    def _pixels(self, ids: dict[int, str]) -> int:
+        return sum(self.ids[i] for i in ids)
+
+    def _held(self) -> str:
+        most = ", ".join(f"{i} ({n / self.ids.total():.0%})" for i, n in self.ids.most_common(5))
+        return f"the labels hold ids {most}{', …' if len(self.ids) > 5 else ''}"
+
+
+# (words, {label id: class}, ids that may occur)
+_TRAIN_IDS = dict(enumerate(CITYSCAPES_NAMES))
+_NUMBERINGS = (
+    ("train ids (0 to 18, 255)", _TRAIN_IDS, {*_TRAIN_IDS, IGNORE}),
+    ("Cityscapes' label ids (0 to 33)", ID_TO_NAME["cityscapes"], KNOWN_IDS["gta5"]),
+    ("SYNTHIA's ids (0 to 22)", ID_TO_NAME["synthia"], KNOWN_IDS["synthia"]),
+)
 
 
 def check_samples(dataset: SegmentationDataset, name: str, cfg: Config) -> SegmentationDataset:
-    """Read `CHECKED` samples, spread evenly, and give the dataset back.
+    """Look at `CHECKED` samples, spread evenly, and give the dataset back, with notes of what looks odd.
 
     Args:
         dataset: where it has a transform, it is trained on.
         name: source, target or val.
 
     Raises:
-        UserError: the batch is larger than the dataset, a file is empty, a sample cannot be used, no label looked at
-            has a pixel of any class, every image is smaller than the crop at every scale.
+        UserError: the batch is larger than the dataset, a file is empty, a sample cannot be used, labels are of another
+            numbering or hold no pixel of any class, every image is smaller than the crop at every scale.
     """
     key, trained = f"data.{name}", dataset.transform is not None
     batch = getattr(cfg.train, f"batch_{name}") if trained else 0
@@ -30,26 +193,48 @@ def check_samples(dataset: SegmentationDataset, name: str, cfg: Config) -> Segme
     paths = [path for s in dataset.samples for path in (s.image, s.label) if path]
     empty = [path for path in paths if path.stat().st_size == 0]
     if empty and not dataset.skips:
-        raise UserError(f"{len(empty)} files of {key} are empty, the first is {empty[0]}")
-    plain = copy.copy(dataset)
-    plain.transform = None
-    looked = [s for s in map(plain.__getitem__, spread(len(plain), CHECKED)) if UNREADABLE not in s]
-    labels = [s["label"] for s in looked if "label" in s]
-    pseudo = name == "target"  # an unsure network may have labelled nothing in some
-    if labels and not pseudo and all((label == IGNORE).all() for label in labels):
-        raise UserError(
-            f"no pixel of any class in {len(labels)} labels of {key} that were looked at, the first is "
-            f"{dataset.samples[looked[0]['index']].label}: are its label ids those of another format or id_map?"
-        )
-    if trained and looked:
-        _refuse_small([s["image"].shape[1:] for s in looked], key, cfg)
+        raise UserError(f"{len(empty)} files of {key} are empty, the first is {show_name(empty[0])}")
+    labels, sizes = Labels(getattr(cfg.data, name), class_set(cfg.data)), []
+    for index in spread(len(dataset), CHECKED):
+        sample = dataset.samples[index]
+        found = look_at(sample)
+        try:
+            _refuse_unusable(dataset, sample, found, labels)
+        except UserError:
+            if not dataset.skips:
+                raise
+            continue
+        sizes.append(found["size"])
+        labels.add(sample, found)
+    if name != "target":  # whose pseudo labels are train ids; an unsure network may have labelled nothing in some
+        if faults := labels.faults():
+            first = next(s.label for s in dataset.samples if s.label)
+            kind, text = faults[0]
+            raise UserError(f"{kind}: {text} ({len(sizes)} labels of {key} were looked at, such as {show_name(first)})")
+        dataset.notes += [f"{key}: {text}" for text in labels.warnings(every_class=False)]
+    if trained and sizes:
+        _refuse_small(sizes, key, cfg)
     return dataset
+
+
+def _refuse_unusable(dataset: SegmentationDataset, sample: Sample, found: dict, labels: Labels) -> None:
+    """The UserError that the sample would cause in training."""
+    for _, problem in found["problems"]:
+        raise UserError(problem)
+    if sample.label:
+        dataset.refuse_unlike_sizes(sample, found["size"], found["label_size"])
+        try:
+            dataset.train_ids(sample.label, np.array([*found["ids"]]))
+        except UserError as error:
+            labels.add(sample, found)
+            looks = labels.looks_like()
+            raise UserError(f"{error}{looks and ': ' + looks}") from None
 
 
 def _refuse_small(sizes: list[tuple[int, int]], key: str, cfg: Config) -> None:
     """UserError if no image fills the crop even at the largest scale: every crop would have a dead rim."""
     d = cfg.data
-    height, width = max(sizes, key=min)
+    width, height = max(sizes, key=min)
     factor = d.scale[1] * (d.base_width or width) / width
     if round(width * factor) < d.crop[0] or round(height * factor) < d.crop[1]:
         raise UserError(

@@ -1,33 +1,31 @@
-"""Image and label files of every format as one dataset class.
+"""What lies where: image and label files of every format as one dataset class.
 
 A format is a way to list files and an id map; all else is shared. Samples leave here as uint8 tensors.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-import math
 import os
-import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from glob import glob, has_magic
+from fnmatch import fnmatchcase
+from glob import has_magic
 from pathlib import Path
 from string import Formatter
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from data.images import IMAGE_ENDINGS, read_image, read_label_ids, read_picture, reason, show_name
 from data.taxonomy import ID_TO_NAME, KNOWN_IDS, UNKNOWN, ClassSet, resolve_id_map
 from data.transforms import Crop
 from utils.config import UserError
@@ -40,13 +38,8 @@ HOW_TO_GET = {
     "folder": "point root, images and labels at your files",
 }
 
-IMAGE_ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # of a folder's or a glob's files
-
 UNREADABLE = "unreadable"  # the entry of a sample that cannot be used, or stands for one such: why
 ATTEMPTS = 10  # samples in a row that a draw may skip
-_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-# Formats that are decoded in this process; of others, Pillow hands some to programs (EPS to Ghostscript).
-_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
 
 
 @dataclass(frozen=True)
@@ -58,7 +51,7 @@ class Sample:
     name: str
 
 
-def list_samples(cfg: DatasetConfig, with_labels: bool = True) -> list[Sample]:
+def list_samples(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
     """The files of a dataset, sorted by name.
 
     Args:
@@ -68,58 +61,74 @@ def list_samples(cfg: DatasetConfig, with_labels: bool = True) -> list[Sample]:
     Raises:
         UserError: root is missing, no image is found, labels are wanted but not described or a file is missing.
     """
-    samples, _ = pair_files(cfg, with_labels)
-    missing = [s.label for s in samples if with_labels and not s.label.is_file()]
+    listing = pair_files(cfg, with_labels)
+    missing = [s.label for s in listing if with_labels and not s.label.is_file()]
     if missing:
-        root = Path(cfg.root)
-        raise UserError(f"{len(missing)} of {len(samples)} labels below {root} are missing, the first is {missing[0]}")
-    return samples
+        raise UserError(
+            f"{len(missing)} of {len(listing)} labels below {cfg.root} are missing, the first is {missing[0]}"
+        )
+    return listing
 
 
-def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> tuple[list[Sample], list[Path]]:
-    """As `list_samples`, with labels that may be missing; and the label files that belong to no image."""
+class Listing(list[Sample]):
+    """Samples, sorted by name.
+
+    Attributes:
+        orphans: label files that belong to no image.
+        note: a line that counts and names images that lie there and were not taken; "" if there are none.
+    """
+
+    def __init__(self, samples: list[Sample], orphans: list[Path] = (), note: str = ""):
+        super().__init__(samples)
+        self.orphans, self.note = orphans, note
+
+
+def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
+    """As `list_samples`, with labels that may be missing."""
     root = Path(cfg.root)
     if not root.is_dir():
         raise UserError(f"no {cfg.format} dataset: {root} does not exist (get it: {HOW_TO_GET[cfg.format]})")
     globs, label_of = _LAYOUTS[cfg.format](cfg)
-    if any(".." in Path(pattern).parts for pattern in globs):  # names of samples become paths below a run's folder
-        raise UserError(f"images: {globs} must be globs below {root}, without '..'")
-    try:
-        images = sorted({path for pattern in globs for path in root.glob(pattern)})
-    except (NotImplementedError, ValueError) as error:  # an absolute or empty pattern
-        raise UserError(f"images: {globs} must be globs relative to {root} ({_first_line(error)})") from None
+    for pattern in globs:
+        # Names of samples become paths below a run's folder.
+        if not pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+            raise UserError(f"images: {globs} must be globs relative to {root}, without '..'")
+    images, left = find_files(root, globs)
     if not images:
-        raise UserError(f"no {cfg.format} image matches {' or '.join(globs[:3])} below {root}")
+        note = f"; {_note(root, left)}" if left else ""
+        raise UserError(f"no {cfg.format} image matches {' or '.join(globs[:3])} below {root}{note}")
     if with_labels and label_of is None:
         raise UserError(f"labels are needed for {root}, but the dataset's `labels` key is empty")
-    samples = []
+    samples, labels = [], set()
     for image in images:
         relative = image.relative_to(root)
-        label = root / label_of(relative) if with_labels else None
-        samples.append(Sample(image, label, relative.with_suffix("").as_posix()))
-    if not with_labels or cfg.format == "folder":  # a folder may hold more labels than its globs name images
-        return samples, []
-    # The label of a glob is the glob of the labels.
-    labels = {path for pattern in globs for path in root.glob(label_of(Path(pattern)).as_posix())}
-    return samples, sorted(labels - {s.label for s in samples})
+        label = _in_any_case(root / label_of(relative)) if label_of and (with_labels or left) else None
+        labels.add(label)
+        samples.append(Sample(image, label if with_labels else None, relative.with_suffix("").as_posix()))
+    orphans = []
+    if with_labels and cfg.format != "folder":  # a folder may hold more labels than its globs name images
+        # The label of a glob is the glob of the labels.
+        found, _ = find_files(root, [label_of(Path(pattern)).as_posix() for pattern in globs])
+        orphans = [path for path in found if path not in labels]
+    return Listing(samples, orphans, _note(root, [path for path in left if path not in labels]))
 
 
-def find_images(pattern: str) -> list[Sample]:
+def find_images(pattern: str) -> Listing:
     """Images without labels: one file, all below a folder, or what a glob matches; names are below its fixed part.
 
     Raises UserError if there is none, or two would have one name.
     """
-    path = Path(pattern).expanduser()
+    path, left = Path(pattern).expanduser(), []
     if path.is_file():
         root, found = path.parent, [path]
     else:
         fixed = itertools.takewhile(lambda part: not has_magic(part), path.parts)
         root, inside = (path, "**/*") if path.is_dir() else (Path(*fixed), None)
-        inside = inside or path.relative_to(root).as_posix()
-        matched = (root / name for name in sorted(glob(inside, root_dir=root, recursive=True)))
-        found = [p for p in matched if p.suffix.lower() in IMAGE_ENDINGS and p.is_file()]
+        found, left = find_files(root, [inside or path.relative_to(root).as_posix()], files_only=True)
     if not found:
-        raise UserError(f"no image at {pattern}: a file, a folder or a glob of {', '.join(sorted(IMAGE_ENDINGS))}")
+        note = f"; {_note(root, left)}" if left else ""
+        endings = ", ".join(sorted(IMAGE_ENDINGS))
+        raise UserError(f"no image at {pattern}: a file, a folder or a glob of {endings}{note}")
     samples, first = [], {}
     for image in found:
         name = image.relative_to(root).with_suffix("").as_posix()
@@ -127,7 +136,104 @@ def find_images(pattern: str) -> list[Sample]:
             raise UserError(f"{first[name]} and {image} would have one name; take them in two calls")
         first[name] = image
         samples.append(Sample(image, None, name))
-    return samples
+    return Listing(samples, note=_note(root, left))
+
+
+def find_files(root: Path, globs: list[str], files_only: bool = False) -> tuple[list[Path], list[Path]]:
+    """(images below `root` that globs match, what lies beside them and is not taken), both sorted.
+
+    Linked folders are entered. A glob's ending, such as .jpg, matches in upper and lower case; a glob without one takes
+    `IMAGE_ENDINGS`. Not taken are hidden images, images that the glob would match with another ending, and, where it
+    has no ending, all other files.
+
+    Args:
+        files_only: take no folders and broken links. A dataset takes those with an image's name, so that they are missed.
+    """
+    taken, left = set(), set()
+    for pattern in globs:
+        *folders, name = Path(pattern).parts
+        if name == "**":
+            folders, name = [*folders, name], "*"
+        ending = "" if has_magic(Path(name).suffix) else Path(name).suffix
+        stem = name.removesuffix(ending)
+        for folder in _folders(root, folders, ()):
+            if not has_magic(name):
+                if os.path.lexists(folder / name):
+                    taken.add(folder / name)
+                continue
+            for entry in _entries(folder):
+                suffix = os.path.splitext(entry.name)[1]
+                if not fnmatchcase(entry.name.removesuffix(suffix) if ending else entry.name, stem):
+                    continue
+                image, is_folder = suffix.lower() in IMAGE_ENDINGS, _is_folder(entry)
+                hidden = entry.name.startswith(".") and not name.startswith(".")
+                fits = suffix.lower() == ending.lower() if ending else image
+                there = os.path.isfile(entry.path) if files_only else image or not is_folder
+                if fits and there and not hidden and (image or not files_only):
+                    taken.add(folder / entry.name)
+                elif not is_folder and (image or not (ending or hidden)):
+                    left.add(folder / entry.name)
+    return sorted(taken), sorted(left - taken)
+
+
+def _folders(folder: Path, parts: list[str], above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
+    """Folders below `folder` that the parts of a glob match; a link that leads back into itself is not followed."""
+    if not parts:
+        yield folder
+        return
+    part, *rest = parts
+    if not has_magic(part):
+        if (folder / part).is_dir():
+            yield from _folders(folder / part, rest, above)
+        return
+    if part == "**":
+        yield from _folders(folder, rest, above)
+    try:
+        status = folder.stat()
+    except OSError:
+        return
+    here = (*above, (status.st_dev, status.st_ino))
+    for entry in _entries(folder):
+        hidden = entry.name.startswith(".") and not part.startswith(".")
+        if hidden or not _is_folder(entry) or not (part == "**" or fnmatchcase(entry.name, part)):
+            continue
+        below, status = folder / entry.name, entry.stat()
+        if (status.st_dev, status.st_ino) not in here:
+            yield from _folders(below, parts if part == "**" else rest, here)
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"cannot list {show_name(folder)}: {reason(error)}") from None
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _in_any_case(path: Path) -> Path:
+    """A file whose ending may be written in upper or lower case."""
+    if path.is_file():
+        return path
+    stem, ending = os.path.splitext(path)
+    return next((p for p in (Path(stem + ending.upper()), Path(stem + ending.lower())) if p.is_file()), path)
+
+
+def _note(root: Path, left: list[Path]) -> str:
+    """A line about files that were not taken, "" if there are none."""
+    if not left:
+        return ""
+    endings = Counter(path.suffix or "no ending" for path in left)
+    listed = ", ".join(f"{number} {ending}" for ending, number in endings.most_common(4))
+    return show_name(f"not taken: {len(left)} files below {root} ({listed}), the first is {left[0].relative_to(root)}")
 
 
 def _gta5(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:
@@ -137,7 +243,7 @@ def _gta5(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:
         try:
             ids = loadmat(split)[f"{cfg.split}Ids"].ravel()
         except (OSError, KeyError, ValueError, MatReadError) as error:
-            raise UserError(f"cannot read split={cfg.split} from {split}: {_first_line(error)}") from None
+            raise UserError(f"cannot read split={cfg.split} from {split}: {reason(error)}") from None
         images = [f"images/{i:05d}.png" for i in ids]
         missing = [name for name in images if not (Path(cfg.root) / name).is_file()]
         if missing:
@@ -145,11 +251,11 @@ def _gta5(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:
                 f"{len(missing)} of the {len(images)} images that {split} lists for split={cfg.split} are not below "
                 f"{cfg.root}, the first is {missing[0]}"
             )
-    return images, lambda image: Path("labels") / image.name
+    return images, lambda image: Path("labels") / f"{image.stem}.png"
 
 
 def _synthia(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:
-    return ["RGB/*.png"], lambda image: Path("GT/LABELS") / image.name
+    return ["RGB/*.png"], lambda image: Path("GT/LABELS") / f"{image.stem}.png"
 
 
 def _cityscapes(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:
@@ -178,100 +284,6 @@ def _folder(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path] | Non
 _LAYOUTS = {"gta5": _gta5, "synthia": _synthia, "cityscapes": _cityscapes, "folder": _folder}
 
 
-def read_picture(path: Path, depth: Callable[[tuple[int, int]], float] | None = None) -> Image.Image:
-    """8-bit RGB picture, decoded, turned as its EXIF entry says, without alpha; raises UserError naming a file that
-    cannot be decoded.
-
-    It stays Pillow's, whose decoder is as fast as torchvision's: an array of all pixels costs a third of the decoding.
-
-    Args:
-        depth: gives, for a size (width, height), the share of the height, from the top, that will be looked at. Rows
-            further down may be left undecoded, and are black then.
-    """
-    try:
-        with _opened(path) as picture:
-            early = depth is not None and _stop_early(picture, depth(picture.size))
-            if early and picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                return read_picture(path)  # its top is elsewhere
-            ImageOps.exif_transpose(picture, in_place=True)
-            if picture.mode == "F":
-                raise ValueError("floating-point pixels")
-            if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
-                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-            return picture if picture.mode == "RGB" else picture.convert("RGB")
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file fails in every way there is
-        raise UserError(f"cannot read image {path}: {_first_line(error)}") from None
-
-
-def _stop_early(picture: Image.Image, depth: float) -> bool:
-    """Tell the decoder, not started yet, to stop below a share of the rows; gives whether it will.
-
-    A PNG is one stream from the top down. One that does not end as it should is decoded whole: it is cut off, which is
-    to be said at once, not when a crop happens to need what is missing.
-    """
-    if picture.format != "PNG" or picture.info.get("interlace") or picture.is_animated or len(picture.tile) != 1:
-        return False
-    place = picture.fp.tell()
-    picture.fp.seek(-len(_PNG_END), os.SEEK_END)
-    complete = picture.fp.read() == _PNG_END
-    picture.fp.seek(place)
-    if complete:
-        codec, _, offset, options = picture.tile[0]
-        rows = min(picture.height, math.ceil(picture.height * depth) + 1)  # one more, where a filter magnifies
-        picture.tile = [(codec, (0, 0, picture.width, rows), offset, options)]
-    return complete
-
-
-def read_image(path: Path) -> Tensor:
-    """`read_picture` as uint8 (3, H, W)."""
-    return _pixels(read_picture(path))
-
-
-def _pixels(picture: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """The picture, not decoded yet; ValueError for a size that no image has, so that a few bytes cannot fill memory."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        picture = Image.open(path, formats=_FORMATS)
-    with picture:
-        if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{picture.width}x{picture.height} pixels are too many")
-        yield picture
-
-
-def read_label_ids(path: Path) -> np.ndarray:
-    """Integer label ids (H, W) as stored: 8-bit grey or palette index, or the first channel of 16-bit SYNTHIA.
-
-    Raises UserError naming the file if it cannot be decoded or is a colour picture.
-    """
-    try:
-        with _opened(path) as picture:
-            mode = picture.mode
-            if mode in ("L", "P", "I;16"):
-                return np.asarray(picture)
-            if mode in ("1", "I"):
-                return np.asarray(picture).astype(np.uint8 if mode == "1" else np.uint16)
-        # Pillow cuts 16-bit colour down to 8 bits, which turns every SYNTHIA class into 0.
-        ids = decode_image(str(path), mode=ImageReadMode.UNCHANGED)
-    except Exception as error:
-        raise UserError(f"cannot read label {path}: {_first_line(error)}") from None
-    if ids.dtype != torch.uint16:
-        raise UserError(
-            f"label {path} is an 8-bit picture of mode {mode}; a grey, palette or 16-bit PNG of label ids is needed"
-        )
-    return ids[0].numpy()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
-
-
 class SegmentationDataset(Dataset):
     """Images with, where listed, labels.
 
@@ -285,6 +297,7 @@ class SegmentationDataset(Dataset):
     Attributes:
         skips: a sample that cannot be used is {UNREADABLE: why} instead of a UserError; of a draw, the next one that
             can be used with this entry.
+        notes: lines for the log: files that were not taken, what looks odd in the labels.
 
     An item is asked for as `index`, or as `(index, draw)` by the endless sampler, and is a dict:
         image: uint8 (3, H, W); label: uint8 (H, W) of train ids, all `IGNORE` where there is none; index: int.
@@ -300,6 +313,7 @@ class SegmentationDataset(Dataset):
     ):
         self.samples, self.lookup_table, self.size = samples, lookup_table, list(size)
         self.transform, self.seed, self.skips = transform, seed, False
+        self.notes = [samples.note] if isinstance(samples, Listing) and samples.note else []
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -329,31 +343,41 @@ class SegmentationDataset(Dataset):
         def crop_of(size: tuple[int, int]) -> Crop:  # the same at every call
             return self.transform(self.size or size, np.random.default_rng([self.seed, draw, 1]))
 
-        picture = read_picture(sample.image, (lambda size: crop_of(size).depth) if self.transform else None)
+        if self.transform:
+            picture = read_picture(sample.image, lambda size: crop_of(size).depth)
+            size = picture.size
+        else:
+            image = read_image(sample.image)
+            size = (image.shape[2], image.shape[1])
         ids = None if sample.label is None else read_label_ids(sample.label)
-        if ids is not None and not self.size and ids.shape != picture.size[::-1]:
-            raise UserError(
-                f"{sample.image} is {picture.width}x{picture.height}, but its label {sample.label} is "
-                f"{ids.shape[1]}x{ids.shape[0]}; set the dataset's size to bring both to one"
-            )
-        train_ids = functools.partial(self._train_ids, sample.label)
+        if ids is not None:
+            self.refuse_unlike_sizes(sample, size, ids.shape[::-1])
+        train_ids = functools.partial(self.train_ids, sample.label)
         # Some GTA5 labels differ in size from their image: each is brought to the common size, or cropped, by itself.
         if self.transform:
-            crop = crop_of(picture.size)
+            crop = crop_of(size)
             image, label = crop.of_image(picture), None if ids is None else crop.of_label(ids, train_ids)
         else:
-            image, label = _pixels(picture), None if ids is None else torch.from_numpy(train_ids(ids))
+            label = None if ids is None else torch.from_numpy(train_ids(ids))
             if self.size:
                 hw = self.size[::-1]
                 image, label = F.resize(image, hw, antialias=True), label if ids is None else resize_label(label, hw)
         item = {"image": image, "index": index}
         return item if label is None else item | {"label": label}
 
-    def _train_ids(self, path: Path, ids: np.ndarray) -> np.ndarray:
-        """uint8 train ids of label ids, which file `path` holds."""
+    def refuse_unlike_sizes(self, sample: Sample, size: tuple[int, int], label_size: tuple[int, int]) -> None:
+        """UserError if image and label, of two (width, height), differ in size and are not brought to one."""
+        if not self.size and tuple(size) != tuple(label_size):
+            raise UserError(
+                f"{show_name(sample.image)} is {size[0]}x{size[1]}, but its label {show_name(sample.label)} is "
+                f"{label_size[0]}x{label_size[1]}; set the dataset's size to bring both to one"
+            )
+
+    def train_ids(self, path: Path, ids: np.ndarray) -> np.ndarray:
+        """uint8 train ids of label ids, which file `path` holds; UserError for one that the dataset cannot hold."""
         label = self.lookup_table[ids]
         if (unknown := label == UNKNOWN).any():
-            raise UserError(f"label {path} holds id {ids[unknown][0]}, which is none of this dataset's")
+            raise UserError(f"label {show_name(path)} holds id {ids[unknown][0]}, which is none of this dataset's")
         return label
 
 

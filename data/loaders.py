@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import multiprocessing.queues
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from data.datasets import UNREADABLE, SegmentationDataset
+from utils.config import UserError
+
+# Exit status of a loader process that could not hand a batch over, as the parent sees it.
+_NO_MEMORY_SHARED, _NO_FILES, _OTHER = 81, 82, 83
+_REMEDIES = {
+    "shared memory": "shared memory (/dev/shm) is full: give the container more (docker run --shm-size=8g), or take "
+    "fewer or no loader processes (data.workers=0)",
+    "files": "too many files are open: raise the limit (ulimit -n 65536), or take fewer or no loader processes "
+    "(data.workers=0)",
+    "memory": "there is not enough memory: take fewer or no loader processes (data.workers=0) or smaller batches",
+    "killed": "a loader process has ended ({}), mostly because memory ran out: take fewer or no loader processes "
+    "(data.workers=0) or smaller batches",
+}
 
 
 class EndlessSampler(Sampler):
@@ -52,11 +68,11 @@ def training_batches(
     Args:
         part: which samples of every batch are given, all by default: several processes share a batch.
 
-    Where `dataset.skips`, the batch's entry `UNREADABLE` lists why samples were replaced.
+    Where `dataset.skips`, the batch's entry `UNREADABLE` lists why samples were replaced. Raises as `iterate`.
     """
     part = part or range(batch_size)
     sampler = EndlessSampler(len(dataset), dataset.seed, start_step * batch_size, batch_size, part)
-    return iter(_loader(dataset, len(part), workers, sampler, pin_memory=pin, collate_fn=_collate))
+    return iterate(_loader(dataset, len(part), workers, sampler, pin_memory=pin, collate_fn=_collate))
 
 
 def _collate(samples: list[dict]) -> dict:
@@ -67,17 +83,89 @@ def _collate(samples: list[dict]) -> dict:
 
 def whole_images(
     dataset: SegmentationDataset, batch_size: int, workers: int, indices: list[int] | None = None
-) -> DataLoader:
+) -> Iterator[list[dict]]:
     """Every image once, in order, as lists of samples: sizes may differ within a batch. Where `dataset.skips`, those
-    that cannot be used are left out."""
-    return _loader(dataset, batch_size, workers, indices, collate_fn=_usable)
+    that cannot be used are left out. Raises as `iterate`."""
+    return iterate(_loader(dataset, batch_size, workers, indices, collate_fn=_usable))
+
+
+def one_by_one(dataset: Dataset, workers: int) -> Iterator:
+    """Every item of any dataset, in order. Raises as `iterate`."""
+    return iterate(_loader(dataset, 1, workers, None, collate_fn=_only))
+
+
+def _only(items: list) -> object:
+    return items[0]
 
 
 def _usable(samples: list[dict]) -> list[dict]:
     return [s for s in samples if UNREADABLE not in s]
 
 
-def _loader(dataset: SegmentationDataset, batch_size: int, workers: int, sampler, **options) -> DataLoader:
+def iterate(loader: DataLoader) -> Iterator:
+    """The batches of a loader, whose processes start at once.
+
+    Raises:
+        UserError: a sample cannot be used; the loader's processes suffer: shared memory is full, too many files are
+            open, one was killed. From then on the main thread may also get it wherever it is: the system's signal that
+            a process has ended does not wait for the next batch.
+    """
+    try:
+        batches = iter(loader)
+    except OSError as error:
+        raise _explained(error) from None
+    if loader.num_workers:
+        _explain_ended_processes()
+    return _explained_batches(batches)
+
+
+def _explained_batches(batches: Iterator) -> Iterator:
+    try:
+        yield from batches
+    except UserError:
+        raise
+    except (OSError, EOFError, RuntimeError, MemoryError) as error:
+        raise _explained(error) from None
+
+
+def _explain_ended_processes() -> None:
+    """Make torch's handler of SIGCHLD, which raises where a loader process has failed, raise a UserError."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        return
+    if getattr(handler, "func", None) is not _child_ended:
+        signal.signal(signal.SIGCHLD, functools.partial(_child_ended, handler))
+
+
+def _child_ended(torchs: Callable, number: int, frame: object) -> None:
+    try:
+        torchs(number, frame)
+    except RuntimeError as error:
+        raise _explained(error) from None
+
+
+def _explained(error: Exception) -> Exception:
+    """A UserError that names cause and remedy, or the error itself where it is none of the system's."""
+    text, number = str(error), getattr(error, "errno", None)
+    if number == errno.ENOSPC or any(
+        word in text for word in ("shared memory", "/dev/shm", "Bus error", f"exit code {_NO_MEMORY_SHARED}")
+    ):
+        remedy = _REMEDIES["shared memory"]
+    elif number in (errno.EMFILE, errno.ENFILE) or any(
+        word in text for word in ("Too many open files", "ancillary data", f"exit code {_NO_FILES}")
+    ):
+        remedy = _REMEDIES["files"]
+    elif number in (errno.ENOMEM, errno.EAGAIN) or isinstance(error, MemoryError) or "allocate memory" in text:
+        remedy = _REMEDIES["memory"]
+    elif "DataLoader worker (" in text or isinstance(error, EOFError | ConnectionError):
+        end = text.partition("is killed by signal: ")[2].partition(".")[0]
+        remedy = _REMEDIES["killed"].format((end and f"signal: {end}") or "no batch came from it")
+    else:
+        return error
+    return UserError(f"loading images: {remedy}")
+
+
+def _loader(dataset: Dataset, batch_size: int, workers: int, sampler, **options) -> DataLoader:
     # A worker's parent must be the trainer, which it watches over; from Python 3.14 on, Linux has another default.
     context = "fork" if workers and sys.platform == "linux" else None
     return DataLoader(
@@ -95,6 +183,14 @@ def _loader(dataset: SegmentationDataset, batch_size: int, workers: int, sampler
 def _start_worker(parent: int, worker: int) -> None:
     torch.set_num_threads(1)  # workers are parallel already
     _leave_signals_to(parent)
+    # A thread hands the batches over. Where it fails, Python drops the batch, for which the parent would wait for ever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
+
+
+def _end_worker(error: Exception, batch: object) -> None:
+    explained = str(_explained(error))
+    status = {_REMEDIES["shared memory"]: _NO_MEMORY_SHARED, _REMEDIES["files"]: _NO_FILES}
+    os._exit(next((code for remedy, code in status.items() if remedy in explained), _OTHER))
 
 
 def _leave_signals_to(parent: int) -> None:

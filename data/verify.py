@@ -9,18 +9,19 @@ exit status is 1. All of that, and samples as contact sheets, go to runs/<benchm
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data.datasets import Sample, label_ids, pair_files, read_image, read_label_ids
-from data.loaders import spread
-from data.taxonomy import IGNORE, KNOWN_IDS, ClassSet, class_set
+from data.check import Labels, look_at
+from data.datasets import Sample, pair_files
+from data.images import read_image, read_label_ids, show_name
+from data.loaders import one_by_one, spread
+from data.taxonomy import IGNORE, ClassSet, class_set
 from utils.config import Config, UserError
 from utils.config.keys import DatasetConfig
 from utils.engine.checkpoint import atomic_write
@@ -30,7 +31,6 @@ from utils.engine.setup import prepare_data
 from utils.evaluation.pictures import colorize, save_panel, to_picture
 
 TOLERANCE = 0.1  # sizes that differ by less are brought to one by `size`: some of GTA5's do
-FEW_COLOURS = 40  # a grey or palette picture of no more is a label map, not a photograph
 SHOWN = 8  # faults of a kind that are printed, samples on a contact sheet
 
 
@@ -43,81 +43,49 @@ class Report:
     sizes: Counter = field(default_factory=Counter)  # (width, height) of images
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # by train id
     faults: dict[str, list[str]] = field(default_factory=dict)  # kind -> files
+    warnings: list[str] = field(default_factory=list)  # what may be meant
     hashes: dict[str, str] = field(default_factory=dict)  # of an image's pixels -> its path
 
     def fault(self, kind: str, name: object) -> None:
-        self.faults.setdefault(kind, []).append(str(name))
+        self.faults.setdefault(kind, []).append(show_name(name))
 
 
 class Files(Dataset):
-    """Decodes and looks at one image and its label; an item is a dict of findings.
+    """Items are what `look_at` finds in a sample."""
 
-    size: (width, height); hash: of the pixels; label_size: (width, height); pixels: int64 (256,) by train id;
-    faults: (kind, text) pairs. What could not be found out is absent.
-    """
-
-    def __init__(self, samples: list[Sample], cfg: DatasetConfig, classes: ClassSet):
-        self.samples, self.format = samples, cfg.format
-        self.lookup_table = classes.lookup_table(label_ids(cfg, classes))
-        # Of a folder's ids, those that its id_map leaves out are meant to be ignored; without one they are train ids.
-        known = KNOWN_IDS.get(cfg.format) or (None if cfg.id_map else {*range(len(classes)), IGNORE})
-        self.known = known and np.isin(np.arange(2**16), list(known))
+    def __init__(self, samples: list[Sample]):
+        self.samples = samples
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict:
-        sample, found = self.samples[index], {"faults": []}
-        try:
-            pixels = read_image(sample.image)
-            found["size"] = (pixels.shape[2], pixels.shape[1])
-            found["hash"] = hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).hexdigest()
-            with Image.open(sample.image) as picture:
-                if picture.mode in ("L", "P") and picture.getcolors(FEW_COLOURS):
-                    found["faults"].append(("image looks like a label map", sample.image))
-        except UserError as error:
-            found["faults"].append(("image cannot be read", str(error)))
-        if sample.label and sample.label.exists():
-            self._look_at_label(sample, found)
-        return found
-
-    def _look_at_label(self, sample: Sample, found: dict) -> None:
-        try:
-            ids = read_label_ids(sample.label)
-        except UserError as error:
-            found["faults"].append(("label cannot be read", str(error)))
-            return
-        found["label_size"] = (ids.shape[1], ids.shape[0])
-        counts = np.bincount(ids.ravel(), minlength=2**16)
-        found["pixels"] = np.bincount(self.lookup_table, counts, 256).astype(np.int64)
-        unknown = np.flatnonzero((counts > 0) & ~self.known) if self.known is not None else []
-        if len(unknown):
-            listed = ", ".join(map(str, unknown[:5]))
-            found["faults"].append((f"label ids that {self.format} does not have", f"{sample.label}: {listed}"))
-        if self.format == "synthia":
-            with Image.open(sample.label) as picture:
-                if picture.mode in ("L", "P"):
-                    found["faults"].append(("SYNTHIA label of 8 bits, not 16: cut down or renumbered", sample.label))
+        return look_at(self.samples[index])
 
 
-def look_at(cfg: DatasetConfig, classes: ClassSet, with_labels: bool, workers: int, name: str) -> tuple[Report, Files]:
-    """Decode every file of a dataset; `name` is for the progress bar."""
-    report = Report()
+def check_dataset(
+    cfg: DatasetConfig, classes: ClassSet, with_labels: bool, workers: int, name: str
+) -> tuple[Report, list[Sample]]:
+    """Decode every file of a dataset; `name` is source, target or val."""
+    report, labels = Report(), Labels(cfg, classes)
     try:
-        samples, orphans = pair_files(cfg, with_labels)
+        samples = pair_files(cfg, with_labels)
     except UserError as error:
         report.fault("no files", error)
-        return report, Files([], cfg, classes)
+        return report, []
+    if samples.note:
+        report.warnings.append(samples.note)
     fixed = cfg.format != "folder"  # whose images may be of any size
-    for path in orphans:
+    for path in samples.orphans:
         report.fault("label without image", path)
-    files, per_image = Files(samples, cfg, classes), []
-    loader = DataLoader(files, batch_size=None, num_workers=workers, collate_fn=dict)
-    for sample, found in zip(samples, tqdm(loader, desc=name, unit="img", dynamic_ncols=True, disable=None)):
+    per_image, looks = [], one_by_one(Files(samples), workers)
+    for sample, found in zip(samples, tqdm(looks, name, len(samples), unit="img", dynamic_ncols=True, disable=None)):
         if with_labels and not sample.label.exists():
             report.fault("image without label", f"{sample.image}: {sample.label} is missing")
-        for kind, text in found["faults"]:
+        for kind, text in found["problems"]:
             report.fault(kind, text)
+        if found.get("label_map"):
+            report.fault("image looks like a label map", sample.image)
         size, label_size = found.get("size"), found.get("label_size")
         if size and label_size and size != label_size and not (cfg.size and _alike(size, label_size)):
             report.fault("image and label differ in size", f"{sample.image}: {_by(size)}, label {_by(label_size)}")
@@ -128,15 +96,22 @@ def look_at(cfg: DatasetConfig, classes: ClassSet, with_labels: bool, workers: i
                 report.fault("image twice in the dataset", f"{sample.image} = {twin}")
         if label_size:
             report.labels += 1
-            report.pixels += found["pixels"]
+            labels.add(sample, found)
+            if unknown := labels.unknown(found["ids"]):
+                listed = ", ".join(map(str, unknown[:5]))
+                report.fault(f"label ids that {cfg.format} does not have", f"{sample.label}: {listed}")
+            if cfg.format == "synthia" and found["stored"] in ("L", "P"):
+                report.fault("SYNTHIA label of 8 bits, not 16: cut down or renumbered", sample.label)
     report.images = len(per_image)
     usual = report.sizes.most_common(1)[0][0] if report.sizes else None
     for sample, size in per_image if fixed else []:
         if not _alike(size, usual):
             report.fault("image of another size than the rest", f"{sample.image}: {_by(size)}, not {_by(usual)}")
-    if report.labels and not report.pixels[: len(classes)].any():
-        report.fault("no label holds any class", f"{report.labels} labels below {cfg.root}: ids of another numbering?")
-    return report, files
+    report.pixels = labels.pixels()
+    for kind, text in labels.faults():
+        report.fault(kind, f"{report.labels} labels below {cfg.root}: {text}")
+    report.warnings += labels.warnings(every_class=name == "source")
+    return report, samples
 
 
 def _alike(a: tuple[int, int], b: tuple[int, int]) -> bool:
@@ -164,15 +139,15 @@ def summary(reports: dict[str, Report], classes: ClassSet) -> str:
     return "\n".join([*rows, line("faults", (sum(map(len, r.faults.values())) for r in every))])
 
 
-def contact_sheet(files: Files, cfg: Config, name: str) -> None:
+def contact_sheet(samples: list[Sample], labels: Labels, cfg: Config, name: str) -> None:
     """Draw samples of a dataset: image | label | both, images alone where there are no labels."""
     rows = []
-    for index in spread(len(files), SHOWN):
-        sample = files.samples[index]
+    for index in spread(len(samples), SHOWN):
+        sample = samples[index]
         try:
             picture = to_picture(read_image(sample.image))
             if sample.label:
-                label = colorize(files.lookup_table[read_label_ids(sample.label)], classes=class_set(cfg.data))
+                label = colorize(labels.table[read_label_ids(sample.label)], classes=class_set(cfg.data))
                 label = np.asarray(Image.fromarray(label).resize(picture.shape[1::-1], Image.Resampling.NEAREST))
                 rows.append([picture, label, (picture // 2 + label // 2)])
             else:
@@ -186,16 +161,16 @@ def contact_sheet(files: Files, cfg: Config, name: str) -> None:
 def main(cfg: Config) -> dict[str, Report]:
     """Check source, target and validation images; raises UserError if anything is wrong with them."""
     prepare_data(cfg)
-    reports: dict[str, Report] = {}
+    classes, reports = class_set(cfg.data), {}
     for name in ("source", "target", "val"):
         section = getattr(cfg.data, name)
-        reports[name], files = look_at(section, class_set(cfg.data), name != "target", cfg.data.workers, name)
-        contact_sheet(files, cfg, name)
+        reports[name], samples = check_dataset(section, classes, name != "target", cfg.data.workers, name)
+        contact_sheet(samples, Labels(section, classes), cfg, name)
     for name in ("source", "target"):
         for twin in reports[name].hashes.keys() & reports["val"].hashes.keys():
             pair = f"{reports[name].hashes[twin]} = {reports['val'].hashes[twin]}"
             reports["val"].fault(f"validation image that is in {name} too", pair)
-    print(summary(reports, class_set(cfg.data)))
+    print(summary(reports, classes))
     every = []
     for name, report in reports.items():
         for kind, texts in report.faults.items():
@@ -203,11 +178,16 @@ def main(cfg: Config) -> dict[str, Report]:
             every += lines
             more = [f"{name}: {kind}: and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
             print("\n".join(lines[:SHOWN] + more))
+    warnings = [f"{name}: warning: {text}" for name, report in reports.items() for text in report.warnings]
+    print("".join(f"{line}\n" for line in warnings), end="")
     folder = cfg.sibling_run("verify")
-    atomic_write(folder / "faults.txt", lambda p: p.write_text("".join(f"{line}\n" for line in every)))
+    for name, lines in (("faults.txt", every), ("warnings.txt", warnings)):
+        text = "".join(f"{line}\n" for line in lines)
+        atomic_write(folder / name, lambda p, text=text: p.write_text(text, "utf-8"))
     if every:
         raise UserError(f"{len(every)} faults, listed in {show_path(folder / 'faults.txt')}")
-    print(f"no fault; samples are in {show_path(folder)}")
+    listed = f", {len(warnings)} warnings" if warnings else ""
+    print(f"no fault{listed}; samples are in {show_path(folder)}")
     return reports
 
 

@@ -9,7 +9,8 @@ from conftest import CUSTOM, HEIGHT, WIDTH
 from PIL import Image
 from scipy.io import savemat
 
-from data.datasets import build_dataset, find_images, list_samples, read_image, read_label_ids, read_picture
+from data.datasets import build_dataset, find_images, list_samples
+from data.images import read_image, read_label_ids, read_picture
 from data.loaders import whole_images
 from data.taxonomy import CLASS_SETS, IGNORE, custom_class_set
 from data.transforms import RandomScaleCropFlip
@@ -223,7 +224,7 @@ def test_rows_below_the_crop_are_not_decoded_of_a_sound_png_alone(tmp_path):
         with pytest.raises(UserError, match=r"cannot read image .*cut\.png: "):
             read_picture(tmp_path / "cut.png", lambda size: 0.25)
     (tmp_path / "longer.png").write_bytes(whole + b"trailing bytes")
-    np.testing.assert_array_equal(read_picture(tmp_path / "longer.png", lambda size: 0.25), pixels)
+    np.testing.assert_array_equal(read_picture(tmp_path / "longer.png"), pixels)
 
 
 def test_unknown_id_is_said_where_it_is_in_the_crop(copied):
@@ -281,7 +282,7 @@ def test_images_of_a_path_a_folder_or_a_glob(tmp_path, monkeypatch):
     assert names(tmp_path / "**/*.png") == [("[1]", None), ("a/deep/er/y", None), ("a/x[2]", None)]
     assert names(tmp_path / "[1].png") == [("[1]", None)] and names(tmp_path / "a/notes.txt") == [("notes", None)]
     monkeypatch.chdir(tmp_path)
-    assert names("*/*.JPG") == [("a/x", None)] and names(".") == names(tmp_path)
+    assert names("*/*.JPG") == names("*/*.jpg") == [("a/x", None), ("b/x", None)] and names(".") == names(tmp_path)
     for nothing in ("c", "a/*.gif", "a/*.txt"):
         with pytest.raises(UserError, match="no image at "):
             find_images(nothing)

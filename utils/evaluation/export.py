@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from data.datasets import SegmentationDataset, read_image, resize_label
+from data.datasets import SegmentationDataset, resize_label
+from data.images import read_image
 from data.pseudo_labels import write_png
 from data.taxonomy import ClassSet
 from utils.engine.distributed import is_main, wait

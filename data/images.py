@@ -1,0 +1,275 @@
+"""Reading files: pictures as 8-bit RGB, labels as exactly the ids that their writer stored.
+
+Metadata (text, colour profiles, EXIF) never decides whether pixels are read. A file whose pixels cannot give a picture
+or exact ids is refused by name.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import math
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
+
+from utils.config import UserError
+
+# Of a folder's or a glob's files, those that are images.
+IMAGE_ENDINGS = {".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+# Formats that are decoded in this process; of others, Pillow hands some to programs (EPS to Ghostscript).
+_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
+_EXACT_FORMATS = ("PNG", "BMP", "PPM", "TIFF")
+_LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp", "tiff_thunderscan", "tiff_sgilog", "tiff_sgilog24")
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_GREY, _COLOUR, _COLOUR_ALPHA = 0, 2, 6  # PNG's colour types
+_TURN = {  # EXIF orientation -> what brings the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Errors that say nothing about the file: the loader explains them.
+_OF_THE_SYSTEM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+class _Png:
+    """A PNG file without its metadata."""
+
+    def __init__(self, content: bytes):
+        width, height, self.depth, self.colour, _, _, self.interlaced = struct.unpack_from(">IIBBBBB", content, 16)
+        self.size, self.turned = (width, height), False
+        chunks, view, place, kind = [content[:8]], memoryview(content), 8, b""
+        self._pixels = []  # compressed
+        while place + 8 <= len(content) and kind != b"IEND":
+            length, kind = struct.unpack_from(">I4s", content, place)
+            chunk = view[place : place + 12 + length]
+            place += 12 + length
+            exif = kind == b"eXIf" and zlib.crc32(chunk[4:-4]).to_bytes(4) == chunk[-4:]
+            self.turned |= exif
+            if exif or kind[:1].isupper():  # the others are ancillary
+                chunks.append(chunk)
+            if kind == b"IDAT":
+                self._pixels.append(chunk[8 : 8 + length])
+        self.complete = kind == b"IEND" and place <= len(content)
+        self.content = b"".join(chunks)
+
+    def decode(self, layout: str, rows: int | None = None) -> Image.Image:
+        """The picture, or its uppermost rows, by Pillow's decoder; `layout` is Pillow's name for how pixels are stored."""
+        size = (self.size[0], rows or self.size[1])
+        return Image.frombytes(layout.partition(";")[0], size, b"".join(self._pixels), "zip", layout, self.interlaced)
+
+    @property
+    def deep(self) -> str:
+        """RGB or RGBA where colours have 16 bits, of which Pillow keeps the upper 8."""
+        return {_COLOUR: "RGB", _COLOUR_ALPHA: "RGBA"}.get(self.colour, "") if self.depth == 16 else ""
+
+
+def _open(path: Path) -> tuple[Image.Image, _Png | None]:
+    """A picture that is not decoded yet; ValueError for a size that no image has: a few bytes must not fill memory."""
+    content = path.read_bytes()
+    png = _Png(content) if content.startswith(_PNG_START) else None
+    try:
+        picture = Image.open(io.BytesIO(png.content if png else content), formats=_FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"not a picture of a known format ({', '.join(_FORMATS)})") from None
+    if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{picture.width}x{picture.height} pixels are too many")
+    return picture, png
+
+
+def _layout(picture: Image.Image) -> tuple[str, int | None]:
+    """How the file stores pixels, by Pillow's name, and the largest value that it declares, if it does."""
+    decoder, _, _, options = picture.tile[0]
+    options = (options,) if isinstance(options, str) else options
+    return options[0], options[1] if decoder.startswith("ppm") and len(options) > 1 else None
+
+
+def stored_as(path: Path) -> str:
+    """How a file stores its pixels, by Pillow's names, e.g. L;2 for grey of two bits; raises UserError as the readers."""
+    return _reading("file", path, lambda: _layout(_open(path)[0])[0])
+
+
+def _reading(kind: str, path: Path, read: Callable):
+    """What `read` gives; a UserError that names the file if that fails."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow, about metadata and sizes
+            return read()
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file fails in every way there is
+        if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
+            raise
+        raise UserError(f"cannot read {kind} {show_name(path)}: {reason(error)}") from None
+
+
+def show_name(name: object) -> str:
+    """A path, or text with paths, for terminals and UTF-8 files: bytes that are no UTF-8 become \\xNN."""
+    return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def reason(error: Exception) -> str:
+    """Why something failed, in a line."""
+    return getattr(error, "strerror", None) or str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def read_picture(path: Path, depth: Callable[[tuple[int, int]], float] | None = None) -> Image.Image:
+    """8-bit RGB picture, upright as its EXIF entry says, without alpha.
+
+    Args:
+        depth: gives, for a size (width, height), the share of the height, from the top, that will be looked at. Rows
+            further down may be left undecoded, and are black then: decoding is most of a training sample's time.
+
+    Raises:
+        UserError: the file cannot be decoded, or its numbers have no meaning in 8 bits.
+    """
+    return _reading("image", path, lambda: _read_picture(path, depth))
+
+
+def _read_picture(path: Path, depth: Callable | None) -> Image.Image:
+    picture, png = _open(path)
+    # A PNG that is cut off is decoded whole: that is to be said at once, not when a crop needs what is missing.
+    if depth and png and png.complete and (png.depth, png.colour, png.interlaced, png.turned) == (8, _COLOUR, 0, False):
+        rows = math.ceil(picture.height * depth(picture.size)) + 1  # one more, where a filter magnifies
+        if rows < picture.height:
+            return png.decode("RGB", rows).crop((0, 0, *picture.size))
+    layout, _ = _layout(picture)
+    picture.load()
+    picture = _upright(_eight_bits(picture, layout, png))
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """By the EXIF orientation; as it is where the entry cannot be read. Pillow's own call rewrites all of the EXIF."""
+    try:
+        turn = _TURN.get(picture.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # of many kinds
+        return picture
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _eight_bits(picture: Image.Image, layout: str, png: _Png | None) -> Image.Image:
+    """A picture of more bits in 8. A deep file that holds no value above 255 holds 8-bit values."""
+    if picture.mode == "F":
+        raise ValueError("floating-point pixels")
+    if picture.mode.startswith("I"):
+        if getattr(picture, "tag_v2", {}).get(262) == 0:  # PhotometricInterpretation: white is zero
+            raise ValueError("grey of more than 8 bits that is stored inverted")
+        values, exif = np.asarray(picture), picture.getexif()
+        least, most = int(values.min()), int(values.max())
+        sixteen = picture.mode.startswith("I;16") or picture.format in ("PNG", "PPM")
+        if least < 0 or (most > 255 and not sixteen):
+            raise ValueError(f"numbers of {least} to {most}, of which none is known to be white: save 8 or 16 bits")
+        picture = Image.fromarray((values >> 8 if most > 255 else values).astype(np.uint8))
+        picture.getexif().update(exif)
+    elif layout.endswith((";16B", ";16L", ";16N")) and not any(high for _, high in _extrema(picture)):
+        if not (png and png.deep):
+            raise ValueError("colours of 16 bits that hold no value above 255: save 8 bits")
+        picture = png.decode(f"{png.deep};16L")  # read as little-endian: the lower 8 bits
+    return picture
+
+
+def _extrema(picture: Image.Image) -> tuple:
+    return picture.convert("RGB").getextrema()
+
+
+def read_image(path: Path) -> Tensor:
+    """`read_picture` as uint8 (3, H, W)."""
+    return pixels(read_picture(path))
+
+
+def pixels(picture: Image.Image) -> Tensor:
+    """uint8 (3, H, W) of an RGB picture."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def read_label_ids(path: Path) -> np.ndarray:
+    """Label ids (H, W), uint8 or uint16, exactly as their writer stored them.
+
+    Grey of 1 to 32 bits is its number. A palette picture is its index, unless the palette is grey: then an optimiser has
+    moved the id into the grey. Of colour with 16 bits, as SYNTHIA has it, the first channel counts.
+
+    Raises:
+        UserError: the file cannot be decoded, does not keep exact numbers, holds others than 0..65535, is a colour
+            picture of 8 bits, or has a grey palette that leaves open whether index or grey is the id.
+    """
+    return _reading("label", path, lambda: _read_label_ids(path))
+
+
+def _read_label_ids(path: Path) -> np.ndarray:
+    picture, png = _open(path)
+    if picture.format not in _EXACT_FORMATS or picture.info.get("compression") in _LOSSY_TIFF:
+        raise ValueError(f"{picture.format} compression does not keep ids exactly: save it as PNG")
+    if png and png.deep:
+        high, low = (np.asarray(png.decode(f"{png.deep};16{order}").getchannel(0)) for order in "BL")
+        return high.astype(np.uint16) << 8 | low
+    layout, declared = _layout(picture)
+    mode, _, option = layout.partition(";")
+    if picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+        raise UserError(
+            f"label {show_name(path)} is an 8-bit picture of mode {picture.mode}; a grey, palette or 16-bit PNG of label ids is "
+            "needed"
+        )
+    if mode in ("1", "L") and "I" in option:
+        raise ValueError("its greys are stored inverted: save it as PNG")
+    if picture.format == "BMP" and picture.mode != "P" and path.read_bytes()[28] != 8:
+        raise ValueError("a grey BMP of few bits: save it as PNG")
+    ids = np.asarray(picture)
+    if mode == "P":
+        return _ids_of_palette(ids, picture)
+    if picture.mode == "1":
+        return ids.astype(np.uint8)
+    if picture.mode == "I":
+        if ids.min() < 0 or ids.max() >= 2**16:
+            raise ValueError(f"it holds {ids.min()} to {ids.max()}; label ids are 0 to 65535")
+        ids = ids.astype(np.uint16)
+    # Pillow stretches what is below 8 or 16 bits to their whole range.
+    most, full = declared or {"2": 3, "4": 15}.get(option[:1], 255), 255
+    if picture.mode == "I":
+        most, full = declared or 65535, 65535
+    return ids if most == full or picture.mode.startswith("I;") else np.rint(ids * (most / full)).astype(ids.dtype)
+
+
+def _ids_of_palette(index: np.ndarray, picture: Image.Image) -> np.ndarray:
+    """The ids of a palette picture: its indices, or its greys."""
+    colours = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    greys, used = colours[:, 0], np.flatnonzero(picture.histogram())
+    if (colours != greys[:, None]).any():
+        return index
+    if used[-1] < len(greys):
+        if (greys[used] == used).all():
+            return index
+        shown = greys[: used[-1] + 1].astype(int)  # a ramp from black to white, or upwards in equal steps, is for eyes
+        ramp = np.rint(np.linspace(shown[0], shown[-1], len(shown)))
+        even = len(shown) > 2 and abs(shown - ramp).max() <= 1 and abs(shown[-1] - shown[0]) >= 2 * (len(shown) - 1)
+        if not (even and 0 in shown) and sorted(shown) != [0, 255] and len(set(greys[used])) == len(used):
+            return greys[index]
+    raise ValueError(
+        "its palette is grey, so that ids may be its indices or its greys: save it as grey or with a colour palette"
+    )
+
+
+def used_palette(path: Path) -> dict[int, tuple[int, ...]]:
+    """{index: (r, g, b)} of what a colour palette picture uses; {} of others. Raises UserError as the readers."""
+
+    def read() -> dict[int, tuple[int, ...]]:
+        picture, _ = _open(path)
+        if picture.mode != "P":
+            return {}
+        used, flat = np.flatnonzero(picture.histogram()), picture.getpalette("RGB")
+        colours = [*zip(flat[::3], flat[1::3], flat[2::3])]
+        grey = all(r == g == b for r, g, b in colours)
+        return {} if grey else {int(i): colours[i] for i in used if i < len(colours)}
+
+    return _reading("label", path, read)
