@@ -25,7 +25,10 @@ from utils.report.page import write_report
 
 
 class BPL(Stage):
-    """L = CE_s + 0.01 L_adv + 0.1 (L_s→t + L_t→s); without the last two terms the warm-up, without all three source-only."""
+    """L = CE_s + 0.01 L_adv + 0.1 (L_s→t + L_t→s).
+
+    Without the prototype terms this is the warm-up; without the adversary as well, training on the source alone.
+    """
 
     def __init__(self, cfg: Config, device: torch.device):
         super().__init__(cfg, device)

@@ -55,7 +55,7 @@ FORK = multiprocessing.get_context("fork")  # torch is imported already
 
 
 def in_process(call, errors=None, seconds=120):
-    """Run `call` in a process as a script would, killed after some seconds; returns its exit code, negative for a signal."""
+    """Run `call` in a process as a script would, killed after some seconds; its exit code, negative for a signal."""
 
     def child():
         if errors:

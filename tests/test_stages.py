@@ -391,7 +391,8 @@ def test_equation_of_distillation(configure, runs, arch, form, resolution):
     recipe = {"arch": arch, "backbone": "resnet18", "output_stride": 16, "mean": [0, 0, 0], "std": [1, 1, 1]}
     torch.save({"model": teacher.state_dict(), "recipe": recipe}, runs / "teacher.pth")
     weights = ("loss.distill=0.9", "loss.pseudo_ce=0.6", f"checkpoint={runs / 'teacher.pth'}")
-    cfg = configure("gta5_to_city", "stage3_distill.yml", runs, *weights, f"loss.distill_form={form}", f"distill.resolution={resolution}")
+    weights += (f"loss.distill_form={form}", f"distill.resolution={resolution}")
+    cfg = configure("gta5_to_city", "stage3_distill.yml", runs, *weights)
     cfg.model.arch = "deeplabv2"
     stage = distill.Distillation(resolve_auto(cfg), torch.device("cpu"))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (stage.model.mean, stage.model.std))

@@ -38,7 +38,7 @@ class Noisy(nn.Module):
 
 
 def officially(predictions: Path, truth: list[Path], folder: Path) -> dict[str, float]:
-    """IoU per class, by the official scorer; it stops at 255, which Cityscapes' own -1 is read as, so that is 0 here."""
+    """IoU per class, by the official scorer; it stops at 255, as which -1 is read, so that is 0 here."""
     args = official.args
     args.predictionPath, args.predictionWalk = str(predictions), None
     args.evalInstLevelScore, args.JSONOutput, args.quiet = False, False, True

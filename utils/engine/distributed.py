@@ -54,8 +54,8 @@ def start() -> None:
         at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"the {number} processes of this run do not meet at {at} ({reason}): is the port in use, or the machine out "
-            "of reach? torchrun's --master_addr and --master_port name others"
+            f"the {number} processes of this run do not meet at {at} ({reason}): is the port in use, or the machine "
+            "out of reach? torchrun's --master_addr and --master_port name others"
         ) from None
     if not is_main():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
