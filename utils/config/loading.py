@@ -84,17 +84,16 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 def key_help(config: Config) -> str:
     """The keys that the configuration's stage reads, with their values and reasons, by section."""
     values, defaults = flatten(to_dict(config)), flatten(to_dict(default_config()))
-    lines, section = [f"keys of stage {config.stage}, with the values of this command:"], None
+    sections: dict[str, list[str]] = {}
     for key, (hint, metadata, stages) in all_keys().items():
         if stages is not None and config.stage not in stages:
             continue
-        if section != key.rpartition(".")[0]:
-            section = key.rpartition(".")[0]
-            lines.append(f"\n{section}")
         choices = f" [{_type_name(hint)}]" if typing.get_origin(hint) is Literal else ""
         changed = f"; default {_shown(defaults[key])}" if values[key] != defaults[key] else ""
+        lines = sections.setdefault(key.rpartition(".")[0] or "run", [])
         lines += [f"  {key}={_shown(values[key])}{choices}", f"      {metadata['help']}{changed}"]
-    return "\n".join(lines)
+    parts = ("\n".join([name, *lines]) for name, lines in sections.items())
+    return "\n\n".join([f"keys of stage {config.stage}, with the values of this command:", *parts])
 
 
 def _shown(value: Any) -> str:
