@@ -83,7 +83,7 @@ def read_recipe(root: Path) -> dict | None:
         raise UserError(f"{root} is in use and holds no toy.json: choose another folder") from None
 
 
-def generate(root: str | Path = "data/toy", seed: int = 0, counts: dict[str, int] | None = None) -> Path:
+def generate(root: str | Path = "data/toy_cities", seed: int = 0, counts: dict[str, int] | None = None) -> Path:
     """Draw all splits below `root` unless they are there, and return `root` as an absolute path.
 
     `counts` overrides entries of `COUNTS`. The files are drawn into a hidden sibling folder that is renamed
