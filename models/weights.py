@@ -122,7 +122,7 @@ def read_checkpoint(path: str | Path) -> dict:
     Raises:
         WeightError: the file is missing, truncated, empty, or holds anything else.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     if not path.is_file():
         raise WeightError(f"no weights at {path}")
     try:
@@ -145,7 +145,7 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def read_weights(path: str | Path) -> WeightFile:
     """Read a file of any known format; raises WeightError if it cannot be read or is in none."""
-    return identify(Path(path), read_checkpoint(path))
+    return identify(Path(path).absolute(), read_checkpoint(path))
 
 
 def identify(path: Path, content: dict) -> WeightFile:

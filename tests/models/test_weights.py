@@ -144,7 +144,9 @@ def test_network_of_another_code_is_refused(tmp_path, model):
     net = torchvision.models.resnet18().state_dict()
     state = {f"backbone.{k}": v for k, v in net.items() if not k.startswith("fc.")}
     torch.save({"state_dict": state | {"decode_head.conv_seg.weight": torch.zeros(3, 512, 1, 1)}}, tmp_path / "x.pth")
-    one_line(lambda: load_weights(model, tmp_path / "x.pth"), r"fit the model: 1 keys unexpected \(decode_head\.conv_seg")
+    one_line(
+        lambda: load_weights(model, tmp_path / "x.pth"), r"fit the model: 1 keys unexpected \(decode_head\.conv_seg"
+    )
 
 
 @pytest.mark.parametrize("state", [{}, 3, {"conv1.weight": 3}, [torch.zeros(1)]], ids=str)
