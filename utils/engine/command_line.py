@@ -57,7 +57,7 @@ def run_words(call: Callable[[list[str]], Any], usage: str, words: str = "key=va
 
 
 def guarded(call: Callable[[], Any], debug: bool = False) -> None:
-    """Run `call`; a `UserError` or `WeightError` becomes its message on stderr and its exit status, as does what the system refuses.
+    """Run `call`; a user's mistake becomes its message on stderr and its exit status, as does what the system refuses.
 
     Where torchrun has started several processes, they meet here, and part here when all are done. The first that fails
     prints why; torchrun ends the others.

@@ -53,7 +53,8 @@ from utils.evaluation.prediction import (
 Backward = Callable[..., None]
 
 # Keys that may differ between the two parts of a resumed run: they change where and how fast, not what is learnt.
-HARMLESS = {"benchmark", "runs", "device", "model.published", "data.workers", "data.check", "data.on_error", "data.max_skipped"}
+HARMLESS = {"benchmark", "runs", "device", "model.published"}
+HARMLESS |= {"data.workers", "data.check", "data.on_error", "data.max_skipped"}
 HARMLESS |= {f"test.{f.name}" for f in dataclasses.fields(TestConfig)}
 HARMLESS |= {
     f"train.{key}"
