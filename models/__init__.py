@@ -1,4 +1,4 @@
-"""Networks and their weights: `build_model`, `load_model`, `load_weights`, `predict`, `PatchDiscriminator`, prototypes."""
+"""Networks, their weights, and prediction from Python (models/README.md)."""
 
 from models.backbone import statistics_kept
 from models.build import OUTPUT_STRIDE, build_model, parameter_groups, released_dilations

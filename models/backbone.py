@@ -164,7 +164,7 @@ def check_backbone(name: str, output_stride: int) -> None:
 
 
 def build_backbone(name: str, output_stride: int, **resnet_options) -> nn.Module:
-    """`resnet50` or `timm/NAME`; further options are `ResNet`'s alone. Raises ValueError if there is no such network."""
+    """`resnet50` or `timm/NAME`; other options are `ResNet`'s alone. Raises ValueError if there is no such network."""
     if output_stride not in (8, 16):
         raise ValueError(f"output_stride={output_stride!r} is neither 8 nor 16")
     if name.startswith("timm/"):

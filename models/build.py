@@ -37,7 +37,7 @@ def build_model(
         backbone: resnet18 … resnet152, or timm/NAME.
         output_stride: of the backbone, 8 or 16; None = as released: 8, deeplab_pbal 16.
         dropout: probability before the classifier, in 0..1.
-        normalization: input mean and std: "auto" (those of the backbone's ImageNet weights), "imagenet", "half", "none".
+        normalization: of the input: "auto" (as the backbone's ImageNet weights need it), "imagenet", "half", "none".
         bn_clr: add a BatchNorm behind deeplabv2's backbone, as ProDA's students from SimCLR have it.
         dilations: of the head's 3x3 convolutions, in pixels of the backbone's output; None = `released_dilations`.
 

@@ -4,11 +4,11 @@
 |---|---|---|
 | our checkpoint | entry `model` beside `recipe` | all |
 | PBAL's network | tensor `aspp.aspp1.atrous_conv.weight` | deeplab_pbal, ImageNet mean and std |
-| ProDA's network | tensor `layer5.conv2d_list.0.0.weight` | deeplabv2, with or without bn_clr, images in [0, 1] as they are |
+| ProDA's network | tensor `layer5.conv2d_list.0.0.weight` | deeplabv2, bn_clr or not, images in [0, 1] as they are |
 | SimCLRv2 converter's ResNet | tensor `net.0.0.weight` | backbone alone, images in [0, 1] as they are, bn_clr |
-| ResNet | tensors `conv1.weight`, `layer1.0.conv1.weight` | backbone alone; the normalisation only where `_of_imagenet` |
+| ResNet | tensors `conv1.weight`, `layer1.0.conv1.weight` | backbone alone; normalisation if `_of_imagenet` |
 | EfficientNet-Lite | tensor `_conv_stem.weight`, no squeeze-excitation | backbone alone, mean and std 0.5 |
-| any other image network | the first tensor is a convolution of 3 channels | backbone alone, for timm's network of equal shapes |
+| any other | the first tensor is a convolution of 3 channels | backbone alone, for timm's network of equal shapes |
 
 The tensors may lie under the entries `_ENTRIES`, with the prefixes that DataParallel and torch.compile leave.
 """
@@ -122,7 +122,7 @@ def read_checkpoint(path: str | Path) -> dict:
     Raises:
         WeightError: the file is missing, truncated, empty, or holds anything else.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     if not path.is_file():
         raise WeightError(f"no weights at {path}")
     try:
@@ -145,7 +145,7 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def read_weights(path: str | Path) -> WeightFile:
     """Read a file of any known format; raises WeightError if it cannot be read or is in none."""
-    return identify(Path(path), read_checkpoint(path))
+    return identify(Path(path).absolute(), read_checkpoint(path))
 
 
 def identify(path: Path, content: dict) -> WeightFile:
@@ -199,7 +199,7 @@ def _own_checkpoint(path: Path, content: dict) -> WeightFile:
 
 
 def _tensors(path: Path, content: object) -> dict[str, Tensor]:
-    """The first state dict in a file's content, without the prefixes that wrappers leave; WeightError if there is none."""
+    """The state dict in a file's content, without the prefixes that wrappers leave; WeightError if there is none."""
     state = content
     for _ in range(2):  # a published file nests two entries
         if isinstance(state, dict) and not _holds_tensors(state):

@@ -271,17 +271,17 @@ CASES = [
     ),
     case("other pseudo labels there", "labels", "pseudo.keep=0.1", nothing, "keep: 0.5 -> 0.1", "train.restart=true"),
     case("K differs", "warmup", "name=x model.init=seven.pth", other_classes, "seven.pth", "7-class file, 19-class"),
-    case("weights missing", "bpl", "name=x model.init=none.pth", nothing, "no weights at none.pth"),
+    case("weights missing", "bpl", "name=x model.init=none.pth", nothing, "no weights at /", "/none.pth"),
     case("weights of no run", "bpl", "name=x model.init=nobody", nothing, "no weights of 'nobody'"),
     case("weights cut", "bpl", "name=x", cut(f"{RUNS}/gta5_to_city/warmup/checkpoints/last.pth"), "warmup/checkpoints"),
     case("weights are text", "bpl", "name=x model.init=a.pth", write("a.pth", b"hello"), "a.pth is not a weight file"),
     case("weights hold code", "bpl", "name=x model.init=evil.pth", evil, "evil.pth is refused: it holds"),
-    case("weights to test missing", "test", "checkpoint=none.pth", nothing, "no weights at none.pth"),
+    case("weights to test missing", "test", "checkpoint=none.pth", nothing, "no weights at /", "/none.pth"),
     case("a backbone to test", "test", "checkpoint=net.pth", backbone, "net.pth", "holds a backbone alone"),
     case(
         "a backbone to label by", "labels", "name=x checkpoint=net.pth", backbone, "net.pth", "holds a backbone alone"
     ),
-    case("teacher missing", "distill", "checkpoint=none.pth", nothing, "no weights at none.pth"),
+    case("teacher missing", "distill", "checkpoint=none.pth", nothing, "no weights at /", "/none.pth"),
     case(
         "both states damaged",
         "warmup",

@@ -165,7 +165,7 @@ def test_each_stage_starts_from_the_one_before(finished):
     for number, teacher in ((1, "pst"), (2, "distill/round1")):
         manifest = json.loads((finished.folder / f"distill/round{number}_pseudo_labels/manifest.json").read_text())
         assert f"{teacher}/checkpoints/last.pth" in manifest["weights"]
-    assert "discriminator too" in (finished.folder / "bpl" / "log.txt").read_text(encoding="utf-8")
+    assert "a new discriminator begins" in (finished.folder / "bpl" / "log.txt").read_text(encoding="utf-8")
 
 
 def test_scores_of_the_result(finished):

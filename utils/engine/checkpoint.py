@@ -241,7 +241,7 @@ def find_checkpoint(cfg: Config, name: str, published: Sequence[str] = ()) -> Pa
     if file.is_file():
         return file
     if name.endswith(_ENDINGS):
-        raise UserError(f"no weights at {name}")
+        raise UserError(f"no weights at {file.absolute()}")
     run, theirs = cfg.sibling_run(name) / "checkpoints" / f"{cfg.which}.pth", [PRETRAINED / file for file in published]
     for path in (run, *theirs):
         if path.is_file():

@@ -81,7 +81,7 @@ def warn_of_idle_gpus(config: Config) -> None:
 
 
 def guarded(call: Callable[[], Any], debug: bool = False) -> None:
-    """Run `call`; a mistake of the user's becomes one line on stderr and an exit status, as does what the system refuses.
+    """Run `call`; a user's mistake becomes its message on stderr and its exit status, as does what the system refuses.
 
     Where torchrun has started several processes, they meet here, and part here when all are done. The first that fails
     prints why; torchrun ends the others.

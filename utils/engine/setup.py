@@ -208,7 +208,7 @@ def load_network(
 
 
 def check_inputs(*checks: Callable[[], object]) -> list:
-    """Run every check, then raise one UserError with the messages of all that failed.
+    """Run every check, then raise one UserError with the messages of all that failed: users see all at once.
 
     A ConfigError is raised alone: what else is missing follows from another configuration.
     """
