@@ -259,7 +259,7 @@ LITE0 = "efficientnet-lite0-57934424.pth"
 
 @pytest.fixture(scope="module")
 def lite0():
-    """A network with that backbone and the tensors of its file: the package's where it is installed, else random ones."""
+    """A network with that backbone and the tensors of its file: the package's if installed, else random ones."""
     pytest.importorskip("timm")
     model = build_model("deeplabv2", 19, "timm/tf_efficientnet_lite0", 16)
     try:
@@ -310,7 +310,8 @@ def test_efficientnet_lite0_file_fills_the_timm_backbone(tmp_path, lite0):
     [
         (
             lambda f: f.pop("_blocks.7._project_conv.weight"),
-            r"_blocks\.7\._bn2\.weight \(80,\) stands where the model has backbone\.net\.blocks\.3\.2\.conv_pwl\.weight",
+            r"_blocks\.7\._bn2\.weight \(80,\) stands where the model has "
+            r"backbone\.net\.blocks\.3\.2\.conv_pwl\.weight",
         ),
         (
             lambda f: f.pop("_blocks.0._bn1.bias"),
