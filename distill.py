@@ -31,7 +31,7 @@ from utils.report.page import write_report
 
 
 class Distillation(Stage):
-    """L = CE(z_s, y_s) + CE(z_t, ŷ_t) + KL(teacher || student), target in ProDA's strong view, source as it is.
+    """L = CE(z_s, y_s) + CE(z_t, ŷ_t) + KL(teacher || student), target in a strong view, source as it is.
 
     CE's mean is over the pixels that cutout leaves; of a batch in parts, each part goes by its own share of them.
     """

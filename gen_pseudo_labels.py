@@ -141,7 +141,7 @@ def _predict(
 
 
 def _left_out(target: SegmentationDataset, own: set[str], cfg: Config) -> list[str]:
-    """Names of the images that could not be read; raises UserError if there are more than data.max_skipped."""
+    """Names of the images that could not be read; raises UserError if there are more than MAX_SKIPPED."""
     written = set().union(*distributed.gathered(own))
     left_out = [s.name for s in target.samples if s.name not in written]
     if len(left_out) > MAX_SKIPPED:

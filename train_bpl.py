@@ -6,7 +6,7 @@
     python train_bpl.py --config configs/stage0_warmup.yml name=source_only loss.adversarial=0
 
 The model learns from labelled source images, fools a discriminator of softmax maps on target images, and moves
-target features and the classifier's prototypes towards each other, pixel by pixel and class by class.
+target features towards the classifier's prototypes, pixel by pixel and class by class.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ class Views:
         return _normalize(out, self.mean, self.std)
 
     def distill(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """As `weak`, after RandAugment and cutout (ProDA's strong view).
+        """As `weak`, after RandAugment and cutout (after ProDA's strong view).
 
         With `data.strong_geometry` also mirrored, rotated, sheared and moved, with a square hole whose centre may be
         anywhere in the image (as released); otherwise colours alone, with a hole of the crop's aspect inside it.
