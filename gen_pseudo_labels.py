@@ -75,7 +75,7 @@ def _generate(cfg: Config) -> dict:
         store.clear(folder)  # unfinished, or to be replaced
     distributed.wait()
     model, message = load_network(cfg, weights, device, target)
-    print(message)
+    print(*target.notes, message, sep="\n")
 
     # First pass: predictions and confidences; the thresholds of classes are known at its end.
     counts = torch.zeros(len(class_set(cfg.data)) * 256, dtype=torch.int64, device=device)

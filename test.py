@@ -54,7 +54,8 @@ def main(cfg: Config) -> dict:
     if not images:
         dataset = build_dataset(section, class_set(cfg.data))  # by as many classes as the checkpoint has
     log = open_log(cfg)
-    log.info(message)
+    for line in (*dataset.notes, message):
+        log.info(line)
     result = {
         "checkpoint": str(weights),
         "checkpoint_hash": checkpoint.file_hash(weights),

@@ -151,7 +151,7 @@ def find_files(root: Path, globs: list[str], files_only: bool = False) -> tuple[
     """
     taken, left = set(), set()
     for pattern in globs:
-        *folders, name = Path(pattern).parts
+        *folders, name = Path(pattern).parts or ("",)
         if name == "**":
             folders, name = [*folders, name], "*"
         ending = "" if has_magic(Path(name).suffix) else Path(name).suffix

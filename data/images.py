@@ -23,7 +23,21 @@ from torch import Tensor
 from utils.config import UserError
 
 # Of a folder's or a glob's files, those that are images.
-IMAGE_ENDINGS = {".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+IMAGE_ENDINGS = {
+    ".bmp",
+    ".jfif",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+    ".pbm",
+    ".pgm",
+    ".png",
+    ".pnm",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+}
 # Formats that are decoded in this process; of others, Pillow hands some to programs (EPS to Ghostscript).
 _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
 _EXACT_FORMATS = ("PNG", "BMP", "PPM", "TIFF")
