@@ -27,8 +27,8 @@ _REMEDIES = {
     "files": "too many files are open: raise the limit (ulimit -n 65536), or take fewer or no loader processes "
     "(data.workers=0)",
     "memory": "there is not enough memory: take fewer or no loader processes (data.workers=0) or smaller batches",
-    "ended": "a loader process has ended ({}), as when memory runs out or too many files are open: take fewer or no loader "
-    "processes (data.workers=0) or smaller batches, or raise the limit of files (ulimit -n 65536)",
+    "ended": "a loader process has ended ({}), as when memory runs out or too many files are open: take fewer or no "
+    "loader processes (data.workers=0) or smaller batches, or raise the limit of files (ulimit -n 65536)",
 }
 
 _torchs_handler: Callable | None = None

@@ -87,9 +87,8 @@ if kind == "files":
 
 def main():
     if way == "training":
-        dataset.transform = RandomScaleCropFlip(
-            load_config(ROOT / "configs/stage1_BPL.yml", ["data.crop=[512,256]", "data.scale=[1,1]", "data.base_width=0"]).data
-        )
+        crop = ["data.crop=[512,256]", "data.scale=[1,1]", "data.base_width=0"]
+        dataset.transform = RandomScaleCropFlip(load_config(ROOT / "configs/stage1_BPL.yml", crop).data)
         batches = training_batches(dataset, 8, int(workers))
     else:
         batches = whole_images(dataset, 8, int(workers))
