@@ -51,7 +51,7 @@ def main(cfg: Config) -> dict:
             store.clear(cfg.run_dir)
         distributed.wait()
         model, message = load_network(cfg, weights, device, target)
-        print(message)
+        print(*target.notes, message, sep="\n")
         own, histogram, highest = _predict(model, target, cfg, device)
         left_out = _left_out(target, own, cfg)
         limits = store.level_limits(histogram, cfg.pseudo.threshold, cfg.pseudo.selection, cfg.pseudo.keep)

@@ -57,7 +57,8 @@ def main(cfg: Config) -> dict:
     if not images:
         dataset = build_dataset(section, classes)  # with the classes of the checkpoint
     log = open_log(cfg)
-    log.info(message)
+    for line in (*dataset.notes, message):
+        log.info(line)
     result = {
         "checkpoint": str(weights),
         "checkpoint_hash": checkpoint.file_hash(weights),

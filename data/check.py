@@ -108,18 +108,23 @@ class Labels:
             found.append(("grey of few bits beside other labels, as an optimiser makes them", text))
         return found
 
+    def mostly_ignored(self) -> list[str]:
+        """A warning if most pixels are of no class."""
+        total, taught = self.ids.total(), self._pixels(self._maps())
+        if not taught or total - taught <= MOST * total:
+            return []
+        return [f"{1 - taught / total:.0%} of the pixels are ignored; {self._held()}"]
+
     def warnings(self, every_class: bool) -> list[str]:
-        """What may be meant.
+        """What may be meant, of all labels of a dataset.
 
         Args:
             every_class: name classes without a pixel.
         """
         total = self.ids.total()
-        if not total or not self._pixels(self._maps()):
+        if not self._pixels(self._maps()):
             return []
-        found, ignored = [], total - self._pixels(self._maps())
-        if ignored > MOST * total:
-            found.append(f"{ignored / total:.0%} of the pixels are ignored; {self._held()}")
+        found = self.mostly_ignored()
         seen = {self.names.get(i) for i in self.ids}
         absent = [name for name in self.classes.names if name not in seen]
         if every_class and absent:
@@ -134,17 +139,16 @@ class Labels:
     def looks_like(self) -> str:
         """Words for the numbering that the ids are more likely of, or what has happened to them; "" where they are
         those expected."""
-        own, present = self._maps(), set(self.ids)
+        own, present, half = self._maps(), set(self.ids), (self.ids.total() - self.ids[IGNORE]) / 2
         taught, unknown = self._pixels(own), self.unknown(self.ids)
+        if present == {0} and not taught:
+            return "16-bit labels that were cut to 8 bits hold 0 alone"
         if set(self.classes.names) <= set(CITYSCAPES_NAMES):
             for name, names, known in _NUMBERINGS:
-                better, other = self._pixels(names), own.items() - names.items()
-                fits = present <= known and better > self.ids.total() / 2 and better > taught
-                if other and fits and (unknown or taught < self.ids.total() / 2):
+                other, better = own.items() - names.items(), self._pixels(names)
+                if other and present <= known and better > max(half, taught) and (unknown or taught < half):
                     return f"they look like {name}"
         body = present - {IGNORE}
-        if present == {0}:
-            return "16-bit labels that were cut to 8 bits hold 0 alone"
         if body == {0} and IGNORE not in self.names and len(self.classes) == 2:
             other = self.classes.names[1]
             return "they look like a mask of 0 and 255: name 255 in id_map"
@@ -211,7 +215,7 @@ def check_samples(dataset: SegmentationDataset, name: str, cfg: Config) -> Segme
             first = next(s.label for s in dataset.samples if s.label)
             kind, text = faults[0]
             raise UserError(f"{kind}: {text} ({len(sizes)} labels of {key} were looked at, such as {show_name(first)})")
-        dataset.notes += [f"{key}: {text}" for text in labels.warnings(every_class=False)]
+        dataset.notes += [f"{key}: {text}" for text in labels.mostly_ignored()]
     if trained and sizes:
         _refuse_small(sizes, key, cfg)
     return dataset

@@ -147,11 +147,11 @@ def find_files(root: Path, globs: list[str], files_only: bool = False) -> tuple[
     has no ending, all other files.
 
     Args:
-        files_only: take no folders and broken links. A dataset takes those with an image's name, so that they are missed.
+        files_only: take no folders and broken links. A dataset takes those with an image's name: reading them fails.
     """
     taken, left = set(), set()
     for pattern in globs:
-        *folders, name = Path(pattern).parts
+        *folders, name = Path(pattern).parts or ("",)
         if name == "**":
             folders, name = [*folders, name], "*"
         ending = "" if has_magic(Path(name).suffix) else Path(name).suffix
@@ -292,11 +292,11 @@ class SegmentationDataset(Dataset):
         lookup_table: uint8 (65536,), label id on disk -> train id; not needed without labels.
         size: [width, height] that image and label are brought to, or [] to keep them.
         transform: called as `transform((width, height), rng)`, gives the crop to take of an image of that size.
-        seed: with the draw's number, decides every random choice: which worker draws it plays no part.
+        seed: decides every random choice, together with the draw's number. Which worker draws plays no part.
 
     Attributes:
-        skips: a sample that cannot be used is {UNREADABLE: why} instead of a UserError; of a draw, the next one that
-            can be used with this entry.
+        skips: whether samples that cannot be used are replaced. An index then gives {UNREADABLE: why} in place of a
+            UserError; a draw gives the next sample that can be used, with the entry {UNREADABLE: why}.
         notes: lines for the log: files that were not taken, what looks odd in the labels.
 
     An item is asked for as `index`, or as `(index, draw)` by the endless sampler, and is a dict:

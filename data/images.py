@@ -23,7 +23,21 @@ from torch import Tensor
 from utils.config import UserError
 
 # Of a folder's or a glob's files, those that are images.
-IMAGE_ENDINGS = {".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+IMAGE_ENDINGS = {
+    ".bmp",
+    ".jfif",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+    ".pbm",
+    ".pgm",
+    ".png",
+    ".pnm",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+}
 # Formats that are decoded in this process; of others, Pillow hands some to programs (EPS to Ghostscript).
 _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
 _EXACT_FORMATS = ("PNG", "BMP", "PPM", "TIFF")
@@ -65,7 +79,7 @@ class _Png:
         self.content = b"".join(chunks)
 
     def decode(self, layout: str, rows: int | None = None) -> Image.Image:
-        """The picture, or its uppermost rows, by Pillow's decoder; `layout` is Pillow's name for how pixels are stored."""
+        """The picture, or its uppermost rows; `layout` is Pillow's name for how pixels are stored."""
         size = (self.size[0], rows or self.size[1])
         return Image.frombytes(layout.partition(";")[0], size, b"".join(self._pixels), "zip", layout, self.interlaced)
 
@@ -96,7 +110,7 @@ def _layout(picture: Image.Image) -> tuple[str, int | None]:
 
 
 def stored_as(path: Path) -> str:
-    """How a file stores its pixels, by Pillow's names, e.g. L;2 for grey of two bits; raises UserError as the readers."""
+    """How a file stores its pixels in Pillow's words, e.g. L;2 for grey of two bits. Raises UserError as the readers."""
     return _reading("file", path, lambda: _layout(_open(path)[0])[0])
 
 
@@ -197,8 +211,8 @@ def pixels(picture: Image.Image) -> Tensor:
 def read_label_ids(path: Path) -> np.ndarray:
     """Label ids (H, W), uint8 or uint16, exactly as their writer stored them.
 
-    Grey of 1 to 32 bits is its number. A palette picture is its index, unless the palette is grey: then an optimiser has
-    moved the id into the grey. Of colour with 16 bits, as SYNTHIA has it, the first channel counts.
+    Grey of 1 to 32 bits gives its number. A palette picture gives its index, unless the palette is grey: then an
+    optimiser has moved the id into the grey. Of colour with 16 bits, as SYNTHIA has it, the first channel counts.
 
     Raises:
         UserError: the file cannot be decoded, does not keep exact numbers, holds others than 0..65535, is a colour
@@ -218,8 +232,8 @@ def _read_label_ids(path: Path) -> np.ndarray:
     mode, _, option = layout.partition(";")
     if picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
         raise UserError(
-            f"label {show_name(path)} is an 8-bit picture of mode {picture.mode}; a grey, palette or 16-bit PNG of label ids is "
-            "needed"
+            f"label {show_name(path)} is an 8-bit picture of mode {picture.mode}; a grey, palette or 16-bit PNG of "
+            "label ids is needed"
         )
     if mode in ("1", "L") and "I" in option:
         raise ValueError("its greys are stored inverted: save it as PNG")

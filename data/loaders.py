@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,17 +19,19 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from data.datasets import UNREADABLE, SegmentationDataset
 from utils.config import UserError
 
-# Exit status of a loader process that could not hand a batch over, as the parent sees it.
-_NO_MEMORY_SHARED, _NO_FILES, _OTHER = 81, 82, 83
+# How a loader process ends that could not hand a batch over, in torch's words.
+_SHARED_FULL, _FILES_OPEN, _OTHER = "exit code 81.", "exit code 82.", "exit code 83."
 _REMEDIES = {
     "shared memory": "shared memory (/dev/shm) is full: give the container more (docker run --shm-size=8g), or take "
     "fewer or no loader processes (data.workers=0)",
     "files": "too many files are open: raise the limit (ulimit -n 65536), or take fewer or no loader processes "
     "(data.workers=0)",
     "memory": "there is not enough memory: take fewer or no loader processes (data.workers=0) or smaller batches",
-    "killed": "a loader process has ended ({}), mostly because memory ran out: take fewer or no loader processes "
-    "(data.workers=0) or smaller batches",
+    "ended": "a loader process has ended ({}), as when memory runs out or too many files are open: take fewer or no "
+    "loader processes (data.workers=0) or smaller batches, or raise the limit of files (ulimit -n 65536)",
 }
+
+_torchs_handler: Callable | None = None
 
 
 class EndlessSampler(Sampler):
@@ -110,56 +113,75 @@ def iterate(loader: DataLoader) -> Iterator:
             open, one was killed. From then on the main thread may also get it wherever it is: the system's signal that
             a process has ended does not wait for the next batch.
     """
+    others = set(multiprocessing.active_children())
     try:
         batches = iter(loader)
     except OSError as error:
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        error.__traceback__ = None  # frees torch's half-made iterator, which complains of being half made
+        sys.unraisablehook = hook
         raise _explained(error) from None
     if loader.num_workers:
         _explain_ended_processes()
-    return _explained_batches(batches)
+    return _explained_batches(batches, set(multiprocessing.active_children()) - others)
 
 
-def _explained_batches(batches: Iterator) -> Iterator:
+def _explained_batches(batches: Iterator, processes: set) -> Iterator:
     try:
         yield from batches
     except UserError:
         raise
     except (OSError, EOFError, RuntimeError, MemoryError) as error:
-        raise _explained(error) from None
+        if isinstance(error, EOFError | OSError):
+            time.sleep(1)  # the signal that a process has ended, which may be on its way, says why
+        _leave_ended_processes()
+        raise _explained(error, [process.exitcode for process in processes]) from None
 
 
 def _explain_ended_processes() -> None:
-    """Make torch's handler of SIGCHLD, which raises where a loader process has failed, raise a UserError."""
-    handler = signal.getsignal(signal.SIGCHLD)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        return
-    if getattr(handler, "func", None) is not _child_ended:
-        signal.signal(signal.SIGCHLD, functools.partial(_child_ended, handler))
+    """Make torch's handler of SIGCHLD, which raises where a loader process has failed, raise a UserError, once."""
+    global _torchs_handler
+    if threading.current_thread() is threading.main_thread():
+        handler = signal.getsignal(signal.SIGCHLD)
+        if callable(handler) and handler is not _child_ended:
+            _torchs_handler = handler
+        if _torchs_handler:
+            signal.signal(signal.SIGCHLD, _child_ended)
 
 
-def _child_ended(torchs: Callable, number: int, frame: object) -> None:
+def _child_ended(number: int, frame: object) -> None:
     try:
-        torchs(number, frame)
+        _torchs_handler(number, frame)
     except RuntimeError as error:
+        _leave_ended_processes()
         raise _explained(error) from None
 
 
-def _explained(error: Exception) -> Exception:
+def _leave_ended_processes() -> None:
+    """While a run ends by an error, its other loader processes may fail too; that is not news."""
+    if threading.current_thread() is threading.main_thread() and _torchs_handler:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _explained(error: BaseException, exit_codes: Sequence[int | None] = ()) -> BaseException:
     """A UserError that names cause and remedy, or the error itself where it is none of the system's."""
-    text, number = str(error), getattr(error, "errno", None)
-    if number == errno.ENOSPC or any(
-        word in text for word in ("shared memory", "/dev/shm", "Bus error", f"exit code {_NO_MEMORY_SHARED}")
+    number, text = getattr(error, "errno", None), " ".join([str(error), *(f"exit code {code}." for code in exit_codes)])
+
+    def holds(*words: str) -> bool:
+        return any(word in text for word in words)
+
+    bus_error = f"exit code -{int(signal.SIGBUS)}." if hasattr(signal, "SIGBUS") else "Bus error"
+    if number in (errno.EMFILE, errno.ENFILE) or holds("Too many open files", "ancillary data", _FILES_OPEN):
+        remedy = _REMEDIES["files"]
+    elif number == errno.ENOSPC or holds(
+        "shared memory", "/dev/shm", "No space left", "Bus error", bus_error, _SHARED_FULL
     ):
         remedy = _REMEDIES["shared memory"]
-    elif number in (errno.EMFILE, errno.ENFILE) or any(
-        word in text for word in ("Too many open files", "ancillary data", f"exit code {_NO_FILES}")
-    ):
-        remedy = _REMEDIES["files"]
-    elif number in (errno.ENOMEM, errno.EAGAIN) or isinstance(error, MemoryError) or "allocate memory" in text:
+    elif number in (errno.ENOMEM, errno.EAGAIN) or isinstance(error, MemoryError) or holds("allocate memory"):
         remedy = _REMEDIES["memory"]
-    elif "DataLoader worker (" in text or isinstance(error, EOFError | ConnectionError):
+    elif holds("DataLoader worker (") or isinstance(error, EOFError | OSError):
         end = text.partition("is killed by signal: ")[2].partition(".")[0]
-        remedy = _REMEDIES["killed"].format((end and f"signal: {end}") or "no batch came from it")
+        remedy = _REMEDIES["ended"].format(f"signal: {end}" if end else "no batch came from it")
     else:
         return error
     return UserError(f"loading images: {remedy}")
@@ -184,13 +206,15 @@ def _start_worker(parent: int, worker: int) -> None:
     torch.set_num_threads(1)  # workers are parallel already
     _leave_signals_to(parent)
     # A thread hands the batches over. Where it fails, Python drops the batch, for which the parent would wait for ever.
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: _end_worker(error))
+    sys.excepthook = lambda kind, error, trace: _end_worker(error)  # of the thread that shares open files
 
 
-def _end_worker(error: Exception, batch: object) -> None:
-    explained = str(_explained(error))
-    status = {_REMEDIES["shared memory"]: _NO_MEMORY_SHARED, _REMEDIES["files"]: _NO_FILES}
-    os._exit(next((code for remedy, code in status.items() if remedy in explained), _OTHER))
+def _end_worker(error: BaseException) -> None:
+    said = str(_explained(error))
+    way = {_REMEDIES["shared memory"]: _SHARED_FULL, _REMEDIES["files"]: _FILES_OPEN}
+    end = next((end for remedy, end in way.items() if remedy in said), _OTHER)
+    os._exit(int(end[10:-1]))
 
 
 def _leave_signals_to(parent: int) -> None:

@@ -22,13 +22,13 @@ from utils.config.keys import DataConfig
 
 @dataclass(frozen=True)
 class Crop:
-    """A part of a scaled and mirrored image, on paper: taking it touches no pixel that does not end in it.
+    """Parameters of a crop of a scaled and mirrored image. Only the cropped region is resampled.
 
     Attributes:
         scaled: (width, height) of the whole image after scaling.
         left, top: of the part, in whole pixels of the scaled image.
-        size: (width, height) of the crop. What the scaled image does not cover of it lies right and below.
-        flip: whether the part is mirrored.
+        size: (width, height) of the crop. Where the scaled image is smaller, the rest lies at the right and below.
+        flip: whether the crop is mirrored.
     """
 
     scaled: tuple[int, int]
@@ -39,19 +39,19 @@ class Crop:
 
     @property
     def covered(self) -> tuple[int, int]:
-        """(width, height) that the scaled image covers of the crop."""
+        """(width, height) of the part of the crop that the scaled image covers."""
         return min(self.scaled[0], self.size[0]), min(self.scaled[1], self.size[1])
 
     @property
     def depth(self) -> float:
-        """Share of an image's height, from the top, that the crop is made of."""
+        """Share of an image's height, from the top, that the crop needs."""
         return (self.top + self.covered[1] + 1) / self.scaled[1]  # the filter reaches one pixel further
 
     def of_image(self, picture: Image.Image) -> Tensor:
         """RGB picture of any size -> uint8 (3, H, W), black where not covered.
 
-        As if the whole were scaled (bilinear, antialiased) and then cropped: the box has fractions of a pixel, and the
-        filter sees the picture beyond it.
+        Equal to scaling the whole picture (bilinear, antialiased) and then cropping: the box has fractions of a pixel,
+        and the filter sees the picture beyond it.
         """
         (width, height), (x, y) = self.covered, (picture.width / self.scaled[0], picture.height / self.scaled[1])
         box = (self.left * x, self.top * y, (self.left + width) * x, (self.top + height) * y)
@@ -66,7 +66,7 @@ class Crop:
         """Label ids (H, W) of any size -> train ids uint8 (H, W), `IGNORE` where not covered; nearest neighbour.
 
         Args:
-            train_ids: from label ids to train ids; called with those of the crop alone.
+            train_ids: maps label ids to train ids; called with the ids of the crop alone.
         """
         (width, height), (rows, columns) = self.covered, ids.shape
         # Pixel i of n has its centre at (i + 1/2) / n of the way; in integers, so that no rounding moves one.
@@ -79,17 +79,17 @@ class Crop:
 
 
 class RandomScaleCropFlip:
-    """Draws crops: a random scale, a random part, a mirror.
+    """Draws crops: a random scale, a random place, a random mirror.
 
-    As released: width = U(scale) * base_width, aspect kept, then a part of the crop's size, anywhere in the scaled
-    image, then a mirror with probability hflip. Where the scaled image is smaller than the crop, all of it is taken.
+    As released: width = U(scale) * base_width, aspect kept; then a crop anywhere in the scaled image; then a mirror
+    with probability hflip. A scaled image that is smaller than the crop is taken whole.
     """
 
     def __init__(self, cfg: DataConfig):
         self.base_width, self.scale, self.crop, self.hflip = cfg.base_width, cfg.scale, cfg.crop, cfg.hflip
 
     def __call__(self, size: Sequence[int], rng: np.random.Generator) -> Crop:
-        """The crop of an image of a size (width, height)."""
+        """A crop of an image of (width, height)."""
         factor = rng.uniform(*self.scale) * (self.base_width or size[0]) / size[0]
         scaled = tuple(max(1, round(side * factor)) for side in size)
         left, top = (int(rng.integers(max(0, s - c) + 1)) for s, c in zip(scaled, self.crop))
@@ -99,8 +99,8 @@ class RandomScaleCropFlip:
 class Views:
     """Network inputs from uint8 batches, on the batch's device.
 
-    Random numbers are drawn on the host and go to a GPU as arguments of its kernels: but for RandAugment's sharpness,
-    which brings its filter along, nothing here waits for it.
+    Random numbers are drawn on the host and passed to the GPU's kernels as arguments. Nothing here waits for the GPU,
+    except RandAugment's sharpness, which copies its filter.
 
     Args:
         cfg: strengths of the strong view.
@@ -118,7 +118,7 @@ class Views:
         return _normalize(images.float().div_(255), self.mean, self.std)
 
     def strong(self, images: Tensor) -> Tensor:
-        """As `weak`, each image with colours of its own."""
+        """As `weak`, after colour jitter, drawn anew for each image."""
         if self.jitter is None:
             return self.weak(images)
         out = images.float().div_(255)
@@ -164,7 +164,7 @@ class Views:
 
 
 def renormalize(images: Tensor, before: nn.Module, after: nn.Module) -> Tensor:
-    """Float (N, 3, H, W) by the input statistics of one network -> by those of another."""
+    """Float (N, 3, H, W), normalised for network `before` -> normalised for network `after`."""
     if (tuple(before.mean), tuple(before.std)) == (tuple(after.mean), tuple(after.std)):
         return images
     mean = np.subtract(after.mean, before.mean) / before.std
@@ -172,7 +172,7 @@ def renormalize(images: Tensor, before: nn.Module, after: nn.Module) -> Tensor:
 
 
 def _normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """In place. torchvision's copies the statistics to the device at every call, and waits for it."""
+    """In place. torchvision's call copies the statistics to the device every time, and waits for it."""
     for channel, m, s in zip(images.unbind(1), mean, std):
         channel.sub_(m).div_(s)
     return images
@@ -196,15 +196,15 @@ def _jittered(image: Tensor, params: dict) -> Tensor:
 def _turn_hue(image: Tensor, turn: float) -> Tensor:
     """An image (3, H, W) in [0, 1] with its HSV hue turned by a share of the circle.
 
-    What torchvision's `adjust_hue` gives for floats, by a third of its passes over memory: hue runs from 0 to 6, and
-    each channel is a wave of it with a flat top and bottom, shifted by a third of the circle from the next.
+    The result of torchvision's `adjust_hue` for floats, with a third of its passes over memory. Hue runs from 0 to 6.
+    Each channel is a wave of the hue with a flat top and bottom; the three waves lie a third of the circle apart.
     """
     red, green, blue = image.unbind(0)
     low, high = torch.aminmax(image, dim=0)
     chroma = high - low
     to_blue, to_red = (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)
     hue = torch.where(high == red, green - blue, torch.where(high == green, to_blue, to_red))
-    hue.div_(chroma.clamp(min=1e-6))  # -1..5; grey has none, and needs none
+    hue.div_(chroma.clamp(min=1e-6))  # -1..5; of grey, whose chroma is 0, any hue will do
     out = torch.empty_like(image)
     for channel, shift in zip(out, (0, 4, 2)):
         torch.add(hue, (6 * turn + shift) % 6 - 6, out=channel)

@@ -9,7 +9,7 @@ from conftest import CUSTOM, HEIGHT, WIDTH
 from PIL import Image
 from scipy.io import savemat
 
-from data.datasets import build_dataset, find_images, list_samples
+from data.datasets import SegmentationDataset, build_dataset, find_images, list_samples
 from data.images import read_image, read_label_ids, read_picture
 from data.loaders import whole_images
 from data.taxonomy import CLASS_SETS, IGNORE, custom_class_set
@@ -289,3 +289,49 @@ def test_images_of_a_path_a_folder_or_a_glob(tmp_path, monkeypatch):
     touch(tmp_path, "a/x.webp")
     with pytest.raises(UserError, match=r"a/x\.JPG and a/x\.webp would have one name"):
         find_images("a")
+
+
+def folder_of(tmp_path, *images, **section):
+    return dataset_config(format="folder", root=str(tmp_path), images=list(images), **section)
+
+
+@pytest.mark.parametrize("glob", ["*/*.png", "**/*.png", "**/*"])
+def test_linked_folders_are_entered_but_not_into_themselves(tmp_path, glob):
+    touch(tmp_path, "tree/a/0.png", "other/deep/1.png")
+    (tmp_path / "tree/b").symlink_to(tmp_path / "other/deep")
+    for name in ("tree/a/loop", "other/deep/loop"):
+        (tmp_path / name).symlink_to(tmp_path / "tree")
+    (tmp_path / "tree/itself").symlink_to(tmp_path / "tree/itself")
+    listed = list_samples(folder_of(tmp_path / "tree", glob), with_labels=False)
+    assert [s.name for s in listed] == [s.name for s in find_images(str(tmp_path / "tree" / glob))] == ["a/0", "b/1"]
+
+
+def test_endings_in_upper_case_and_what_is_not_taken(tmp_path):
+    touch(tmp_path, "i/0.jpg", "i/1.JPG", "i/2.Jpg", "i/3.jpeg", "i/notes.txt", "i/.4.jpg", "l/0.png", "l/1.PNG")
+    (tmp_path / "i/5.jpg").symlink_to("nowhere")
+    cfg = folder_of(tmp_path, "i/*.jpg", labels="l/{stem}.png")
+    listed = list_samples(cfg, with_labels=False)
+    assert [s.image.name for s in listed] == ["0.jpg", "1.JPG", "2.Jpg", "5.jpg"]  # the broken link is found missing
+    assert listed.note == (
+        f"not taken: 2 files below {tmp_path} (1 .jpg, 1 .jpeg), the first is i/.4.jpg"
+    )
+    (tmp_path / "i/5.jpg").unlink()
+    (tmp_path / "i/2.Jpg").unlink()
+    assert [s.label.name for s in list_samples(cfg)] == ["0.png", "1.PNG"]
+    found = find_images(str(tmp_path / "i"))
+    assert [s.name for s in found] == ["0", "1", "3"] and "2 files" in found.note and ".txt" in found.note
+    assert SegmentationDataset(found).notes == [found.note]
+    touch(tmp_path, "only/0.gif")
+    with pytest.raises(UserError, match=r"not taken: 1 files below .*only \(1 \.gif\)"):
+        find_images(str(tmp_path / "only"))
+
+
+def test_labels_beside_their_images_are_not_left_out(tmp_path):
+    touch(tmp_path, "0.jpg", "0.png", "1.jpg", "1.png")
+    assert list_samples(folder_of(tmp_path, "*.jpg", labels="{stem}.png")).note == ""
+    assert "2 .png" in list_samples(folder_of(tmp_path, "*.jpg"), with_labels=False).note
+
+
+@pytest.mark.parametrize("name", ["gta5", "synthia", "cityscapes", "cityscapes_val", "day", "dusk"])
+def test_nothing_is_left_out_of_clean_trees(trees, name):
+    assert list_samples(dataset_config(**trees[name].section)).note == ""

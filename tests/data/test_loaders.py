@@ -1,10 +1,13 @@
 """The stream of samples depends on seed and step alone."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data.datasets import build_dataset
 from data.loaders import EndlessSampler, training_batches, whole_images
@@ -64,3 +67,73 @@ def test_whole_images_come_once_in_order(dataset):
     assert [[s["index"] for s in batch] for batch in batches] == [[0, 1], [2, 3], [4]]
     chosen = list(whole_images(dataset, 2, workers=0, indices=[3, 1]))
     assert [[s["index"] for s in batch] for batch in chosen] == [[3, 1]]
+
+
+SCRIPT = """
+import os, resource, signal, sys, time
+from pathlib import Path
+from data.datasets import Sample, SegmentationDataset
+from data.loaders import training_batches, whole_images
+from data.transforms import RandomScaleCropFlip
+from utils.config import ROOT
+from utils.engine.command_line import guarded
+from utils.engine.setup import load_config
+
+kind, way, workers = sys.argv[2:]
+files = sorted(Path(sys.argv[1]).glob("*.png"))
+dataset = SegmentationDataset([Sample(f, None, f.stem) for f in files])
+if kind == "files":
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 12,) * 2)
+
+def main():
+    if way == "training":
+        crop = ["data.crop=[512,256]", "data.scale=[1,1]", "data.base_width=0"]
+        dataset.transform = RandomScaleCropFlip(load_config(ROOT / "configs/stage1_BPL.yml", crop).data)
+        batches = training_batches(dataset, 8, int(workers))
+    else:
+        batches = whole_images(dataset, 8, int(workers))
+    for number, batch in enumerate(batches):
+        if kind == "killed" and number == 1:
+            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            os.kill(int(children[0]), signal.SIGKILL)
+            sum(range(10**8))  # not waiting for a batch
+        time.sleep(0.1)
+        if number == 9:
+            break
+
+guarded(main)
+"""
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(40):
+        Image.new("RGB", (512, 256)).save(folder / f"{number:03d}.png")
+    return folder
+
+
+def said_by(pictures, *words, before=()):
+    """Exit status and stderr of `SCRIPT`, which must end by itself."""
+    command = [*before, sys.executable, "-W", "ignore", "-c", SCRIPT, str(pictures), *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
+    return done.returncode, done.stderr.splitlines()
+
+
+@pytest.mark.parametrize("way", ["training", "whole"])
+@pytest.mark.parametrize(("kind", "remedy"), [("killed", "data.workers"), ("files", "ulimit -n")])
+def test_loader_processes_that_suffer_are_one_line(pictures, way, kind, remedy):
+    status, lines = said_by(pictures, kind, way, "2")
+    assert status == 1 and len(lines) == 1 and lines[0].startswith("error: loading images: ") and remedy in lines[0]
+
+
+SMALL = ("unshare", "-m", "bash", "-c", 'mount -t tmpfs -o size=4m tmpfs /dev/shm && exec "$@"', "_")
+
+
+@pytest.mark.parametrize("way", ["training", "whole"])
+def test_full_shared_memory_is_one_line(pictures, way):
+    if subprocess.run([*SMALL, "true"], capture_output=True).returncode:
+        pytest.skip("another /dev/shm cannot be mounted here")
+    status, lines = said_by(pictures, "shm", way, "2", before=SMALL)
+    assert status == 1 and len(lines) == 1 and "--shm-size" in lines[0] and "data.workers" in lines[0]
+    assert said_by(pictures, "shm", way, "0", before=SMALL) == (0, [])  # the remedy

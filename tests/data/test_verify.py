@@ -25,7 +25,7 @@ def check(configure, tmp_path, capsys):
             verify.main(cfg)
         except UserError as error:
             assert "\n" not in str(error)
-        faults = (cfg.sibling_run("verify") / "faults.txt").read_text().splitlines()
+        faults = (cfg.sibling_run("verify") / "faults.txt").read_text("utf-8").splitlines()
         return faults, capsys.readouterr().out
 
     return run
@@ -204,3 +204,16 @@ def test_exit_status(benchmarks, copied, tmp_path):
     done = subprocess.run([*command, "data.workers=2", f"data.source.root={tree.root}"], **options)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: 1 faults, listed in ")
     assert "00001.png" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_names_that_are_no_utf8_and_warnings(check, copied):
+    tree = copied("day")
+    photo = files_of(tree, "day/photos/seq0/*.jpg")[0]
+    photo.rename(photo.with_name("stra\udcdfe_rgb.jpg"))
+    (photo.parent / "left.png").write_bytes(b"")
+    faults, said = check("day_to_dusk", source=tree)
+    (line,) = faults
+    assert "stra\\xdfe_rgb.jpg" in line and "image without label" in line
+    warnings = (tree.root.parent / "runs/day_to_dusk/verify/warnings.txt").read_text("utf-8").splitlines()
+    assert "source: warning: not taken: 1 files" in warnings[0] and warnings[0] in said
+    assert any("source: warning: ids that id_map does not name are ignored: 11 (" in line for line in warnings)

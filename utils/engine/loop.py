@@ -330,6 +330,8 @@ class Run:
             f"{show_path(self.folder)} on {place}: {len(self.data.source)} source, {len(self.data.target)} target "
             f"and {len(self.data.val)} validation images; {start}"
         )
+        for note in itertools.chain.from_iterable(dataset.notes for dataset in self.data):
+            self.log.info(note)
 
     def progress_bar(self):
         """A bar over the run's steps, on a terminal."""

@@ -1,0 +1,117 @@
+"""Labels in another numbering are said, with the numbers; labels that are right are not."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CITYSCAPES_IDS, CUSTOM, SYNTHIA_IDS
+from PIL import Image
+
+from data.check import Labels, check_samples, look_at
+from data.datasets import Sample, build_dataset
+from data.taxonomy import CLASS_SETS, class_set, custom_class_set
+from utils.config import UserError
+from utils.config.keys import DatasetConfig
+
+NINETEEN, SIXTEEN = CLASS_SETS["cityscapes19"], CLASS_SETS["cityscapes16"]
+OWN = custom_class_set(CUSTOM["class_names"], CUSTOM["palette"])
+TWO = custom_class_set(["road", "crack"], [])
+STREET = dict(zip(NINETEEN.names, (33, 6, 20, 1, 1, 1, 1, 1, 15, 1, 8, 1, 1, 6, 1, 1, 1, 1, 1)))  # pixels in a hundred
+
+
+def section(kind="folder", **changes):
+    empty = {"split": "all", "size": [], "images": ["*"], "labels": "", "strip": "", "id_map": {}}
+    return DatasetConfig(**{"format": kind, "root": "d"} | empty | changes)
+
+
+def labels(cfg, classes, ids):
+    found = Labels(cfg, classes)
+    found.add(Sample(Path("i.png"), Path("l.png"), "i"), {"ids": ids, "stored": "L"})
+    return found
+
+
+def street(id_of, void):
+    """A street's pixels by label id; `void` is what is none of the classes."""
+    return {id_of[name]: n for name, n in STREET.items()} | {void: 8}
+
+
+TRAIN = {name: i for i, name in enumerate(NINETEEN.names)}
+RIGHT = [
+    (section("gta5"), NINETEEN, street(CITYSCAPES_IDS, 4)),
+    (section("cityscapes"), SIXTEEN, street(CITYSCAPES_IDS, 0)),
+    (section("synthia"), SIXTEEN, street(SYNTHIA_IDS, 0)),
+    (section(), NINETEEN, street(TRAIN, 255)),
+    (section(id_map={0: "road", 255: "crack"}), TWO, {0: 90, 255: 10}),
+    (section(), TWO, {0: 90, 1: 5, 255: 5}),
+]
+WRONG = [
+    (section("gta5"), NINETEEN, street(TRAIN, 255), "train ids"),
+    (section("gta5"), NINETEEN, street(TRAIN, 255) | {255: 900}, "train ids"),
+    (section("cityscapes"), SIXTEEN, street(TRAIN, 255), "train ids"),
+    (section("gta5"), NINETEEN, street(SYNTHIA_IDS, 0), "SYNTHIA's ids"),
+    (section("synthia"), SIXTEEN, street(TRAIN, 255), "train ids"),
+    (section("synthia"), SIXTEEN, street(CITYSCAPES_IDS, 0), "Cityscapes' label ids"),
+    (section("synthia"), SIXTEEN, {0: 100}, "cut to 8 bits"),
+    (section(), NINETEEN, street(CITYSCAPES_IDS, 0), "Cityscapes' label ids"),
+    (section(id_map={i: n for n, i in CITYSCAPES_IDS.items()}), NINETEEN, street(TRAIN, 255), "train ids"),
+    (section(), TWO, {0: 90, 255: 10}, "mask of 0 and 255"),
+    (section(), OWN, {1: 10, 2: 20, 3: 10, 4: 5}, "begin at 1"),
+    (section(), OWN, {0: 10, 257: 20, 514: 20, 771: 5}, "multiples of 257"),
+    (section(), OWN, {0: 10, 80: 20, 160: 20, 240: 5}, "multiples of 80"),
+]
+
+
+@pytest.mark.parametrize(("cfg", "classes", "ids"), RIGHT)
+def test_right_labels_have_neither_fault_nor_warning(cfg, classes, ids):
+    found = labels(cfg, classes, ids)
+    assert not found.faults() and not found.warnings(every_class=True)
+
+
+@pytest.mark.parametrize(("cfg", "classes", "ids", "looks"), WRONG)
+def test_other_numberings_are_named(cfg, classes, ids, looks):
+    ((_, text),) = labels(cfg, classes, ids).faults()
+    assert looks in text and "%" in text
+
+
+def test_what_may_be_meant_is_a_warning():
+    cfg = section(id_map={0: "sky", 1: "building", 3: "street", 4: "ignore", 8: "car"})
+    found = labels(cfg, OWN, {0: 4, 1: 3, 3: 3, 4: 60, 9: 30}).warnings(every_class=True)
+    for line, words in zip(found, ("90% of the pixels are ignored", "no pixel of class car (8)", "ignored: 9 (30.0%)")):
+        assert words in line
+    assert len(found) == 3
+
+
+def test_optimised_labels_among_others():
+    sample, found = Sample(Path("i.png"), Path("l.png"), "i"), labels(section(), TWO, {0: 90, 1: 10})
+    found.add(sample, {"ids": {0: 1}, "stored": "1"})
+    assert "grey of few bits" in found.faults()[0][0]
+    found = labels(section(), TWO, {0: 90, 1: 10})
+    for colour in ((1, 2, 3), (4, 5, 6)):
+        found.add(sample, {"ids": {0: 1}, "stored": "P", "palette": {0: colour}})
+    assert "palettes differ" in found.faults()[0][0]
+
+
+@pytest.mark.parametrize("layout", ["gta5_to_city", "synthia_to_city", "day_to_dusk"])
+def test_training_stops_at_train_ids_and_is_silent_otherwise(configure, copied, tmp_path, layout):
+    cfg = configure(layout, "stage1_BPL.yml", tmp_path / "runs")
+    for name in ("source", "val"):
+        dataset = build_dataset(getattr(cfg.data, name), class_set(cfg.data))
+        assert check_samples(dataset, name, cfg).notes == []
+    if layout != "gta5_to_city":
+        return
+    tree, wrong = copied("gta5"), copy.deepcopy(cfg)
+    wrong.data.source.root = str(tree.root)
+    table = class_set(cfg.data).lookup_table({i: n for n, i in CITYSCAPES_IDS.items()})
+    for path in tree.root.glob("labels/*.png"):
+        Image.fromarray(table[np.array(Image.open(path))]).save(path)
+    with pytest.raises(UserError, match=r"label ids of another numbering: .*%.*train ids.*5 labels of data\.source"):
+        check_samples(build_dataset(wrong.data.source, class_set(cfg.data)), "source", wrong)
+
+
+def test_look_at_a_sample(trees):
+    tree = trees["gta5"]
+    (name, ids), path = next(iter(tree.ids.items())), tree.root / "labels/00001.png"
+    found = look_at(Sample(tree.root / f"{name}.png", path, name))
+    assert found["size"] == found["label_size"] == (96, 64) and not found["problems"] and not found["label_map"]
+    assert found["ids"] == {int(i): int((ids == i).sum()) for i in np.unique(ids)} and found["stored"] == "P"

@@ -1,0 +1,182 @@
+"""Labels are read as exactly the ids that were stored, pictures as what they show; all else is refused by name."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from data.images import read_image, read_label_ids, show_name
+from data.toy.files import png16
+from utils.config import UserError
+
+RNG = np.random.default_rng(0)
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(values, bits, colour, palette=None):
+    """A PNG of grey (colour 0) or palette (3) values (H, W), of any number of bits."""
+    rows = np.unpackbits(values.astype(np.uint8)[..., None], axis=2)[..., -bits:].reshape(len(values), -1)
+    lines = b"".join(b"\0" + row.tobytes() for row in np.packbits(rows, axis=1))
+    header = struct.pack(">IIBBBBB", *values.shape[::-1], bits, colour, 0, 0, 0)
+    plte = chunk(b"PLTE", bytes(palette)) if palette is not None else b""
+    body = chunk(b"IHDR", header) + plte + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def some(number, dtype=np.uint8):
+    return RNG.integers(0, number, (9, 13)).astype(dtype)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_and_colour_palettes_of_few_bits_hold_their_numbers(tmp_path, bits):
+    ids = some(2**bits)
+    (tmp_path / "grey.png").write_bytes(png(ids, bits, 0))
+    (tmp_path / "palette.png").write_bytes(png(ids, bits, 3, RNG.integers(0, 256, 3 * 2**bits).tolist()))
+    for name in ("grey.png", "palette.png"):
+        np.testing.assert_array_equal(read_label_ids(tmp_path / name), ids)
+
+
+@pytest.mark.parametrize("greys", [[1, 0, 2], [7, 26], [5], [3, 1, 255, 0], [0, 1, 2, 3], [0, 7, 8, 11]])
+def test_grey_palette_of_an_optimiser_is_undone(tmp_path, greys):
+    index = some(len(greys))
+    (tmp_path / "x.png").write_bytes(png(index, 2, 3, np.repeat(greys, 3).tolist()))
+    np.testing.assert_array_equal(read_label_ids(tmp_path / "x.png"), np.array(greys)[index])
+
+
+@pytest.mark.parametrize("greys", [[0, 255], [255, 0], [0, 128, 255], [0, 10, 20, 30], [0, 0, 0]])
+def test_grey_palette_for_the_eye_is_refused(tmp_path, greys):
+    (tmp_path / "x.png").write_bytes(png(some(len(greys)), 2, 3, np.repeat(greys, 3).tolist()))
+    with pytest.raises(UserError, match=r"cannot read label .*x\.png: its palette is grey"):
+        read_label_ids(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "bmp", "pgm"])
+@pytest.mark.parametrize(("number", "dtype"), [(256, np.uint8), (60000, np.uint16), (60000, np.int32)])
+def test_labels_of_8_16_and_32_bits(tmp_path, ending, number, dtype):
+    if (ending in ("bmp", "pgm") and number > 256) or (ending == "png" and dtype == np.int32):
+        pytest.skip("Pillow does not write it")
+    ids = some(number, dtype)
+    Image.fromarray(ids).save(tmp_path / f"x.{ending}")
+    np.testing.assert_array_equal(read_label_ids(tmp_path / f"x.{ending}"), ids)
+
+
+@pytest.mark.parametrize("most", [18, 255, 1000, 65535])
+def test_pgm_of_any_range(tmp_path, most):
+    ids = some(most + 1, np.uint16)
+    body = ids.astype(np.uint8 if most < 256 else ">u2").tobytes()
+    (tmp_path / "binary.pgm").write_bytes(b"P5\n13 9\n%d\n" % most + body)
+    (tmp_path / "plain.pgm").write_bytes(b"P2\n13 9\n%d\n" % most + " ".join(map(str, ids.ravel())).encode())
+    for name in ("binary.pgm", "plain.pgm"):
+        np.testing.assert_array_equal(read_label_ids(tmp_path / name), ids)
+
+
+@pytest.mark.parametrize("filtered", [0, 1, 2, 3, 4])
+def test_first_channel_of_16_bit_colour(tmp_path, filtered):
+    """By any of PNG's filters."""
+    pixels = RNG.integers(0, 2**16, (9, 13, 3)).astype(np.uint16)
+    raw = np.pad(pixels.astype(">u2").view(np.uint8).reshape(9, -1).astype(int), ((1, 0), (6, 0)))
+    here, left, up, corner = raw[1:, 6:], raw[1:, :-6], raw[:-1, 6:], raw[:-1, :-6]
+    far = [abs(left + up - corner - x) for x in (left, up, corner)]
+    paeth = np.where((far[0] <= far[1]) & (far[0] <= far[2]), left, np.where(far[1] <= far[2], up, corner))
+    lines = (here - [0 * here, left, up, (left + up) // 2, paeth][filtered]).astype(np.uint8)
+    lines = np.pad(lines, ((0, 0), (1, 0)), constant_values=filtered)
+    header = struct.pack(">IIBBBBB", 13, 9, 16, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines.tobytes())) + chunk(b"IEND", b"")
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    np.testing.assert_array_equal(read_label_ids(tmp_path / "x.png"), pixels[..., 0])
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png"), (pixels >> 8).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "options", "why"),
+    [
+        ("x.jpg", some(19), {}, "JPEG compression does not keep ids exactly"),
+        ("x.webp", np.dstack([some(19)] * 3), {"lossless": True}, "WEBP compression does not keep"),
+        ("x.tif", some(19), {"compression": "jpeg"}, "TIFF compression does not keep"),
+        ("x.tif", some(19), {"tiffinfo": {262: 0}}, "stored inverted"),
+        ("x.pbm", some(2).astype(bool), {}, "stored inverted"),
+        ("x.tif", some(19, np.int32) - 1, {}, "it holds -1 to"),
+        ("x.tif", some(19, np.int32) + 2**16, {}, "label ids are 0 to 65535"),
+        ("x.tif", some(19, np.float32), {}, "picture of mode F"),
+        ("x.png", np.dstack([some(19)] * 3), {}, "8-bit picture of mode RGB"),
+        ("x.png", np.dstack([some(19)] * 2), {}, "8-bit picture of mode LA"),
+    ],
+)
+def test_labels_that_cannot_be_exact_are_refused(tmp_path, name, array, options, why):
+    Image.fromarray(array).save(tmp_path / name, **options)
+    with pytest.raises(UserError, match=rf"label .*{name}.*{why}"):
+        read_label_ids(tmp_path / name)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_deep_grey_that_holds_8_bits_is_not_black(tmp_path, dtype):
+    values = np.array([[0, 100, 200, 255]], dtype)
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    assert read_image(tmp_path / "x.tif").tolist() == [values.tolist()] * 3
+
+
+def test_deep_colour_that_holds_8_bits_is_not_black(tmp_path):
+    pixels = RNG.integers(0, 256, (9, 13, 3)).astype(np.uint16)
+    (tmp_path / "x.png").write_bytes(png16(pixels))
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png"), pixels.transpose(2, 0, 1))
+
+
+def test_32_bit_grey_beyond_8_bits_is_refused(tmp_path):
+    Image.fromarray(np.array([[0, 70000]], np.int32)).save(tmp_path / "x.tif")
+    with pytest.raises(UserError, match=r"cannot read image .*x\.tif: numbers of 0 to 70000"):
+        read_image(tmp_path / "x.tif")
+
+
+def odd_exif():
+    """Turned by 90 degrees, and a resolution of -1/0."""
+    entries = ((0x112, 3, struct.pack("<HH", 6, 0)), (0x11A, 10, struct.pack("<I", 38)))
+    body = b"".join(struct.pack("<HHI", tag, kind, 1) + value for tag, kind, value in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + body + bytes(4) + struct.pack("<ii", -1, 0)
+
+
+def test_metadata_does_not_decide_whether_pixels_are_read(tmp_path, recwarn):
+    picture = Image.fromarray(RNG.integers(0, 256, (9, 13, 3), np.uint8))
+    text = PngInfo()
+    text.add_text("XML:com.adobe.xmp", "x" * 2_000_000, zip=True)
+    picture.save(tmp_path / "text.png", pnginfo=text)
+    picture.save(tmp_path / "profile.png", icc_profile=bytes(2_000_000))
+    picture.save(tmp_path / "sound.png")
+    content = (tmp_path / "sound.png").read_bytes()
+    broken = chunk(b"zTXt", b"x\0\0no zlib") + chunk(b"pHYs", b"short") + chunk(b"eXIf", b"none")[:-1] + b"?"
+    (tmp_path / "broken.png").write_bytes(content[:33] + broken + content[33:])
+    for name in ("text", "profile", "broken"):
+        np.testing.assert_array_equal(read_image(tmp_path / f"{name}.png").permute(1, 2, 0), np.asarray(picture))
+    picture.save(tmp_path / "plain.jpg")
+    picture.save(tmp_path / "exif.jpg", exif=odd_exif())
+    assert torch.equal(read_image(tmp_path / "exif.jpg"), read_image(tmp_path / "plain.jpg").rot90(-1, (1, 2)))
+    assert not recwarn
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.zeros((32, 48, 3), np.uint8)
+    pixels[:16, :16] = 255  # the corner tells how it was turned
+    Image.fromarray(pixels).save(tmp_path / "x.jpg", exif=exif, quality=100)
+    read = read_image(tmp_path / "x.jpg")[0] > 127
+    turned = orientation > 4
+    assert read.shape == ((48, 32) if turned else (32, 48))
+    right, low = orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
+    assert read[-8 if low else 8, -8 if right else 8] and read.sum() == 256
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    path = tmp_path / "stra\udcdfe.png"
+    path.write_bytes(b"no picture")
+    with pytest.raises(UserError) as error:
+        read_image(path)
+    assert "stra\\xdfe.png" in str(error.value) and show_name("straße") == "straße"
+    str(error.value).encode()
