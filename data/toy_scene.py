@@ -93,8 +93,6 @@ class Style:
     openness: float = 0.25  # share of plots without a building: more greenery and more sky
     cars: float = 4.0  # mean number per image
     people: float = 3.0  # mean number per image
-    trees: float = 3.0  # mean number per image
-    extras: float = 0.06  # chance of each rare class in images in which it is not featured
     # Surfaces and optics at severity 1; only the sun does not depend on it
     sun: float = 0.22  # brightness difference of sunny and shaded faces; also darkens cast shadows
     grain: float = 1.0  # factor on the contrast of surface textures
@@ -133,7 +131,7 @@ STYLES = {
     "Cityscapes": Style(
         size=(256, 128),
         look=2,
-        severity=(0.4, 1.0),
+        severity=(0.5, 0.9),
         focal=0.85,
         horizon=(0.36, 0.44),
         camera=1.35,
@@ -143,7 +141,6 @@ STYLES = {
         openness=0.2,
         cars=4.0,
         people=4.0,
-        trees=3.0,
         sun=0.02,
         grain=1.3,
         cell=1.6,
@@ -251,7 +248,7 @@ def street(c: Canvas, road: float, edge: float, verge: bool) -> None:
     for z in np.arange(2.0, 30.0, 1.6):
         c.level(-edge, edge, 0, z, z + 0.12, shade(paving, 0.82))
     if verge:
-        c.level(c.lit_side * road, c.lit_side * (road + edge) / 2, 0, 0.8, 4 * FAR, c.tint(TERRAIN), TERRAIN)
+        c.level(c.lit_side * road, c.lit_side * (road + 3 * edge) / 4, 0, 0.8, 4 * FAR, c.tint(TERRAIN), TERRAIN)
     c.level(-road - 0.2, road + 0.2, 0, 0.8, 4 * FAR, shade(paving, 1.1))
     c.level(-road, road, 0, 0.8, 4 * FAR, c.asphalt, ROAD)
     for z in np.arange(c.rng.uniform(0, 5), FAR, 6.0):
@@ -439,7 +436,7 @@ def draw_scene(style: Style, size: tuple[int, int], index: int, rng: np.random.G
     c = Canvas(style, size, rng)
     # Two rare classes in turn: of any nine images in a row each of the nine classes is in two.
     wanted = {RARE[index % 9], RARE[(4 * index + 2) % 9]}
-    wanted |= {train_id for train_id in RARE if rng.random() < style.extras}
+    wanted |= {train_id for train_id in RARE if rng.random() < 0.06}
     road = rng.uniform(*style.road)
     edge = road + rng.uniform(*style.sidewalk)
     street(c, road, edge, TERRAIN in wanted)
@@ -456,7 +453,7 @@ def draw_scene(style: Style, size: tuple[int, int], index: int, rng: np.random.G
 
     place(car, rng.poisson(style.cars), 7, 32, lanes)
     place(person, rng.poisson(style.people), 7, 18, walks)
-    place(tree, rng.poisson(style.trees), 10, 34, (0.5 - edge, edge - 0.5))
+    place(tree, rng.poisson(3.0), 10, 34, (0.5 - edge, edge - 0.5))
     place(lamp_post, rng.poisson(1.5), 9, 20, kerbs)
     place(traffic_light, rng.poisson(1.0), 9, 20, kerbs)
     place(traffic_sign, rng.poisson(1.2), 9, 20, kerbs)
