@@ -18,7 +18,7 @@ from data.taxonomy import CITYSCAPES_LABEL_IDS, CITYSCAPES_PALETTE, SYNTHIA_TO_T
 from data.toy.scene import BICYCLE, LOOKS, PERSON, STYLES, draw_scene
 from utils.config import UserError
 
-VERSION = 1  # raise it whenever a painter changes, so that existing toy folders are drawn again
+VERSION = 2  # raise it whenever a painter changes, so that existing toy folders are drawn again
 COUNTS = {"GTA5": 240, "SYNTHIA": 240, "Cityscapes/train": 160, "Cityscapes/val": 48}  # images per split
 CITIES = {"train": ("toystadt", "modelburg"), "val": ("sampleheim",)}
 MISMATCHED = 1  # index of the one GTA5 image whose size is not that of its label, as some real ones

@@ -52,15 +52,15 @@ class Look(NamedTuple):
 LOOKS = (
     Look((88, 88, 96), (70, 66, 82), (108, 102, 104), 5, 0.05, 1),  # road
     Look((184, 170, 148), (160, 128, 118), (152, 138, 132), 6, 0.06, 2),  # sidewalk
-    Look((196, 150, 110), (206, 186, 176), (142, 122, 106), 20, 0.07, 4),  # building
+    Look((196, 150, 110), (206, 186, 176), (128, 120, 116), 20, 0.07, 4),  # building
     Look((150, 88, 66), (112, 112, 130), (134, 102, 84), 8, 0.14, 2),  # wall
     Look((128, 90, 48), (168, 168, 176), (106, 92, 70), 8, 0.10, 1),  # fence
     Look((112, 118, 126), (70, 96, 78), (128, 128, 120), 6, 0.02, 1),  # pole
     Look((34, 36, 30), (60, 58, 30), (40, 48, 42), 4, 0.02, 1),  # traffic light
     Look((40, 90, 200), (30, 120, 160), (60, 84, 140), 8, 0.02, 1),  # traffic sign
-    Look((56, 122, 36), (40, 104, 74), (66, 98, 48), 10, 0.24, 2),  # vegetation
+    Look((56, 122, 36), (40, 104, 74), (104, 104, 56), 10, 0.24, 2),  # vegetation
     Look((150, 156, 70), (120, 140, 80), (128, 132, 76), 6, 0.16, 4),  # terrain
-    Look((112, 172, 236), (172, 200, 226), (172, 198, 220), 10, 0.06, 8),  # sky
+    Look((112, 172, 236), (172, 200, 226), (188, 196, 202), 10, 0.06, 8),  # sky
     Look((170, 70, 70), (110, 80, 130), (116, 74, 80), 30, 0.04, 2),  # person
     Look((200, 110, 40), (130, 110, 60), (140, 94, 60), 24, 0.04, 2),  # rider
     Look((150, 40, 44), (90, 96, 140), (92, 92, 102), 50, 0.02, 4),  # car
@@ -93,8 +93,6 @@ class Style:
     openness: float = 0.25  # share of plots without a building: more greenery and more sky
     cars: float = 4.0  # mean number per image
     people: float = 3.0  # mean number per image
-    trees: float = 3.0  # mean number per image
-    extras: float = 0.06  # chance of each rare class in images in which it is not featured
     # Surfaces and optics at severity 1; only the sun does not depend on it
     sun: float = 0.22  # brightness difference of sunny and shaded faces; also darkens cast shadows
     grain: float = 1.0  # factor on the contrast of surface textures
@@ -111,7 +109,7 @@ class Style:
 
 
 STYLES = {
-    "GTA5": Style(size=(240, 132), look=0, severity=(0.0, 1.0), saturation=1.1),
+    "GTA5": Style(size=(240, 132), look=0, severity=(0.0, 1.0), saturation=1.1, sun=0.28, cars=3.0),
     "SYNTHIA": Style(
         size=(256, 152),
         look=1,
@@ -133,7 +131,7 @@ STYLES = {
     "Cityscapes": Style(
         size=(256, 128),
         look=2,
-        severity=(0.1, 1.0),
+        severity=(0.75, 1.0),
         focal=0.85,
         horizon=(0.36, 0.44),
         camera=1.35,
@@ -141,19 +139,19 @@ STYLES = {
         sidewalk=(2.5, 3.5),
         floors=(3, 6),
         openness=0.2,
-        cars=6.0,
-        people=5.0,
-        trees=4.0,
-        sun=0.05,
+        cars=4.0,
+        people=4.0,
+        sun=0.02,
         grain=1.3,
         cell=1.6,
-        haze=0.011,
-        saturation=0.8,
-        contrast=0.8,
-        cast=(0.94, 1.02, 0.95),
-        vignette=0.35,
+        haze=0.009,
+        haze_colour=(0.70, 0.75, 0.80),
+        saturation=0.3,
+        contrast=0.65,
+        cast=(0.66, 0.87, 1.08),
+        vignette=0.2,
         blur=0.7,
-        noise=0.02,
+        noise=0.03,
         hood=0.5,
     ),
 }
@@ -250,7 +248,7 @@ def street(c: Canvas, road: float, edge: float, verge: bool) -> None:
     for z in np.arange(2.0, 30.0, 1.6):
         c.level(-edge, edge, 0, z, z + 0.12, shade(paving, 0.82))
     if verge:
-        c.level(c.lit_side * road, c.lit_side * (road + edge) / 2, 0, 0.8, 4 * FAR, c.tint(TERRAIN), TERRAIN)
+        c.level(c.lit_side * road, c.lit_side * (road + 3 * edge) / 4, 0, 0.8, 4 * FAR, c.tint(TERRAIN), TERRAIN)
     c.level(-road - 0.2, road + 0.2, 0, 0.8, 4 * FAR, shade(paving, 1.1))
     c.level(-road, road, 0, 0.8, 4 * FAR, c.asphalt, ROAD)
     for z in np.arange(c.rng.uniform(0, 5), FAR, 6.0):
@@ -316,75 +314,75 @@ def foliage(c: Canvas, x: float, y: float, radius: float, z: float) -> None:
 
 def tree(c: Canvas, x: float, z: float) -> None:
     height = c.rng.uniform(3.5, 6.0)
-    c.front(x - 0.15, x + 0.15, 0, height, z, (84, 66, 50), VEGETATION)
-    foliage(c, x, height, c.rng.uniform(1.4, 2.2), z)
+    c.front(x - 0.25, x + 0.25, 0, height, z, (84, 66, 50), VEGETATION)
+    foliage(c, x, height, c.rng.uniform(1.8, 2.6), z)
 
 
 def lamp_post(c: Canvas, x: float, z: float) -> None:
     colour = c.tint(POLE)
-    c.front(x - 0.12, x + 0.12, 0, 6.5, z, colour, POLE)
-    c.front(*sorted((x, x - np.sign(x) * 1.5)), 6.3, 6.5, z, colour, POLE)
+    c.front(x - 0.2, x + 0.2, 0, 6.5, z, colour, POLE)
+    c.front(*sorted((x, x - np.sign(x) * 2.0)), 6.0, 6.5, z, colour, POLE)
 
 
 def traffic_light(c: Canvas, x: float, z: float) -> None:
     """A dark box on a pole, one of its three lamps lit."""
-    c.front(x - 0.12, x + 0.12, 0, 4.0, z, c.tint(POLE), POLE)
-    c.front(x - 0.35, x + 0.35, 2.7, 4.4, z, c.tint(LIGHT), LIGHT)
+    c.front(x - 0.2, x + 0.2, 0, 4.0, z, c.tint(POLE), POLE)
+    c.front(x - 0.7, x + 0.7, 2.4, 5.4, z, c.tint(LIGHT), LIGHT)
     lit = c.rng.integers(3)
     for i, colour in enumerate(((40, 230, 90), (250, 190, 30), (250, 40, 30))):
-        c.disc(x, 3.0 + 0.53 * i, 0.22, z, shade(colour, 1.0 if i == lit else 0.25))
+        c.disc(x, 2.95 + 0.95 * i, 0.4, z, shade(colour, 1.0 if i == lit else 0.25))
 
 
 def traffic_sign(c: Canvas, x: float, z: float) -> None:
     """A red-rimmed triangle, a blue disc or a blue square on a pole."""
-    c.front(x - 0.12, x + 0.12, 0, 2.8, z, c.tint(POLE), POLE)
+    c.front(x - 0.2, x + 0.2, 0, 2.8, z, c.tint(POLE), POLE)
     colour, shape = c.tint(SIGN), c.rng.integers(3)
     if shape == 0:
-        for size, fill in ((0.65, (205, 40, 40)), (0.35, (240, 236, 225))):
-            foot = 2.9 - 0.5 * size
-            c.polygon([(x - size, foot, z), (x + size, foot, z), (x, 2.9 + size, z)], fill, SIGN)
+        for size, fill in ((1.3, (205, 40, 40)), (0.7, (240, 236, 225))):
+            foot = 3.0 - 0.5 * size
+            c.polygon([(x - size, foot, z), (x + size, foot, z), (x, 3.0 + size, z)], fill, SIGN)
     elif shape == 1:
-        c.disc(x, 3.0, 0.55, z, shade(colour, 1.7), SIGN)
-        c.disc(x, 3.0, 0.42, z, colour)
+        c.disc(x, 3.2, 1.0, z, shade(colour, 1.7), SIGN)
+        c.disc(x, 3.2, 0.75, z, colour)
     else:
-        c.front(x - 0.5, x + 0.5, 2.5, 3.5, z, colour, SIGN)
-        c.front(x - 0.2, x + 0.2, 2.75, 3.25, z, (235, 235, 230))
+        c.front(x - 0.9, x + 0.9, 2.2, 4.0, z, colour, SIGN)
+        c.front(x - 0.4, x + 0.4, 2.7, 3.5, z, (235, 235, 230))
 
 
 def person(c: Canvas, x: float, z: float, train_id: int = PERSON, foot: float = 0.0) -> None:
     """Two legs, which end at the height `foot`, a body and a head."""
-    clothes, trousers, taller = c.tint(train_id), shade(c.tint(train_id), 0.45), c.rng.uniform(-0.08, 0.08)
-    c.front(x - 0.26, x - 0.03, foot, 0.9, z, trousers, train_id)
-    c.front(x + 0.03, x + 0.26, foot, 0.9, z, trousers, train_id)
-    c.front(x - 0.36, x + 0.36, 0.85, 1.5 + taller, z, clothes, train_id)
-    c.disc(x, 1.66 + taller, 0.19, z, (206, 160, 130), train_id)
+    clothes, trousers, taller = c.tint(train_id), shade(c.tint(train_id), 0.45), c.rng.uniform(-0.1, 0.1)
+    c.front(x - 0.36, x - 0.04, foot, 1.1, z, trousers, train_id)
+    c.front(x + 0.04, x + 0.36, foot, 1.1, z, trousers, train_id)
+    c.front(x - 0.5, x + 0.5, 1.05, 1.9 + taller, z, clothes, train_id)
+    c.disc(x, 2.12 + taller, 0.27, z, (206, 160, 130), train_id)
 
 
 def bicycle(c: Canvas, x: float, z: float) -> None:
-    """Two thin wheels, a light frame and a handlebar, from the side."""
-    for wheel in (x - 0.55, x + 0.55):
-        c.disc(wheel, 0.4, 0.4, z, (26, 26, 30), BICYCLE)
-        c.disc(wheel, 0.4, 0.26, z, (150, 150, 150))
-    frame = [(x - 0.55, 0.3, z), (x - 0.3, 0.9, z), (x + 0.4, 0.95, z), (x + 0.1, 0.3, z)]
+    """Two wheels, a light frame and a handlebar, from the side."""
+    for wheel in (x - 0.75, x + 0.75):
+        c.disc(wheel, 0.55, 0.55, z, (26, 26, 30), BICYCLE)
+        c.disc(wheel, 0.55, 0.3, z, (150, 150, 150))
+    frame = [(x - 0.75, 0.4, z), (x - 0.4, 1.25, z), (x + 0.55, 1.3, z), (x + 0.15, 0.4, z)]
     c.polygon(frame, c.tint(BICYCLE), BICYCLE)
-    c.front(x + 0.3, x + 0.55, 0.95, 1.08, z, (30, 30, 34), BICYCLE)
+    c.front(x + 0.4, x + 0.75, 1.3, 1.5, z, (30, 30, 34), BICYCLE)
 
 
 def motorcycle(c: Canvas, x: float, z: float) -> None:
     """Thick wheels under a heavy body with a tank and a lamp, from the side."""
     colour = c.tint(MOTORCYCLE)
-    for wheel in (x - 0.75, x + 0.75):
-        c.disc(wheel, 0.4, 0.4, z, (22, 20, 22), MOTORCYCLE)
-    c.front(x - 0.9, x + 0.6, 0.4, 0.95, z, colour, MOTORCYCLE)
-    c.front(x + 0.35, x + 0.75, 0.8, 1.2, z, shade(colour, 1.6), MOTORCYCLE)
-    c.disc(x + 0.75, 1.0, 0.14, z, (250, 240, 190))
+    for wheel in (x - 0.95, x + 0.95):
+        c.disc(wheel, 0.5, 0.5, z, (22, 20, 22), MOTORCYCLE)
+    c.front(x - 1.15, x + 0.75, 0.5, 1.25, z, colour, MOTORCYCLE)
+    c.front(x + 0.45, x + 0.95, 1.05, 1.55, z, shade(colour, 1.6), MOTORCYCLE)
+    c.disc(x + 0.95, 1.3, 0.18, z, (250, 240, 190))
 
 
 def rider(c: Canvas, x: float, z: float) -> None:
     """A helmeted person on a bicycle or, less often, on a motorcycle."""
     (bicycle if c.rng.random() < 0.6 else motorcycle)(c, x, z)
-    person(c, x - 0.1, z, RIDER, foot=0.5)
-    c.disc(x - 0.1, 1.76, 0.2, z, (235, 230, 60), RIDER)
+    person(c, x - 0.1, z, RIDER, foot=0.6)
+    c.disc(x - 0.1, 2.25, 0.3, z, (235, 230, 60), RIDER)
 
 
 def car(c: Canvas, x: float, z: float) -> None:
@@ -438,7 +436,7 @@ def draw_scene(style: Style, size: tuple[int, int], index: int, rng: np.random.G
     c = Canvas(style, size, rng)
     # Two rare classes in turn: of any nine images in a row each of the nine classes is in two.
     wanted = {RARE[index % 9], RARE[(4 * index + 2) % 9]}
-    wanted |= {train_id for train_id in RARE if rng.random() < style.extras}
+    wanted |= {train_id for train_id in RARE if rng.random() < 0.06}
     road = rng.uniform(*style.road)
     edge = road + rng.uniform(*style.sidewalk)
     street(c, road, edge, TERRAIN in wanted)
@@ -453,18 +451,18 @@ def draw_scene(style: Style, size: tuple[int, int], index: int, rng: np.random.G
         for _ in range(number):
             objects.append((rng.uniform(nearest, farthest), painter, rng.choice(places), *more))
 
-    place(car, rng.poisson(style.cars), 7, 45, lanes)
-    place(person, rng.poisson(style.people), 7, 24, walks)
-    place(tree, rng.poisson(style.trees), 9, 40, (0.5 - edge, edge - 0.5))
-    place(lamp_post, rng.poisson(2.0), 9, 28, kerbs)
-    place(traffic_light, rng.poisson(1.0), 9, 28, kerbs)
-    place(traffic_sign, rng.poisson(1.5), 9, 28, kerbs)
+    place(car, rng.poisson(style.cars), 7, 32, lanes)
+    place(person, rng.poisson(style.people), 7, 18, walks)
+    place(tree, rng.poisson(3.0), 10, 34, (0.5 - edge, edge - 0.5))
+    place(lamp_post, rng.poisson(1.5), 9, 20, kerbs)
+    place(traffic_light, rng.poisson(1.0), 9, 20, kerbs)
+    place(traffic_sign, rng.poisson(1.2), 9, 20, kerbs)
     place(motorcycle, MOTORCYCLE in wanted, 7, 14, lanes)
     place(rider, RIDER in wanted, 7, 12, lanes)
     place(bicycle, BICYCLE in wanted, 7, 12, (-paths[0], paths[0]))
-    place(large_vehicle, TRUCK in wanted, 13, 30, lanes, TRUCK)
-    place(large_vehicle, BUS in wanted, 14, 30, lanes, BUS)
-    place(large_vehicle, TRAIN in wanted, 22, 38, (-6, 6), TRAIN)
+    place(large_vehicle, TRUCK in wanted, 12, 24, lanes, TRUCK)
+    place(large_vehicle, BUS in wanted, 12, 24, lanes, BUS)
+    place(large_vehicle, TRAIN in wanted, 20, 30, (-6, 6), TRAIN)
     for z, painter, x, *more in sorted(objects, key=lambda item: -item[0]):
         painter(c, x, z, *more)
 
