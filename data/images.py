@@ -110,7 +110,7 @@ def _layout(picture: Image.Image) -> tuple[str, int | None]:
 
 
 def stored_as(path: Path) -> str:
-    """How a file stores its pixels in Pillow's words, e.g. L;2 for grey of two bits. Raises UserError as the readers."""
+    """How a file stores its pixels in Pillow's words, e.g. L;2 for grey of two bits; UserError as for the readers."""
     return _reading("file", path, lambda: _layout(_open(path)[0])[0])
 
 
