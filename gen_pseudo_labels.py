@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +54,10 @@ def main(cfg: Config) -> dict:
         own, histogram, highest = _predict(model, target, cfg, device)
         left_out = _left_out(target, own, cfg)
         limits = store.level_limits(histogram, cfg.pseudo.threshold, cfg.pseudo.selection, cfg.pseudo.keep)
-        manifest = wanted | {"weights": str(weights)} | _statistics(histogram, limits, highest, cfg)
-        _drop_unsure(cfg.run_dir, own, limits)
+        names, threshold = class_set(cfg.data).names, cfg.pseudo.threshold
+        statistics = store.statistics(histogram, limits, names, threshold, highest)
+        store.drop_all_unsure(cfg.run_dir, own, limits)
+        manifest = wanted | {"weights": str(weights)} | statistics
         _finish(cfg.run_dir, manifest | {"left_out": left_out, "config": to_dict(cfg)}, len(target) - len(left_out))
         return store.read_manifest(cfg.run_dir)
 
@@ -75,7 +76,8 @@ def _settings(cfg: Config, weights: Path, target: SegmentationDataset) -> dict:
         "images": len(target),
         "statistics": cfg.batchnorm.statistics,
         "statistics_of": cfg.batchnorm.images if cfg.batchnorm.statistics == "target" else None,
-        **vars(cfg.pseudo),
+        "flip": True,
+        **{key: getattr(cfg.pseudo, key) for key in ("threshold", "selection", "keep")},
     }
 
 
@@ -151,39 +153,13 @@ def _left_out(target: SegmentationDataset, own: set[str], cfg: Config) -> list[s
     return left_out
 
 
-def _statistics(histogram: np.ndarray, limits: np.ndarray, highest: float, cfg: Config) -> dict:
-    """Thresholds and pixel counts by class, as the manifest has them; raises UserError if no pixel is kept."""
-    threshold = cfg.pseudo.threshold
-    predicted = histogram.sum(1)
-    kept = np.array([counts[limit:].sum() for counts, limit in zip(histogram, limits)])
-    if not kept.any():
-        raise UserError(
-            f"no pixel of any class reaches pseudo.threshold={threshold}; the highest confidence is {highest:.6g}: "
-            "lower the threshold, or take pseudo.selection=class_balanced"
-        )
-    columns = zip(class_set(cfg.data).names, store.thresholds_of(limits, threshold), predicted.tolist(), kept.tolist())
-    by_class = {name: {"threshold": t, "predicted": p, "kept": k} for name, t, p, k in columns}
-    return {"kept": kept.sum() / predicted.sum(), "classes": by_class}
-
-
-def _drop_unsure(folder: Path, own: set[str], limits: np.ndarray) -> None:
-    with ThreadPoolExecutor(store.THREADS) as pool:
-        done = pool.map(partial(store.drop_unsure, folder, limits=limits), sorted(own))
-        for _ in progress(done, total=len(own), desc="select", unit="img"):
-            pass
-
-
 def _finish(folder: Path, manifest: dict, images: int) -> None:
     """Write the manifest and print the table of classes."""
     if hasattr(os, "sync"):
         os.sync()  # all labels are on the disk before the manifest says so
     distributed.wait()
     checkpoint.write_json(folder / store.MANIFEST, manifest)
-    total = sum(c["predicted"] for c in manifest["classes"].values())
-    print(f"{'class':16} {'share':>7} {'threshold':>9} {'kept':>7}")
-    for name, c in manifest["classes"].items():
-        fraction = f"{c['kept'] / c['predicted']:7.1%}" if c["predicted"] else "      -"
-        print(f"{name:16} {c['predicted'] / total:7.2%} {c['threshold']:9.4f} {fraction}")
+    print(store.table(manifest["classes"]))
     print(f"{images} pseudo labels in {show_path(folder)}: {manifest['kept']:.1%} of all pixels kept")
     distributed.wait()
 

@@ -15,6 +15,9 @@ import math
 import os
 import shutil
 import zlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +127,47 @@ def drop_unsure(folder: Path, name: str, limits: np.ndarray) -> None:
     labels = read_png(path)
     labels[read_png(confidence_path(folder, name)) < limits[labels]] = IGNORE
     write_png(path, labels)
+
+
+def drop_all_unsure(folder: Path, names: Iterable[str], limits: np.ndarray) -> None:
+    """`drop_unsure` for several labels, a few at a time."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(partial(drop_unsure, folder, limits=limits), sorted(names)))  # raises what a call raised
+
+
+def statistics(
+    histogram: np.ndarray, limits: np.ndarray, names: Sequence[str], threshold: float, highest: float
+) -> dict:
+    """Thresholds and pixel counts by class, as the manifest has them.
+
+    Args:
+        histogram, limits: see `level_limits`.
+        names: of the classes.
+        threshold: `pseudo.threshold`; highest: the highest confidence of all pixels.
+
+    Raises:
+        UserError: no pixel is kept.
+    """
+    predicted = histogram.sum(1)
+    kept = np.array([counts[limit:].sum() for counts, limit in zip(histogram, limits)])
+    if not kept.any():
+        raise UserError(
+            f"no pixel of any class reaches pseudo.threshold={threshold}; the highest confidence is {highest:.6g}: "
+            "lower the threshold, or take pseudo.selection=class_balanced"
+        )
+    columns = zip(names, thresholds_of(limits, threshold), predicted.tolist(), kept.tolist())
+    by_class = {name: {"threshold": t, "predicted": p, "kept": k} for name, t, p, k in columns}
+    return {"kept": kept.sum() / predicted.sum(), "classes": by_class}
+
+
+def table(by_class: dict[str, dict]) -> str:
+    """The manifest's `classes` for the terminal."""
+    total = sum(c["predicted"] for c in by_class.values())
+    rows = [f"{'class':16} {'share':>7} {'threshold':>9} {'kept':>7}"]
+    for name, c in by_class.items():
+        fraction = f"{c['kept'] / c['predicted']:7.1%}" if c["predicted"] else "      -"
+        rows.append(f"{name:16} {c['predicted'] / total:7.2%} {c['threshold']:9.4f} {fraction}")
+    return "\n".join(rows)
 
 
 def read_manifest(folder: Path) -> dict:

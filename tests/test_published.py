@@ -164,7 +164,7 @@ def test_prodas_warm_up_starts_bpl(configure, tmp_path, monkeypatch, layout, dis
     classes = len(NAMES[layout])
     monkeypatch.setattr(checkpoint, "PRETRAINED", tmp_path)
     path = save_published(tmp_path / "gta5_warmup.pkl", "proda", classes)
-    auto = ("model.backbone=auto", "model.output_stride=auto", "train.panels=0", "data.check=0")
+    auto = ("model.backbone=auto", "model.output_stride=auto", "train.panels=0")
     given = ("model.published=[gta5_warmup.pkl]", f"model.init_discriminator={discriminator}")
     cfg = configure(layout, "stage1_BPL.yml", tmp_path / "runs", *auto, *given)
     assert configure(layout, "stage1_BPL.yml", tmp_path / "runs").model.init_discriminator == "new"  # as released

@@ -37,15 +37,18 @@ STAGES = {
 class Plain(TinyNetwork):
     """Without BatchNorm and dropout: a batch in two parts has the gradients of the whole."""
 
-    def __init__(self, num_classes):
-        super().__init__(num_classes)
+    def __init__(self, *shape):
+        super().__init__(*shape)
         self.backbone[1], self.dropout = nn.Identity(), nn.Identity()
 
 
 @contextlib.contextmanager
 def networks(kind):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("utils.engine.setup.build_model", lambda arch, num_classes, **others: kind(num_classes))
+        monkeypatch.setattr(
+            "utils.engine.setup.build_model",
+            lambda arch, num_classes, output_stride, dilations, **others: kind(num_classes, output_stride, dilations),
+        )
         monkeypatch.setattr("train_bpl.PatchDiscriminator", tiny_discriminator)
         yield
 

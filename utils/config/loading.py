@@ -296,7 +296,7 @@ def _stage_deltas(content: Any, file: Path) -> dict[str, dict]:
 def _place_toy(config: Config) -> None:
     """Find the folder that the toy cities are drawn into: datasets below it go where it goes, drawn or not."""
     data, folder = config.data, config.data.toy_root
-    data.toy_root = find_path(folder, os.path.isdir)
+    data.toy_root = find_path(folder, lambda place: os.path.isdir(os.path.dirname(place)))
     for section in (data.source, data.target, data.val) if folder else ():
         for before in (Path(folder), ROOT / folder):
             if Path(section.root).is_relative_to(before):
