@@ -11,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
-from data.toy.files import png16
+from data.toy import png16
 from utils.config import ROOT, Config
 from utils.engine.setup import load_config
 

@@ -15,7 +15,7 @@ from survival import FORK
 from test_bad_input import png
 
 from data.images import read_image, read_label_ids
-from data.toy.files import png16
+from data.toy import png16
 from models import read_checkpoint
 from utils.config import ROOT, ConfigError, UserError, all_keys
 from utils.config.keys import STAGES

@@ -26,7 +26,6 @@ MAY_IMPORT = {
     "utils.config": CONFIG,
     "data": (*DATA, *CONFIG),
     "data.verify": EVERYTHING,
-    "data.toy.__main__": EVERYTHING,
     "utils.engine": (*ENGINE, *DATA, *MODELS, *CONFIG),
     "utils.evaluation": (*ENGINE, *DATA, *MODELS, *CONFIG),
     "utils.report": (*REPORT, *ENGINE, *DATA, *MODELS, *CONFIG),

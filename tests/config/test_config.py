@@ -279,7 +279,7 @@ def test_help_shows_the_values_that_are_used_and_the_keys_that_the_stage_reads(m
     assert "loss.bidirectional=0.1\n" in out and "loss.contrast" not in out and "distill." not in out
     out = shown(monkeypatch, capsys, "benchmark=toy", "--help", "loss.bidirectional=0.3")
     assert "train.iterations=300\n      steps to run (as released); default 60000\n" in out
-    assert "loss.bidirectional=0.3\n" in out and "data.source.root=data/toy_cities/GTA5\n" in out
+    assert "loss.bidirectional=0.3\n" in out and "data.source.root=data/toy/GTA5\n" in out
     warmup = ("--config", str(ROOT / "configs/stage0_warmup.yml"))
     assert "loss.bidirectional" not in shown(monkeypatch, capsys, "-h", *warmup)
     with pytest.raises(SystemExit) as stop:
@@ -352,13 +352,13 @@ def test_a_runs_name_is_no_path(elsewhere):
 def test_the_checkouts_files_are_found_from_anywhere_and_runs_stay_where_one_starts(elsewhere, monkeypatch):
     cfg = load_config("configs/stage1_BPL.yml", ["benchmark=toy"])
     assert cfg.run_dir.as_posix() == "runs/toy/bpl"
-    assert cfg.data.toy_root == str(ROOT / "data/toy_cities")
-    assert cfg.data.source.root == str(ROOT / "data/toy_cities/GTA5")  # drawn or not
-    assert cfg.data.val.root == str(ROOT / "data/toy_cities/Cityscapes")
+    assert cfg.data.toy_root == str(ROOT / "data/toy")
+    assert cfg.data.source.root == str(ROOT / "data/toy/GTA5")  # drawn or not
+    assert cfg.data.val.root == str(ROOT / "data/toy/Cityscapes")
     assert load_config(BPL, ["benchmark=configs/benchmarks/toy.yml"]).data == cfg.data
     monkeypatch.chdir(ROOT)
     cfg = load_config(BPL, ["benchmark=toy"])
-    assert (cfg.data.toy_root, cfg.data.source.root) == ("data/toy_cities", "data/toy_cities/GTA5")
+    assert (cfg.data.toy_root, cfg.data.source.root) == ("data/toy", "data/toy/GTA5")
 
 
 def test_users_mistakes_are_status_1_and_bugs_keep_their_traceback(capsys):

@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from data.images import read_image, read_label_ids, show_name
-from data.toy.files import png16
+from data.toy import png16
 from utils.config import UserError
 
 RNG = np.random.default_rng(0)

@@ -8,9 +8,8 @@ import pytest
 from PIL import Image
 from torchvision.io import decode_image
 
-from data import toy
+from data import toy, toy_scene
 from data.taxonomy import CITYSCAPES_LABEL_IDS, CITYSCAPES_PALETTE, SYNTHIA_TO_TRAIN
-from data.toy import files, scene
 
 # An independent reader of 16-bit colour; torchvision announces its end.
 DECODED = pytest.mark.filterwarnings("ignore:The image decoding")
@@ -34,7 +33,7 @@ def class_shares(labels, class_ids):
 
 def check_shares(shares):
     assert (shares > 0).all()
-    assert shares[scene.ROAD] > 5 * shares[list(scene.RARE)].max()
+    assert shares[toy_scene.ROAD] > 5 * shares[list(toy_scene.RARE)].max()
 
 
 def test_gta5_layout(root):
@@ -46,7 +45,7 @@ def test_gta5_layout(root):
     palette = np.array(labels[0].getpalette()).reshape(-1, 3)
     np.testing.assert_array_equal(palette[list(CITYSCAPES_LABEL_IDS)], CITYSCAPES_PALETTE)
     mismatched = [i for i in range(9) if images[i].size != labels[i].size]
-    assert mismatched == [files.MISMATCHED]
+    assert mismatched == [toy.MISMATCHED]
     assert len({image.size for image in images}) == 2 and len({label.size for label in labels}) == 1
     check_shares(class_shares([np.asarray(label) for label in labels], CITYSCAPES_LABEL_IDS))
 
@@ -71,7 +70,7 @@ def test_cityscapes_layout(root):
         labels = sorted((base / "gtFine" / part).glob("*/*_gtFine_labelIds.png"))
         assert len(images) == len(labels) == count
         for image, label in zip(images, labels):
-            assert image.parent.name == label.parent.name in files.CITIES[part]
+            assert image.parent.name == label.parent.name in toy.CITIES[part]
             assert image.name.replace("leftImg8bit", "gtFine_labelIds") == label.name
             image, label = Image.open(image), Image.open(label)
             assert (image.mode, label.mode) == ("RGB", "L") and image.size == label.size
@@ -82,7 +81,7 @@ def test_cityscapes_layout(root):
 @DECODED
 def test_16_bit_png_keeps_every_value(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 2**16, (5, 7, 3)).astype(np.uint16)
-    (tmp_path / "x.png").write_bytes(files.png16(pixels))
+    (tmp_path / "x.png").write_bytes(toy.png16(pixels))
     read = decode_image(str(tmp_path / "x.png"), mode="UNCHANGED").numpy()
     np.testing.assert_array_equal(read, pixels.transpose(2, 0, 1))
 
@@ -99,7 +98,7 @@ def test_same_seed_same_bytes_whatever_the_counts(root, tmp_path):
 
 
 def test_complete_folder_is_left_as_it_is(root, monkeypatch):
-    monkeypatch.setattr(files, "write_pair", None)  # any drawing would fail
+    monkeypatch.setattr(toy, "write_pair", None)  # any drawing would fail
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     assert toy.generate(root, seed=3, counts=COUNTS) == root
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
@@ -107,14 +106,14 @@ def test_complete_folder_is_left_as_it_is(root, monkeypatch):
 
 def test_interrupted_drawing_leaves_nothing_and_recovers(tmp_path, monkeypatch):
     counts, root = {name: 1 for name in COUNTS}, tmp_path / "toy"
-    write_pair = files.write_pair
+    write_pair = toy.write_pair
 
     def interrupted(root, split, index, seed):
         if split == "SYNTHIA":
             raise KeyboardInterrupt
         write_pair(root, split, index, seed)
 
-    monkeypatch.setattr(files, "write_pair", interrupted)
+    monkeypatch.setattr(toy, "write_pair", interrupted)
     with pytest.raises(KeyboardInterrupt):
         toy.generate(root, counts=counts)
     assert not root.exists()
@@ -136,8 +135,8 @@ def test_other_counts_draw_the_folder_again(tmp_path):
 def test_tuned_style_draws_the_folder_again(tmp_path, monkeypatch):
     counts = {name: 1 for name in COUNTS}
     before = contents(toy.generate(tmp_path / "toy", counts=counts))
-    hazy = dataclasses.replace(files.STYLES["GTA5"], haze=0.1)
-    monkeypatch.setattr(files, "STYLES", files.STYLES | {"GTA5": hazy})
+    hazy = dataclasses.replace(toy.STYLES["GTA5"], haze=0.1)
+    monkeypatch.setattr(toy, "STYLES", toy.STYLES | {"GTA5": hazy})
     after = contents(toy.generate(tmp_path / "toy", counts=counts))
     changed = sorted(str(path) for path in after if after[path] != before[path])
     assert changed == ["GTA5/images/00001.png", "toy.json"]  # the label map does not depend on the optics

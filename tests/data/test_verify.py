@@ -10,7 +10,7 @@ from conftest import HEIGHT, LAYOUTS, WIDTH, Tree
 from PIL import Image
 
 from data import verify
-from data.toy.files import png16
+from data.toy import png16
 from utils.config import ROOT, UserError
 
 

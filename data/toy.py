@@ -1,12 +1,21 @@
-"""Toy cities as files, in the layouts of GTA5, SYNTHIA and Cityscapes."""
+"""Toy cities: small drawn street scenes in the on-disk layouts of GTA5, SYNTHIA and Cityscapes.
+
+    python -m data.toy --root data/toy --seed 0
+
+They hold all 19 Cityscapes classes with exact label maps and take seconds to draw, so that the whole pipeline runs
+without any download. Runs draw seed 0 into `data.toy_root` themselves. For other drawings, name a folder of their own
+as the three roots and set data.toy_root=''.
+"""
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import json
 import os
 import shutil
 import struct
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from data.taxonomy import CITYSCAPES_LABEL_IDS, CITYSCAPES_PALETTE, SYNTHIA_TO_TRAIN
-from data.toy.scene import BICYCLE, LOOKS, PERSON, STYLES, draw_scene
+from data.toy_scene import BICYCLE, LOOKS, PERSON, STYLES, draw_scene
 from utils.config import UserError
 
 VERSION = 2  # raise it whenever a painter changes, so that existing toy folders are drawn again
@@ -83,7 +92,7 @@ def read_recipe(root: Path) -> dict | None:
         raise UserError(f"{root} is in use and holds no toy.json: choose another folder") from None
 
 
-def generate(root: str | Path = "data/toy_cities", seed: int = 0, counts: dict[str, int] | None = None) -> Path:
+def generate(root: str | Path = "data/toy", seed: int = 0, counts: dict[str, int] | None = None) -> Path:
     """Draw all splits below `root` unless they are there, and return `root` as an absolute path.
 
     `counts` overrides entries of `COUNTS`. The files are drawn into a hidden sibling folder that is renamed
@@ -114,3 +123,22 @@ def generate(root: str | Path = "data/toy_cities", seed: int = 0, counts: dict[s
         partial.rename(root)
         shutil.rmtree(outdated, ignore_errors=True)
     return root
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Draw the toy cities in the layouts of the real data sets.")
+    parser.add_argument("--root", default="data/toy", help="folder to write (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all drawings (default: %(default)s)")
+    args = parser.parse_args()
+    if args.seed < 0:
+        parser.error("--seed must be 0 or more")
+    try:
+        root = generate(args.root, args.seed)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{root}: " + ", ".join(f"{count} {split}" for split, count in COUNTS.items()) + " images")
+
+
+if __name__ == "__main__":
+    main()
