@@ -303,7 +303,7 @@ def _place_toy(config: Config) -> None:
                 section.root = os.path.join(data.toy_root, Path(section.root).relative_to(before))
 
 
-def read_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
+def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
     """The configuration of one stage, with keys, types, ranges and combinations checked.
 
     Args:
