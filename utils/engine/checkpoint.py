@@ -48,22 +48,11 @@ def atomic_write(path: Path, write: Any, previous: Path | None = None) -> None:
         if previous and path.is_file():
             os.replace(path, previous)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; what was there before is kept") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring renames to the disk, where the system can."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def plain(value: object) -> object:
