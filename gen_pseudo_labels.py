@@ -24,7 +24,7 @@ from data.check import check_samples
 from data.datasets import SegmentationDataset, build_dataset
 from data.loaders import whole_images
 from data.taxonomy import class_set
-from utils.config import Config, UserError, to_dict
+from utils.config import Config, to_dict
 from utils.config.keys import MAX_SKIPPED
 from utils.engine import checkpoint, distributed
 from utils.engine.command_line import run_cli
@@ -44,7 +44,10 @@ def main(cfg: Config) -> dict:
             lambda: checkpoint.find_checkpoint(cfg, cfg.checkpoint, cfg.model.published),
         )
         wanted = _settings(cfg, weights, target)
-        if finished := _finished(cfg, wanted):
+        finished = store.finished(cfg.run_dir, wanted, cfg.train.restart)
+        distributed.wait()  # no process deletes the folder before all have read it
+        if finished:
+            print(f"{show_path(cfg.run_dir)} is complete: {len(target)} pseudo labels")
             return finished
         if distributed.is_main():
             store.clear(cfg.run_dir)
@@ -52,13 +55,19 @@ def main(cfg: Config) -> dict:
         model, message = load_network(cfg, weights, device, target)
         print(*target.notes, message, sep="\n")
         own, histogram, highest = _predict(model, target, cfg, device)
-        left_out = _left_out(target, own, cfg)
+        left_out = store.left_out(target.samples, set().union(*distributed.gathered(own)), MAX_SKIPPED)
         limits = store.level_limits(histogram, cfg.pseudo.threshold, cfg.pseudo.selection, cfg.pseudo.keep)
-        names, threshold = class_set(cfg.data).names, cfg.pseudo.threshold
-        statistics = store.statistics(histogram, limits, names, threshold, highest)
+        statistics = store.statistics(histogram, limits, class_set(cfg.data).names, cfg.pseudo.threshold, highest)
         store.drop_all_unsure(cfg.run_dir, own, limits)
-        manifest = wanted | {"weights": str(weights)} | statistics
-        _finish(cfg.run_dir, manifest | {"left_out": left_out, "config": to_dict(cfg)}, len(target) - len(left_out))
+        if hasattr(os, "sync"):
+            os.sync()  # all labels are on the disk before the manifest says so
+        distributed.wait()
+        manifest = wanted | statistics | {"weights": str(weights), "left_out": left_out, "config": to_dict(cfg)}
+        checkpoint.write_json(cfg.run_dir / store.MANIFEST, manifest)
+        distributed.wait()
+        print(store.table(statistics["classes"]))
+        images = f"{len(target) - len(left_out)} pseudo labels in {show_path(cfg.run_dir)}"
+        print(f"{images}: {statistics['kept']:.1%} of all pixels kept")
         return store.read_manifest(cfg.run_dir)
 
 
@@ -79,29 +88,6 @@ def _settings(cfg: Config, weights: Path, target: SegmentationDataset) -> dict:
         "flip": True,
         **{key: getattr(cfg.pseudo, key) for key in ("threshold", "selection", "keep")},
     }
-
-
-def _finished(cfg: Config, wanted: dict) -> dict | None:
-    """The manifest of a finished folder with these settings, None if there is nothing to keep.
-
-    Raises UserError if the folder holds other pseudo labels.
-    """
-    folder, manifest = cfg.run_dir, None
-    if (folder / store.MANIFEST).is_file():
-        manifest = store.read_manifest(folder)
-        differing = [k for k in wanted if manifest.get(k) != wanted[k]]
-        if not differing:
-            print(f"{show_path(folder)} is complete: {wanted['images']} pseudo labels")
-        elif cfg.train.restart:
-            manifest = None
-        else:
-            changes = ", ".join(f"{k}: {manifest.get(k)} -> {wanted[k]}" for k in differing)
-            raise UserError(
-                f"{show_path(folder)} holds other pseudo labels ({changes}); choose a name=, or replace "
-                "them with train.restart=true"
-            )
-    distributed.wait()  # no process deletes the folder before all have read it
-    return manifest
 
 
 def _predict(
@@ -140,28 +126,6 @@ def _predict(
             done.result()
     histogram = distributed.total(counts).view(-1, 256).cpu().numpy()
     return own, histogram, max(distributed.gathered(highest.item()))
-
-
-def _left_out(target: SegmentationDataset, own: set[str], cfg: Config) -> list[str]:
-    """Names of the images that could not be read; raises UserError if there are more than MAX_SKIPPED."""
-    written = set().union(*distributed.gathered(own))
-    left_out = [s.name for s in target.samples if s.name not in written]
-    if len(left_out) > MAX_SKIPPED:
-        raise UserError(
-            f"{len(left_out)} target images cannot be used, more than {MAX_SKIPPED}; the first is {left_out[0]}"
-        )
-    return left_out
-
-
-def _finish(folder: Path, manifest: dict, images: int) -> None:
-    """Write the manifest and print the table of classes."""
-    if hasattr(os, "sync"):
-        os.sync()  # all labels are on the disk before the manifest says so
-    distributed.wait()
-    checkpoint.write_json(folder / store.MANIFEST, manifest)
-    print(store.table(manifest["classes"]))
-    print(f"{images} pseudo labels in {show_path(folder)}: {manifest['kept']:.1%} of all pixels kept")
-    distributed.wait()
 
 
 if __name__ == "__main__":

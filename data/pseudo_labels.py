@@ -187,6 +187,30 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
+def finished(folder: Path, wanted: dict, replace: bool) -> dict | None:
+    """The manifest of a finished folder made with the settings `wanted`, None if there is nothing to keep.
+
+    Raises UserError if the folder holds pseudo labels of other settings, unless `replace`.
+    """
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(folder)
+    changes = ", ".join(f"{k}: {manifest.get(k)} -> {v}" for k, v in wanted.items() if manifest.get(k) != v)
+    if changes and not replace:
+        raise UserError(
+            f"{folder} holds other pseudo labels ({changes}); choose a name=, or replace them with train.restart=true"
+        )
+    return None if changes else manifest
+
+
+def left_out(samples: list[Sample], written: set[str], most: int) -> list[str]:
+    """Names of images without a pseudo label, as they cannot be read; UserError if there are more than `most`."""
+    names = [s.name for s in samples if s.name not in written]
+    if len(names) > most:
+        raise UserError(f"{len(names)} target images cannot be used, more than {most}; the first is {names[0]}")
+    return names
+
+
 def attach(target: SegmentationDataset, folder: Path, classes: ClassSet) -> None:
     """Make the pseudo labels the labels of a target dataset, without the images that the generator left out.
 
