@@ -66,6 +66,11 @@ def test_a_batch_in_parts_is_the_batch(configure, tmp_path, monkeypatch, name, p
         cfg = resolve_auto(configure("gta5_to_city", file, tmp_path, *numbers, *given))
         stage = stage_type(cfg, CPU)
         stage.views = PlainViews()
+        torch.manual_seed(0)
+        for name_of, network in stage.networks.items():
+            for module in network.modules() if name_of == "discriminator" else ():
+                if isinstance(module, nn.Conv2d):  # at the released scale, the gradients of its two halves cancel
+                    module.reset_parameters()
         for module in stage.model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 monkeypatch.setattr(module, "training", False)
@@ -78,7 +83,7 @@ def test_a_batch_in_parts_is_the_batch(configure, tmp_path, monkeypatch, name, p
     for kind in ("loss", "grad_norm"):
         assert means_in_parts[kind] == pytest.approx(means[kind], rel=1e-5)
     for a, b in zip(gradients, gradients_in_parts):
-        assert (a - b).norm() <= 3e-5 * max(a.norm(), means["grad_norm"]["model"] / 100)
+        assert (a - b).norm() <= 1e-5 * max(a.norm(), means["grad_norm"]["model"] / 100)
 
 
 def test_a_step_with_checkpointing_is_the_step(configure, tmp_path):
