@@ -14,6 +14,7 @@ images are smaller, so that each section ends within minutes.
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import os
 import platform
@@ -88,6 +89,7 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 
 def peak_memory_of(call: Callable[[], object], device: torch.device) -> int:
     """Bytes of tensors that one call has alive at once, beyond those that were there before."""
+    gc.collect()  # or what others left behind may be freed during the call, and count as less
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

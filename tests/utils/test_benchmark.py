@@ -1,5 +1,7 @@
 """The benchmark: its memory estimate, its forms, and what it prints."""
 
+import gc
+
 import pytest
 import torch
 
@@ -32,6 +34,24 @@ def test_estimated_memory_is_the_measured(recipe, precision, checkpointing):
     # Gradients are made anew in each step; weights and the optimisers' numbers stay.
     assert memory.batch + weights == pytest.approx(peak_memory_of(step, CPU), rel=0.2)
     assert 3 * weights < memory.fixed < 4 * weights
+
+
+def test_what_others_left_is_not_counted():
+    class Cycle:
+        def __init__(self):
+            self.me, self.memory = self, torch.empty(3_000_000, dtype=torch.uint8)
+
+    def call():
+        first = torch.empty(5_000_000, dtype=torch.uint8)
+        gc.collect()
+        return first, torch.empty(10_000_000, dtype=torch.uint8)
+
+    gc.disable()
+    try:
+        peak_memory_of(Cycle, CPU)
+        assert peak_memory_of(call, CPU) == 15_000_000
+    finally:
+        gc.enable()
 
 
 def test_plan_suggests_what_fits(recipe, capsys, monkeypatch):
