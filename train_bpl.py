@@ -38,7 +38,7 @@ class BPL(Stage):
             self.discriminator = PatchDiscriminator(len(class_set(cfg.data))).to(device)
             self.networks["discriminator"] = self.discriminator
             self.optimizers["discriminator"] = torch.optim.Adam(
-                self.discriminator.parameters(), lr=cfg.train.lr_discriminator, betas=(0.9, 0.99)
+                self.discriminator.parameters(), lr=cfg.train.lr_discriminator, betas=(0.9, 0.99), fused=True
             )
 
     def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:

@@ -88,7 +88,9 @@ class Stage:
         groups = parameter_groups(self.model, t.lr, t.head_lr_factor)
         self.networks: dict[str, nn.Module] = {"model": self.model}
         self.teachers: dict[str, nn.Module] = {}
-        self.optimizers: dict[str, Optimizer] = {"model": SGD(groups, momentum=MOMENTUM, weight_decay=t.weight_decay)}
+        # fused: one pass over the weights; on a GPU one kernel, on a CPU half the time
+        sgd = SGD(groups, momentum=MOMENTUM, weight_decay=t.weight_decay, fused=True)
+        self.optimizers: dict[str, Optimizer] = {"model": sgd}
         self.views = Views(cfg.data, self.model.mean, self.model.std)
 
     def before_step(self, iteration: int) -> None:
