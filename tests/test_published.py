@@ -196,7 +196,12 @@ def test_discriminator_of_our_form_is_gone_on_with_or_begun_anew(configure, weig
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs) == (choice == "checkpoint")
 
 
-FILES = {"PBAL 19": ("pbal_release", 19), "ProDA 19": ("proda", 19), "ProDA 16 bn_clr": ("proda_bn_clr", 16)}
+FILES = {
+    "PBAL 19": ("pbal_release", 19),
+    "ProDA 19": ("proda", 19),
+    "ProDA 16": ("proda", 16),
+    "ProDA 16 bn_clr": ("proda_bn_clr", 16),
+}
 
 
 @pytest.mark.parametrize("kind", list(FILES))
