@@ -102,7 +102,7 @@ def run(overrides: list[str], control: bool = True, bound: bool = False) -> dict
     folder = tests.sibling_run("")
     summary = {"benchmark": tests.benchmark, "seed": tests.seed, "stages": rows}
     checkpoint.write_json(folder / "summary.json", summary)
-    _panel(tests, final_run, folder / "panel.png")
+    _panel(tests, final_run, configs["bpl"].batchnorm.statistics, folder / "panel.png")
     print(format_summary(rows))
     print(f"written to {show_path(folder / 'summary.json')}, panel.png and {write_report(folder).name} beside it")
     return summary
@@ -281,12 +281,15 @@ def format_summary(rows: dict[str, dict]) -> str:
     return "\n".join([*lines, *(note for title, note in NOTES.items() if title in columns)])
 
 
-def _panel(cfg: Config, runs: dict[str, str], path: Path) -> None:
+def _panel(cfg: Config, runs: dict[str, str], statistics: str, path: Path) -> None:
     """image | each stage | truth, of five images: from the one that gained most pixels over all stages to the one that
-    lost most."""
+    lost most. Source only is shown under the BatchNorm statistics of the stages after it: what differs is learnt."""
     cfg, device, classes = copy.deepcopy(cfg), choose_device(cfg), class_set(cfg.data)
-    cfg.which, cfg.batchnorm.statistics = "last", "saved"
-    models = [load_network(cfg, checkpoint.find_checkpoint(cfg, run_name), device)[0] for run_name in runs.values()]
+    cfg.which, models = "last", []
+    target = build_dataset(cfg.data.target, classes, with_labels=False)
+    for stage, run_name in runs.items():
+        cfg.batchnorm.statistics = statistics if stage == "source_only" else "saved"
+        models.append(load_network(cfg, checkpoint.find_checkpoint(cfg, run_name), device, target)[0])
     val = build_dataset(cfg.data.val, classes)
     gains = np.zeros(len(val))
     for model, sign in ((models[0], -1), (models[-1], 1)):
