@@ -127,10 +127,7 @@ class Views:
         return _normalize(out, self.mean, self.std)
 
     def distill(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """As `weak`, after RandAugment and cutout (after ProDA's strong view).
-
-        With `data.strong_geometry` also mirrored, rotated, sheared and moved, with a square hole whose centre may be
-        anywhere in the image (as released); otherwise colours alone, with a hole of the crop's aspect inside it.
+        """As `weak`, after RandAugment and cutout; with `data.strong_geometry` also mirrored (ProDA's strong view).
 
         Args:
             labels: uint8 (N, H, W).
@@ -153,14 +150,10 @@ class Views:
         return self.weak(out), labels
 
     def _hole(self, height: int, width: int) -> tuple[slice, slice]:
-        """Rows and columns that cutout hides."""
-        if self.geometry:
-            side = round(self.cutout * min(height, width))
-            top, left = (max(0, int(torch.randint(length, ())) - side // 2) for length in (height, width))
-            return slice(top, top + side), slice(left, left + side)
-        rows, columns = round(height * self.cutout), round(width * self.cutout)
-        top, left = int(torch.randint(height - rows + 1, ())), int(torch.randint(width - columns + 1, ()))
-        return slice(top, top + rows), slice(left, left + columns)
+        """Rows and columns of a square hole whose centre is uniform in the image (as released)."""
+        side = round(self.cutout * min(height, width))
+        top, left = (max(0, int(torch.randint(length, ())) - side // 2) for length in (height, width))
+        return slice(top, top + side), slice(left, left + side)
 
 
 def renormalize(images: Tensor, before: nn.Module, after: nn.Module) -> Tensor:

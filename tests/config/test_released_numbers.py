@@ -40,6 +40,9 @@ NUMBERS = [
     (TRAINED, "data.source.size", [1914, 1052], PBAL),
     (TRAINED, "data.target.size", [2048, 1024], PBAL),
     ((DISTILL,), "data.randaugment", [2, 10], PRODA),
+    ((DISTILL,), "data.strong_geometry", True, PRODA),
+    ((DISTILL,), "data.cutout", 0.333, PRODA),  # 170 of 512 pixels
+    ((DISTILL,), "distill.resolution", "quarter", PRODA),
     (TRAINED, "model.dropout", 0.1, PBAL),
     ((WARMUP, BPL), "loss.adversarial", 0.01, PBAL),
     ((BPL,), "loss.bidirectional", 0.1, PBAL),

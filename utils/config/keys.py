@@ -123,11 +123,11 @@ class DataConfig:
         [2, 10], "strong view: number and magnitude of operations (ProDA)", most=10, stages=("distill",)
     )
     cutout: float = opt(
-        0.25, "strong view: side of the hole over the crop's side; 0 = no hole", most=1, stages=("distill",)
+        0.333, "strong view: side of the hole over the crop's short side; 0 = no hole (ProDA)", most=1, stages=("distill",)
     )
     strong_geometry: bool = opt(
-        False,
-        "distillation's strong view: also mirror, rotation, shear, translation, and a square hole (ProDA)",
+        True,
+        "distillation's strong view: also mirror, rotation, shear and translation (ProDA)",
         stages=("distill",),
     )
     workers: int = opt(4, "loader processes per domain and training process; 0 = the training process loads")
@@ -326,7 +326,7 @@ class PseudoConfig:
 @dataclass
 class DistillConfig:
     resolution: Literal["full", "quarter"] = opt(
-        "full",
+        "quarter",
         "where the student is compared with labels and teacher: full = labels' size and feature size | quarter = a "
         "quarter of the crop for both (ProDA)",
     )
