@@ -51,7 +51,14 @@ from models.build import default_stride
 from utils.config import ROOT, Config, ConfigError, UserError
 from utils.config.keys import DataConfig, DatasetConfig
 from utils.engine.command_line import run_words
-from utils.engine.setup import build_network, choose_device, compile_networks, load_config, resolve_auto
+from utils.engine.setup import (
+    build_network,
+    choose_device,
+    compile_networks,
+    load_config,
+    refuse_unusable_backbone,
+    resolve_auto,
+)
 from utils.engine.step import GuardedStep
 from utils.evaluation.metrics import ConfusionMatrix
 from utils.evaluation.prediction import autocast, default_precision, normalized, predict_labels
@@ -452,6 +459,7 @@ def main() -> None:
         if unknown := [name for name in chosen if name not in SECTIONS]:
             raise ConfigError(f"unknown section {unknown[0]!r}; known are {', '.join(SECTIONS)}")
         cfg = load_config(ROOT / "configs" / "stage1_BPL.yml", [w for w in words if "=" in w])
+        refuse_unusable_backbone(cfg)
         device = choose_device(cfg)
         on_gpu = device.type == "cuda"
         name = torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine()
