@@ -126,6 +126,10 @@ def import_timm(name: str = "") -> ModuleType:
     return timm
 
 
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 class TimmBackbone(nn.Module):
     """Any timm network that gives feature maps of images of any size.
 
@@ -142,7 +146,7 @@ class TimmBackbone(nn.Module):
         patch: images are padded to multiples of it, on the right and below; 1 = never.
 
     Raises:
-        ValueError: timm is not installed or does not know the name; the network has no map at that stride.
+        ValueError: timm is not installed or does not know the name; the network has no maps, or none at that stride.
     """
 
     def __init__(self, name: str, output_stride: int | None = 16, coarsest: int = 16):
@@ -153,7 +157,10 @@ class TimmBackbone(nn.Module):
             self.net = timm.create_model(name, features_only=True, output_stride=output_stride or 16)
         except Exception:  # timm's networks refuse in many ways
             self.dilated = False
-            self.net = self._undilated(timm, output_stride, coarsest)
+            try:
+                self.net = self._undilated(timm, output_stride, coarsest)
+            except Exception as error:
+                raise ValueError(f"model.backbone=timm/{name} cannot give feature maps: {_reason(error)}") from None
         reductions, channels = self.net.feature_info.reduction(), self.net.feature_info.channels()
         self.output_stride = reductions[-1]
         if output_stride not in (None, self.output_stride):
@@ -222,8 +229,9 @@ def check_backbone(name: str, output_stride: int | None = None, coarsest: int = 
     except ValueError:
         raise
     except Exception as error:  # timm's networks refuse in many ways
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"model.backbone=timm/{name} cannot give features of images of any size: {reason}") from None
+        raise ValueError(
+            f"model.backbone=timm/{name} cannot give features of images of any size: {_reason(error)}"
+        ) from None
     return None if net.dilated else net.output_stride
 
 

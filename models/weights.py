@@ -357,7 +357,7 @@ def _contradictions(model: nn.Module, file: WeightFile) -> list[str]:
 
 
 def _for_timm(file: WeightFile, own: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """A file's tensors under the names of a timm network in a model: by timm's names, or by order if it has none of them.
+    """A file's tensors under the names of a timm network in a model: by timm's, or by order if it has none of those.
 
     timm converts what it knows of other codes, e.g. position embeddings of another image size. The file must hold the
     whole network; of its classifier any number of classes, or none. Raises WeightError that names what does not fit.
@@ -468,7 +468,7 @@ def _timm_weights(name: str, folder: Path, way: str) -> Path:
         state = timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # of many kinds: no such weights, no internet, a damaged file
         reason = str(error).strip().split("\n")[0].split(". ")[0]
-        where = f"https://huggingface.co/{known.hf_hub_id}" if known and known.hf_hub_id else "timm's documentation"
+        where = f"https://huggingface.co/{known.hf_hub_id}" if known and known.hf_hub_id else "timm's list"
         raise WeightError(
             f"no ImageNet weights of timm/{name}: timm cannot get them ({reason}); put the model.safetensors of {where} "
             f"at {folder / stem}.safetensors, {way}{WAYS}"

@@ -98,6 +98,7 @@ def test_wrong_type_names_the_key(override):
 
 def test_unknown_choice_names_the_nearest():
     refused(r"model\.output_stride=9 is not one of auto \| 8 \| 14 \| 16 \| 32; nearest is 8", "model.output_stride=9")
+    refused(r"model\.output_stride=32, but model\.backbone=resnet101 has 8 and 16", "model.output_stride=32")
     refused("data.class_set='cityscapes13' .*; nearest is cityscapes1[69]", "data.class_set=cityscapes13")
     refused("model.backbone='resnet102' is unknown; nearest is 'resnet1", "model.backbone=resnet102")
     refused("benchmark='gta_to_cityscapes' .*nearest is 'gta5_to_cityscapes'", "benchmark=gta_to_cityscapes")

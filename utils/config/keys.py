@@ -210,6 +210,8 @@ class ModelConfig:
         if not name.startswith("timm/") and name not in RESNETS:
             near = difflib.get_close_matches(name, RESNETS, 1, 0)
             raise ConfigError(f"{key}.backbone={name!r} is unknown; nearest is {near[0]!r}, or timm/NAME")
+        fits = name.startswith("timm/") or self.output_stride in ("auto", 8, 16)
+        require(fits, f"{key}.output_stride={self.output_stride}, but {key}.backbone={name} has 8 and 16")
         variant = self.bn_clr is not True or self.arch != "deeplab_pbal"
         require(variant, f"{key}.bn_clr is a variant of deeplabv2, not of {key}.arch={self.arch}")
 
