@@ -114,7 +114,7 @@ def _set_geometry(stage: nn.Sequential, stride: int, dilations: list[int], caffe
 
 
 def import_timm(name: str = "") -> ModuleType:
-    """timm, which networks timm/NAME and .safetensors files need; ValueError if it is missing, or has no such network."""
+    """timm, which networks timm/NAME and .safetensors files need; ValueError if it, or such a network, is missing."""
     try:
         import timm
     except ImportError:

@@ -470,8 +470,8 @@ def _timm_weights(name: str, folder: Path, way: str) -> Path:
         reason = str(error).strip().split("\n")[0].split(". ")[0]
         where = f"https://huggingface.co/{known.hf_hub_id}" if known and known.hf_hub_id else "timm's list"
         raise WeightError(
-            f"no ImageNet weights of timm/{name}: timm cannot get them ({reason}); put the model.safetensors of {where} "
-            f"at {folder / stem}.safetensors, {way}{WAYS}"
+            f"no ImageNet weights of timm/{name}: timm cannot get them ({reason}); put the model.safetensors of "
+            f"{where} at {folder / stem}.safetensors, {way}{WAYS}"
         ) from None
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,8 @@
 
 The file takes RGB images as they are, uint8 (N, 3, H, W) of any number and size, and normalises them itself. It gives
 labels, uint8 (N, H, W) of train ids as `test.py` predicts them at scale 1 in float32, or probabilities, float32
-(N, K, H, W). It is written once it has given what the network gives, at two sizes, of one image and of two; ONNX without
-ONNX Runtime is not checked. All other keys are those of `test.py`.
+(N, K, H, W). It is written once it has given what the network gives, at two sizes, of one image and of two; ONNX
+without ONNX Runtime is not checked. All other keys are those of `test.py`.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ def run(words: list[str]) -> Path:
             difference = largest_difference(network, exported)
             if not difference <= TOLERANCE:
                 raise UserError(
-                    f"format={own['format']} computes other {own['output']} than the network, by up to {difference:.1e} "
-                    f"in probability; {path} is not written"
+                    f"format={own['format']} computes other {own['output']} than the network, by up to "
+                    f"{difference:.1e} in probability; {path} is not written"
                 )
             print(f"checked: probabilities differ by at most {difference:.1e}")
         else:
