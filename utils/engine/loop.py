@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from data import pseudo_labels
 from data.check import check_samples
@@ -85,12 +85,14 @@ class Stage:
         self.cfg, self.device = cfg, device
         self.model = distributed.synchronized(build_network(cfg, device), device)
         t = cfg.train
-        groups = parameter_groups(self.model, t.lr, t.head_lr_factor)
+        adamw = t.optimizer == "adamw"
+        groups = parameter_groups(self.model, t.lr, t.head_lr_factor, spare_vectors=adamw)
         self.networks: dict[str, nn.Module] = {"model": self.model}
         self.teachers: dict[str, nn.Module] = {}
+        kind, own = (AdamW, {}) if adamw else (SGD, {"momentum": MOMENTUM})
         # fused: one pass over the weights; on a GPU one kernel, on a CPU half the time
-        sgd = SGD(groups, momentum=MOMENTUM, weight_decay=t.weight_decay, fused=True)
-        self.optimizers: dict[str, Optimizer] = {"model": sgd}
+        optimizer = kind(groups, weight_decay=t.weight_decay, fused=True, **own)
+        self.optimizers: dict[str, Optimizer] = {"model": optimizer}
         self.views = Views(cfg.data, self.model.mean, self.model.std)
 
     def before_step(self, iteration: int) -> None:
@@ -130,7 +132,8 @@ def fit(cfg: Config, stage_type: type[Stage]) -> dict:
                 if stop.came():
                     run.leave(stop)
                 run.iteration += 1
-                rates = _set_learning_rates(run.stage, (1 - run.iteration / t.horizon) ** POWER)
+                rise = min(1, run.iteration / max(1, t.warmup_steps))
+                rates = _set_learning_rates(run.stage, rise * (1 - run.iteration / t.horizon) ** POWER)
                 run.stage.before_step(run.iteration)
                 if message := run.step(run.stage.step, source, target, run.iteration):
                     run.log.info(message)

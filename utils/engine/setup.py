@@ -13,8 +13,9 @@ from torch import nn
 from data import toy
 from data.datasets import SegmentationDataset
 from data.taxonomy import CLASS_SETS, check_classes, class_set
-from models import OUTPUT_STRIDE, WeightError, WeightFile, build_model, read_weights, released_dilations
+from models import WeightError, WeightFile, build_model, read_weights, released_dilations
 from models.backbone import check_backbone
+from models.build import default_stride
 from models.weights import SIMCLR_SETTINGS
 from utils.config import Config, ConfigError, UserError
 from utils.config import load_config as read_config
@@ -93,7 +94,7 @@ def resolve_auto(cfg: Config, file: WeightFile | None = None) -> Config:
     m, told = cfg.model, dict(file.settings) if file else {}
     if file and file.backbone_alone:
         # A file found under its published name is what the name says.
-        told |= {"simclr": SIMCLR_SETTINGS, "imagenet": {"normalization": "auto"} | told}.get(m.init, {})
+        told |= {"simclr": SIMCLR_SETTINGS, "imagenet": {"normalization": "auto"}}.get(m.init, {})
         if m.arch == "deeplab_pbal":
             told.pop("bn_clr", None)  # the variant is deeplabv2's
         if m.normalization == "auto" and "normalization" not in told:
@@ -112,7 +113,7 @@ def resolve_auto(cfg: Config, file: WeightFile | None = None) -> Config:
             )
     m.arch = DEFAULT_ARCH if m.arch == "auto" else m.arch
     m.backbone = DEFAULT_BACKBONE if m.backbone == "auto" else m.backbone
-    m.output_stride = OUTPUT_STRIDE[m.arch] if m.output_stride == "auto" else m.output_stride
+    m.output_stride = default_stride(m.arch, m.backbone) if m.output_stride == "auto" else m.output_stride
     m.dilations = released_dilations(m.arch, m.output_stride) if m.dilations == "auto" else m.dilations
     m.bn_clr = m.bn_clr is True
     t = cfg.train
@@ -133,10 +134,10 @@ def resolve_auto(cfg: Config, file: WeightFile | None = None) -> Config:
 
 
 def refuse_unusable_backbone(cfg: Config) -> None:
-    """ConfigError if there is no network of the name that `model.backbone` gives, or it cannot be dilated."""
+    """ConfigError if there is no network of the name that `model.backbone` gives, or not at `model.output_stride`."""
     m = cfg.model
     try:
-        check_backbone(m.backbone, 16 if m.output_stride == "auto" else m.output_stride)
+        check_backbone(m.backbone, None if m.output_stride == "auto" else m.output_stride)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

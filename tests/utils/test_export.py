@@ -1,0 +1,99 @@
+"""A trained network as one file gives what the network gives, for images of any number and size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from data.taxonomy import CITYSCAPES_NAMES
+from models import build_model, load_model
+from utils import export
+from utils.config import ConfigError, UserError
+from utils.evaluation.prediction import predict_labels
+
+SIZES = ((1, 40, 70), (2, 61, 97))
+FORMS = ("torchscript", "pt2", pytest.param("onnx", marks=pytest.mark.slow))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Call with an architecture and a backbone for a checkpoint whose classes differ from pixel to pixel."""
+
+    def make(arch, backbone):
+        torch.manual_seed(0)
+        model = build_model(arch, 19, backbone, 16)
+        model.classifier.weight.data.mul_(100)
+        with torch.no_grad():  # other running statistics than at the start
+            model.train()(torch.randn(2, 3, 64, 64) * 2 + 1)
+        recipe = {"arch": arch, "backbone": backbone, "output_stride": 16, "dilations": model.dilations}
+        recipe |= {"bn_clr": False, "class_names": list(CITYSCAPES_NAMES)}
+        path = tmp_path_factory.mktemp("trained") / "last.pth"
+        torch.save({"model": model.state_dict(), "recipe": recipe | {"mean": model.mean, "std": model.std}}, path)
+        return path
+
+    return make
+
+
+def read(path, form):
+    if form == "torchscript":
+        return torch.jit.load(str(path))
+    if form == "pt2":
+        return torch.export.load(path).module()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("arch", "backbone"),
+    [("deeplabv2", "resnet18"), *(("deeplab_pbal", f"timm/{n}") for n in ("test_vit", "tf_efficientnet_lite0"))],
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_file_gives_what_the_network_gives(trained, tmp_path, capsys, form, arch, backbone):
+    if form == "onnx":
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(name)
+    if backbone.startswith("timm/"):
+        pytest.importorskip("timm")
+    checkpoint, files = trained(arch, backbone), {}
+    for output in export.OUTPUTS if form == "torchscript" else ("labels",):
+        files[output] = tmp_path / f"{output}.bin"
+        words = [f"checkpoint={checkpoint}", f"format={form}", f"output={output}", f"file={files[output]}"]
+        assert export.run(words) == files[output]
+        assert "checked: probabilities differ by at most" in capsys.readouterr().out
+    model, rng = load_model(checkpoint), np.random.default_rng(0)
+    for number, height, width in SIZES:
+        images = torch.from_numpy(rng.integers(0, 256, (number, 3, height, width), np.uint8))
+        labels, confidence = predict_labels(model, images, with_confidence=True)  # as test.py
+        assert len(labels.unique()) > 2
+        found = read(files["labels"], form)(images)
+        sure = confidence > 0.51  # elsewhere two classes may tie
+        assert found.dtype == torch.uint8 and found.shape == labels.shape and sure.any()
+        assert torch.equal(found[sure], labels[sure])
+        if "probabilities" in files:
+            probabilities = read(files["probabilities"], form)(images)
+            assert probabilities.shape == (number, 19, height, width)
+            assert torch.allclose(probabilities.amax(1), confidence, atol=1e-4)
+            assert torch.equal(probabilities.argmax(1)[sure].byte(), labels[sure])
+
+
+def test_what_cannot_be_exported_is_said_and_nothing_is_written(trained, tmp_path, monkeypatch):
+    checkpoint, file = trained("deeplabv2", "resnet18"), tmp_path / "x"
+
+    def refused(kind, said, *words):
+        with pytest.raises(kind, match=said) as error:
+            export.run([f"checkpoint={checkpoint}", f"file={file}", *words])
+        assert "\n" not in str(error.value) and not file.exists()
+
+    refused(ConfigError, r"format= is not one of onnx \| torchscript \| pt2")
+    refused(ConfigError, r"output=mask is not one of labels \| probabilities", "format=pt2", "output=mask")
+    refused(UserError, "no weights at .*none.pth", "format=pt2", "checkpoint=none.pth")
+    with monkeypatch.context() as patch:
+        patch.setattr(export.importlib.util, "find_spec", lambda name: None)
+        refused(UserError, "format=onnx needs onnx and onnxscript: pip install -r utils/req", "format=onnx")
+    exported = export.export
+    monkeypatch.setattr(export, "export", lambda *args: lambda x: exported(*args)(x).flip(-1))  # not what was asked for
+    refused(UserError, r"format=torchscript computes other labels than the network, by up to \S+", "format=torchscript")

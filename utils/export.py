@@ -1,0 +1,173 @@
+"""A trained network as one file for deployment: ONNX, TorchScript or torch.export.
+
+    python -m utils.export checkpoint=my.pth format=onnx
+    python -m utils.export benchmark=toy checkpoint=distill/round2 format=pt2 output=probabilities
+    python -m utils.export checkpoint=my.pth format=torchscript file=street.pt
+
+The file takes RGB images as they are, uint8 (N, 3, H, W) of any number and size, and normalises them itself. It gives
+labels, uint8 (N, H, W) of train ids as `test.py` predicts them at scale 1 in float32, or probabilities, float32
+(N, K, H, W). It is written once it has given what the network gives, at two sizes, of one image and of two; ONNX
+without ONNX Runtime is not checked. All other keys are those of `test.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from data.datasets import build_dataset
+from data.taxonomy import class_set
+from models import upsample
+from utils.config import ROOT, ConfigError, UserError
+from utils.engine import checkpoint
+from utils.engine.command_line import run_words
+from utils.engine.setup import load_config, load_network, prepare_data
+
+ENDINGS = {"onnx": ".onnx", "torchscript": ".pt", "pt2": ".pt2"}
+OUTPUTS = ("labels", "probabilities")
+CHECKED = ((64, 96), (101, 77))  # heights and widths
+TOLERANCE = 1e-4  # of probabilities
+Network = Callable[[Tensor], Tensor]
+
+
+class Deployed(nn.Module):
+    """A network from uint8 images (N, 3, H, W) to `output` at their size."""
+
+    def __init__(self, model: nn.Module, output: str):
+        super().__init__()
+        self.model, self.output = model, output
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(getattr(model, name)).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Labels uint8 (N, H, W), or probabilities float32 (N, K, H, W)."""
+        logits = self.model((images.float() / 255 - self.mean) / self.std)["logits"]
+        height, width = images.shape[2:]
+        logits = upsample(upsample(logits, (height, logits.shape[3])), (height, width))  # as `predict_labels` does
+        return logits.argmax(1).to(torch.uint8) if self.output == "labels" else logits.softmax(1)
+
+
+def _whole_number_padding() -> contextlib.AbstractContextManager:
+    """Inside, timm's SAME padding (EfficientNet-Lite) reckons in whole numbers: torch.export cannot save math.ceil."""
+    try:
+        from timm.layers import padding
+    except ImportError:
+        return contextlib.nullcontext()
+
+    def whole(x: int, kernel: int, stride: int, dilation: int) -> int:
+        beyond = (kernel - 1) * dilation + 1 - stride
+        return beyond + -x % stride if beyond >= 0 else max(beyond + -x % stride, 0)  # few terms: nested by every layer
+
+    return mock.patch.object(padding, "get_same_padding", whole)
+
+
+def export(network: nn.Module, form: str, path: Path) -> Network | None:
+    """Write a network into `path` and read it back.
+
+    Returns:
+        What the file computes; None if ONNX Runtime is not installed.
+    """
+    example = torch.randint(0, 256, (2, 3, *CHECKED[0]), dtype=torch.uint8)
+    sizes = {"images": dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)}
+    if form == "torchscript":
+        torch.jit.trace(network, example, check_trace=False).save(str(path))
+        return torch.jit.load(str(path))
+    with _whole_number_padding():
+        program = torch.export.export(network, (example,), dynamic_shapes=sizes)
+    if form == "pt2":
+        torch.export.save(program, path)
+        return torch.export.load(path).module()
+    names = {"input_names": ["images"], "output_names": [network.output]}
+    torch.onnx.export(program, (), path, external_data=False, verbose=False, **names)
+    if not importlib.util.find_spec("onnxruntime"):
+        return None
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+@torch.no_grad()
+def largest_difference(network: Deployed, exported: Network) -> float:
+    """Between the probabilities of the two; of labels that differ, how much less probable the file's is."""
+    generator, largest = torch.Generator().manual_seed(0), 0.0
+    for height, width in CHECKED:
+        for number in (1, 2):
+            images = torch.randint(0, 256, (number, 3, height, width), dtype=torch.uint8, generator=generator)
+            found = exported(images)
+            if network.output == "labels":
+                probabilities = Deployed(network.model, "probabilities")(images)
+                chosen = probabilities.gather(1, found[:, None].long())
+                difference = probabilities.amax(1, keepdim=True) - chosen
+            else:
+                difference = (found - network(images)).abs()
+            largest = max(largest, difference.max().item())
+    return largest
+
+
+def run(words: list[str]) -> Path:
+    """Export as the command line says; returns the file.
+
+    Raises:
+        ConfigError: a word that cannot be meant.
+        UserError: no such checkpoint; what the format needs is not installed; it cannot hold this network.
+    """
+    own = {"format": "", "output": "labels", "file": ""}
+    given = dict(word.split("=", 1) for word in words if word.split("=")[0] in own and "=" in word)
+    own |= given
+    if own["format"] not in ENDINGS:
+        raise ConfigError(f"format={own['format']} is not one of {' | '.join(ENDINGS)}")
+    if own["output"] not in OUTPUTS:
+        raise ConfigError(f"output={own['output']} is not one of {' | '.join(OUTPUTS)}")
+    missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
+    if own["format"] == "onnx" and missing:
+        raise UserError(f"format=onnx needs {' and '.join(missing)}: pip install -r utils/requirements-onnx.txt")
+    others = [word for word in words if word.split("=")[0] not in own]
+    cfg, target, device = load_config(ROOT / "configs/test_from_gta_to_city.yml", others), None, torch.device("cpu")
+    weights = checkpoint.find_checkpoint(cfg, cfg.checkpoint, cfg.model.published)
+    if cfg.batchnorm.statistics == "target":
+        prepare_data(cfg)
+        target = build_dataset(cfg.data.target, class_set(cfg.data), with_labels=False)
+    model, message = load_network(cfg, weights, device, target)
+    print(message)
+    network = Deployed(model, own["output"]).eval().requires_grad_(False)
+    path = Path(own["file"] or weights.with_suffix(ENDINGS[own["format"]]).name)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"network{ENDINGS[own['format']]}"
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")  # TorchScript is deprecated, but asked for
+                logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+                exported = export(network, own["format"], file)
+        except Exception as error:  # of many kinds
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise UserError(
+                f"format={own['format']} cannot hold this network for images of any size: {reason}"
+            ) from None
+        if exported:
+            difference = largest_difference(network, exported)
+            if not difference <= TOLERANCE:
+                raise UserError(
+                    f"format={own['format']} computes other {own['output']} than the network, by up to "
+                    f"{difference:.1e} in probability; {path} is not written"
+                )
+            print(f"checked: probabilities differ by at most {difference:.1e}")
+        else:
+            print("not checked: ONNX Runtime is missing (pip install -r utils/requirements-onnx.txt)")
+        checkpoint.atomic_write(path, lambda temporary: shutil.copyfile(file, temporary))
+    print(f"{path}: {own['output']} of {len(model.classifier.weight)} classes")
+    return path
+
+
+if __name__ == "__main__":
+    run_words(run, __doc__)
