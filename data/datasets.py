@@ -85,7 +85,7 @@ class Listing(list[Sample]):
 
 def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
     """As `list_samples`, with labels that may be missing."""
-    root = Path(cfg.root)
+    root = Path(cfg.root).absolute()  # errors name files by their whole paths
     if not root.is_dir():
         raise UserError(f"no {cfg.format} dataset: {root} does not exist (get it: {HOW_TO_GET[cfg.format]})")
     globs, label_of = _LAYOUTS[cfg.format](cfg)
@@ -118,7 +118,7 @@ def find_images(pattern: str) -> Listing:
 
     Raises UserError if there is none, or two would have one name.
     """
-    path, left = Path(pattern).expanduser(), []
+    path, left = Path(pattern).expanduser().absolute(), []
     if path.is_file():
         root, found = path.parent, [path]
     else:
@@ -128,7 +128,7 @@ def find_images(pattern: str) -> Listing:
     if not found:
         note = f"; {_note(root, left)}" if left else ""
         endings = ", ".join(sorted(IMAGE_ENDINGS))
-        raise UserError(f"no image at {pattern}: a file, a folder or a glob of {endings}{note}")
+        raise UserError(f"no image at {path}: a file, a folder or a glob of {endings}{note}")
     samples, first = [], {}
     for image in found:
         name = image.relative_to(root).with_suffix("").as_posix()

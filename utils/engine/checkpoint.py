@@ -226,18 +226,18 @@ def find_checkpoint(cfg: Config, name: str, published: Sequence[str] = ()) -> Pa
     Raises:
         UserError: says where was looked and how to get the weights.
     """
-    file = Path(name).expanduser()
+    file = Path(name).expanduser().absolute()
     if file.is_file():
         return file
     if name.endswith(_ENDINGS):
-        raise UserError(f"no weights at {file.absolute()}")
+        raise UserError(f"no weights at {file}")
     run, theirs = cfg.sibling_run(name) / "checkpoints" / f"{cfg.which}.pth", [PRETRAINED / file for file in published]
     for path in (run, *theirs):
         if path.is_file():
             return path
     command = _MADE_BY.get(name.split("/")[0])
     ways = [f"train it (`{command} benchmark={cfg.benchmark}`)" if command else "train that run"]
-    looked = [str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path) for path in (run, *theirs)]
+    looked = [str(path) for path in (run, *theirs)]
     if published:
         ways.append(f"put a published file at {' or '.join(looked[1:])}")
     raise UserError(f"no weights of '{name}': looked for {', '.join(looked)}; {' or '.join(ways)}, or name a file")

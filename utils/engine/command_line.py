@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import torch
 
 from models import WeightError
-from utils.config import ROOT, Config, ConfigError, UserError, key_help, to_dict, to_yaml
+from utils.config import ROOT, Config, ConfigError, UserError, find_path, key_help, to_dict, to_yaml
 from utils.config.keys import TRAINING_STAGES
 from utils.engine import distributed
 from utils.engine.setup import load_config
@@ -32,6 +32,7 @@ def run_cli(main: Callable[[Config], Any], default_config: str, usage: str, stag
     parser.add_argument(
         "--config",
         metavar="FILE",
+        type=lambda path: Path(find_path(path)).absolute(),
         default=str(ROOT / "configs" / default_config),
         help=f"stage YAML (default: configs/{default_config})",
     )

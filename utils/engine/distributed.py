@@ -23,6 +23,7 @@ SLOW = timedelta(minutes=30)  # that one process may let the others wait: for a 
 GONE = "another process of this run has ended or cannot be reached; the same command started again resumes the run"
 
 _store: dist.Store | None = None  # that all processes see
+_silence = contextlib.ExitStack()  # open while this process must not speak
 
 # ------------------------------------------------------------------------------------------------ start and end
 
@@ -58,7 +59,8 @@ def start() -> None:
             "out of reach? torchrun's --master_addr and --master_port name others"
         ) from None
     if not is_main():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        silent = _silence.enter_context(open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        _silence.enter_context(contextlib.redirect_stdout(silent))
 
 
 def end() -> None:
@@ -66,7 +68,7 @@ def end() -> None:
     if dist.is_initialized():
         wait()
         dist.destroy_process_group()
-        sys.stdout = sys.__stdout__
+        _silence.close()
 
 
 def leave(status: int) -> None:

@@ -190,7 +190,7 @@ def _append(path: Path, line: str) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path.absolute()}: {error.strerror}; the last checkpoint is kept")
+    return UserError(f"cannot write {path}: {error.strerror}; the last checkpoint is kept")
 
 
 def show_path(path: Path) -> str:

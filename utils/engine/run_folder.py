@@ -78,9 +78,7 @@ def _lock(file, folder: Path) -> None:
             return  # a file system without locks
         file.seek(0)
         holder = file.read().strip() or "another process"
-        raise UserError(
-            f"{folder.absolute()} is in use by {holder}: wait for it, or give this run another name="
-        ) from None
+        raise UserError(f"{folder} is in use by {holder}: wait for it, or give this run another name=") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()

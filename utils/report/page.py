@@ -158,7 +158,7 @@ class _Page:
     """The sections of a page; each is '' where the folder has nothing for it."""
 
     def __init__(self, folder: Path):
-        folder = folder.resolve()
+        folder = folder.absolute()
         self.folder, self.over_seeds = folder, read_mapping(folder / "seeds.json")
         self.runs = [] if self.over_seeds and not (folder / "summary.json").is_file() else find_runs(folder)
         self.alone = bool(self.runs) and self.runs[0].folder == folder
