@@ -59,7 +59,8 @@ def run_cli(main: Callable[[Config], Any], default_config: str, usage: str, stag
 def run_words(call: Callable[[list[str]], Any], usage: str, words: str = "key=value") -> None:
     """Parse the command line of a module without a stage file and run `call(words)`; errors end as in `run_cli`."""
     parser = _parser(usage)
-    parser.add_argument("words", nargs="*", metavar=words, help="see `python train_bpl.py --help`")
+    keys = "`python train_bpl.py --help` lists the keys" if "key=value" in words else None
+    parser.add_argument("words", nargs="*", metavar=words, help=keys)
     args = parser.parse_args()
     guarded(lambda: call(args.words), args.debug)
 
