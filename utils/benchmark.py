@@ -30,12 +30,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -114,14 +112,13 @@ def compare(forms: dict[str, Callable[[], object]], device: torch.device, repeat
     return timings
 
 
-def report(title: str, timings: dict[str, Timing], images: int, notes: dict[str, str] | None = None) -> None:
+def report(title: str, timings: dict[str, Timing], images: int) -> None:
     """Print a row for each form; "faster" compares with the first one."""
     first, width = timings[next(iter(timings))].median, max(len(title), *map(len, timings))
     print(f"{title:{width}} {'median':>10} {'min':>10} {'max':>10} {'faster':>7} {'images/s':>9} {'memory':>10}")
     for name, t in timings.items():
         times = "".join(f"{1000 * s:8.1f} ms" for s in (t.median, min(t.seconds), max(t.seconds)))
-        row = f"{name:{width}}{times} {first / t.median:6.2f}x {images / t.median:9.2f} {t.memory / 2**20:6.0f} MiB"
-        print(f"{row}  {(notes or {}).get(name, '')}".rstrip())
+        print(f"{name:{width}}{times} {first / t.median:6.2f}x {images / t.median:9.2f} {t.memory / 2**20:6.0f} MiB")
     print(flush=True)
 
 
@@ -174,21 +171,9 @@ def step_of(cfg: Config, device: torch.device, form: str) -> Callable[[], object
     return released
 
 
-def kernel_note(call: Callable[[], object], median: float, tflop: float) -> str:
-    """Time of a GPU's kernels beside the wall time of a step, and whether launching them is what takes the time."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        call()
-        torch.cuda.synchronize()
-    spans = [e.time_range.elapsed_us() for e in profiler.events() if e.device_type == DeviceType.CUDA]
-    busy = sum(spans) / 1e6 / median
-    limit = "launch-bound" if busy < 0.9 else "bound by the GPU"
-    kernels = f"{len(spans)} kernels take {1000 * busy * median:.1f} ms, {busy:.0%} of the step: {limit}"
-    return f"{kernels}; {tflop / median:.0f} TFLOP/s"
-
-
 def run_step(cfg: Config, device: torch.device, repeats: int = 3) -> None:
     """Print the time of a BPL step with the discriminator, without forms that the device cannot hold or compile."""
-    cfg, forms, notes = fitting(cfg, device), {}, {}
+    cfg, forms = fitting(cfg, device), {}
     kinds = {"as released, float32": "released", f"here, {cfg.train.precision}": "here"}
     kinds |= {f"here, {cfg.train.precision}, compiled": "compiled"} if device.type == "cuda" else {}
     for name, kind in kinds.items():
@@ -200,14 +185,9 @@ def run_step(cfg: Config, device: torch.device, repeats: int = 3) -> None:
             print(f"{name} is left out: {str(error).splitlines()[0]}")
     if not forms:
         return
-    timings = compare(forms, device, repeats)
-    if device.type == "cuda":
-        with FlopCounterMode(display=False) as counter:
-            next(iter(forms.values()))()
-        notes = {n: kernel_note(forms[n], t.median, counter.get_total_flops() / 1e12) for n, t in timings.items()}
     t, (width, height) = cfg.train, cfg.data.crop
     title = f"step: {cfg.model.backbone}, {width}x{height}, {t.batch_source}+{t.batch_target}"
-    report(title, timings, t.batch_source + t.batch_target, notes)
+    report(title, compare(forms, device, repeats), t.batch_source + t.batch_target)
 
 
 # --------------------------------------------------------------------------------------------------------- data
@@ -370,14 +350,12 @@ def memory_of_step(cfg: Config) -> Memory:
         stage = train_bpl.BPL(cfg, META)
     stage.views = SimpleNamespace(weak=Tensor.float, strong=Tensor.float)  # colours cost little memory
     networks = stage.networks.values()
-    with FakeTensorMode():
-        for module in (m for n in networks for m in n.modules()):  # fake tensors in place of those of no device
-            for name, p in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(torch.empty_strided(p.shape, p.stride())))
-                getattr(module, name).grad = torch.empty_strided(p.shape, p.stride())
-            for name, b in module.named_buffers(recurse=False):
-                setattr(module, name, torch.empty_strided(b.shape, b.stride(), dtype=b.dtype))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for network in networks:
+            network.to_empty(device=CPU).train()
         weights = [p for n in networks for p in n.parameters()]
+        for p in weights:
+            p.grad = torch.empty_like(p)
         adam = [p for k, n in stage.networks.items() if k != "model" for p in n.parameters()]
         buffers, (source, target) = [b for n in networks for b in n.buffers()], batches(cfg, CPU)
 
@@ -385,8 +363,6 @@ def memory_of_step(cfg: Config) -> Memory:
             with torch.autocast("cpu", enabled=False), statistics_kept(*networks):
                 total.backward()
 
-        for network in networks:
-            network.train()
         there = [*weights, *(p.grad for p in weights), *buffers]
         with _Alive(there) as counter, autocast(CPU, cfg.train.precision):
             stage.step(source, target, backward)
