@@ -156,7 +156,7 @@ def find_files(root: Path, globs: list[str], files_only: bool = False) -> tuple[
             folders, name = [*folders, name], "*"
         ending = "" if has_magic(Path(name).suffix) else Path(name).suffix
         stem = name.removesuffix(ending)
-        for folder in _folders(root, folders, ()):
+        for folder in _folders(root, folders):
             if not has_magic(name):
                 if os.path.lexists(folder / name):
                     taken.add(folder / name)
@@ -176,8 +176,8 @@ def find_files(root: Path, globs: list[str], files_only: bool = False) -> tuple[
     return sorted(taken), sorted(left - taken)
 
 
-def _folders(folder: Path, parts: list[str], above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    """Folders below `folder` that the parts of a glob match; a link that leads back into itself is not followed."""
+def _folders(folder: Path, parts: list[str], above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Folders below `folder` that the parts of a glob match; a link back to a folder `above` is not followed."""
     if not parts:
         yield folder
         return
@@ -188,18 +188,12 @@ def _folders(folder: Path, parts: list[str], above: tuple[tuple[int, int], ...])
         return
     if part == "**":
         yield from _folders(folder, rest, above)
-    try:
-        status = folder.stat()
-    except OSError:
-        return
-    here = (*above, (status.st_dev, status.st_ino))
+    above = (*above, os.path.realpath(folder))
     for entry in _entries(folder):
         hidden = entry.name.startswith(".") and not part.startswith(".")
-        if hidden or not _is_folder(entry) or not (part == "**" or fnmatchcase(entry.name, part)):
-            continue
-        below, status = folder / entry.name, entry.stat()
-        if (status.st_dev, status.st_ino) not in here:
-            yield from _folders(below, parts if part == "**" else rest, here)
+        fits = (part == "**" or fnmatchcase(entry.name, part)) and not hidden and _is_folder(entry)
+        if fits and os.path.realpath(entry.path) not in above:
+            yield from _folders(folder / entry.name, parts if part == "**" else rest, above)
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:

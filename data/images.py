@@ -23,21 +23,8 @@ from torch import Tensor
 from utils.config import UserError
 
 # Of a folder's or a glob's files, those that are images.
-IMAGE_ENDINGS = {
-    ".bmp",
-    ".jfif",
-    ".jpe",
-    ".jpeg",
-    ".jpg",
-    ".pbm",
-    ".pgm",
-    ".png",
-    ".pnm",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-}
+_ENDINGS = "bmp jfif jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp"
+IMAGE_ENDINGS = {f".{ending}" for ending in _ENDINGS.split()}
 # Formats that are decoded in this process; of others, Pillow hands some to programs (EPS to Ghostscript).
 _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
 _EXACT_FORMATS = ("PNG", "BMP", "PPM", "TIFF")
@@ -187,15 +174,11 @@ def _eight_bits(picture: Image.Image, layout: str, png: _Png | None) -> Image.Im
             raise ValueError(f"numbers of {least} to {most}, of which none is known to be white: save 8 or 16 bits")
         picture = Image.fromarray((values >> 8 if most > 255 else values).astype(np.uint8))
         picture.getexif().update(exif)
-    elif layout.endswith((";16B", ";16L", ";16N")) and not any(high for _, high in _extrema(picture)):
+    elif layout.endswith((";16B", ";16L", ";16N")) and not np.asarray(picture.convert("RGB")).any():
         if not (png and png.deep):
             raise ValueError("colours of 16 bits that hold no value above 255: save 8 bits")
         picture = png.decode(f"{png.deep};16L")  # read as little-endian: the lower 8 bits
     return picture
-
-
-def _extrema(picture: Image.Image) -> tuple:
-    return picture.convert("RGB").getextrema()
 
 
 def read_image(path: Path) -> Tensor:

@@ -170,11 +170,10 @@ def _explained(error: BaseException, exit_codes: Sequence[int | None] = ()) -> B
     def holds(*words: str) -> bool:
         return any(word in text for word in words)
 
-    bus_error = f"exit code -{int(signal.SIGBUS)}." if hasattr(signal, "SIGBUS") else "Bus error"
     if number in (errno.EMFILE, errno.ENFILE) or holds("Too many open files", "ancillary data", _FILES_OPEN):
         remedy = _REMEDIES["files"]
     elif number == errno.ENOSPC or holds(
-        "shared memory", "/dev/shm", "No space left", "Bus error", bus_error, _SHARED_FULL
+        "shared memory", "/dev/shm", "No space left", "Bus error", f"exit code -{int(signal.SIGBUS)}.", _SHARED_FULL
     ):
         remedy = _REMEDIES["shared memory"]
     elif number in (errno.ENOMEM, errno.EAGAIN) or isinstance(error, MemoryError) or holds("allocate memory"):
@@ -224,8 +223,7 @@ def _leave_signals_to(parent: int) -> None:
     """
     if os.getppid() != parent:
         os._exit(1)
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's own way to end them
 

@@ -140,11 +140,8 @@ def set_rng_states(saved: dict) -> None:
 
 def file_hash(path: Path) -> str:
     """First 16 hex digits of a file's SHA-256."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()[:16]
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 class RunFiles:

@@ -217,39 +217,26 @@ def joined(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: torch.cat([part[key] for part in parts]) for key in batch}
 
 
-def rows(x: Tensor) -> Tensor:
-    """Every process's tensor, (N, *x.shape) by rank. Gradient reaches this process's own; see `scale_gradient`."""
-    if world_size() == 1:
-        return x[None]
-    every = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(every, x.detach().contiguous())
-    every[rank()] = x
-    return torch.stack(every)
-
-
 def merge_softmax_means() -> Callable[[Tensor, Tensor], Tensor] | None:
     """`merge` of `bidirectional_prototype_loss`: None for one process.
 
     A softmax over all pixels is the processes' own softmaxes, weighted by their sums of exponentials.
     """
-    if world_size() == 1:
+    n, own = world_size(), rank()
+    if n == 1:
         return None
 
     def merge(mass: Tensor, mean: Tensor) -> Tensor:
-        masses, means = rows(torch.stack([mass, mean])).unbind(1)  # (processes, K)
-        return scale_gradient((masses.softmax(0) * means).sum(0))
+        part = torch.stack([mass, mean])
+        every = [torch.empty_like(part) for _ in range(n)]
+        dist.all_gather(every, part.detach())
+        every[own] = part  # gradient reaches this process's own part alone
+        masses, means = torch.stack(every).unbind(1)  # (processes, K)
+        value = (masses.softmax(0) * means).sum(0)
+        # With N times this gradient, the mean over N processes, as the step takes it, is the gradient by all parts.
+        return n * value - (n - 1) * value.detach()
 
     return merge
-
-
-def scale_gradient(value: Tensor) -> Tensor:
-    """`value`, with N times its gradient.
-
-    For a value that every process computes alike from `rows`, each with the gradient by its own part alone: the mean of
-    these over N processes, as the step takes it, is then the gradient by all of them.
-    """
-    n = world_size()
-    return value if n == 1 else n * value - (n - 1) * value.detach()
 
 
 def synchronized(network: nn.Module, device: torch.device) -> nn.Module:
