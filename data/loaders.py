@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from data.datasets import UNREADABLE, SegmentationDataset
 from utils.config import UserError
 
-# How a loader process ends that could not hand a batch over, in torch's words.
-_SHARED_FULL, _FILES_OPEN, _OTHER = "exit code 81.", "exit code 82.", "exit code 83."
+_EXIT_CODES = {"shared memory": 81, "files": 82, "ended": 83}  # of a loader process that could not hand a batch over
 _REMEDIES = {
     "shared memory": "shared memory (/dev/shm) is full: give the container more (docker run --shm-size=8g), or take "
     "fewer or no loader processes (data.workers=0)",
@@ -163,27 +162,32 @@ def _leave_ended_processes() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def _explained(error: BaseException, exit_codes: Sequence[int | None] = ()) -> BaseException:
-    """A UserError that names cause and remedy, or the error itself where it is none of the system's."""
+def _cause(error: BaseException, exit_codes: Sequence[int | None] = ()) -> str:
+    """Which of `_REMEDIES` helps against an error, "" if none does: it is none of the system's."""
     number, text = getattr(error, "errno", None), " ".join([str(error), *(f"exit code {code}." for code in exit_codes)])
 
     def holds(*words: str) -> bool:
         return any(word in text for word in words)
 
-    if number in (errno.EMFILE, errno.ENFILE) or holds("Too many open files", "ancillary data", _FILES_OPEN):
-        remedy = _REMEDIES["files"]
-    elif number == errno.ENOSPC or holds(
-        "shared memory", "/dev/shm", "No space left", "Bus error", f"exit code -{int(signal.SIGBUS)}.", _SHARED_FULL
-    ):
-        remedy = _REMEDIES["shared memory"]
-    elif number in (errno.ENOMEM, errno.EAGAIN) or isinstance(error, MemoryError) or holds("allocate memory"):
-        remedy = _REMEDIES["memory"]
-    elif holds("DataLoader worker (") or isinstance(error, EOFError | OSError):
-        end = text.partition("is killed by signal: ")[2].partition(".")[0]
-        remedy = _REMEDIES["ended"].format(f"signal: {end}" if end else "no batch came from it")
-    else:
+    full, files = (f"exit code {_EXIT_CODES[cause]}." for cause in ("shared memory", "files"))
+    killed = f"exit code -{int(signal.SIGBUS)}."  # by a write to shared memory beyond its end
+    if number in (errno.EMFILE, errno.ENFILE) or holds("Too many open files", "ancillary data", files):
+        return "files"
+    if number == errno.ENOSPC or holds("shared memory", "/dev/shm", "No space left", "Bus error", killed, full):
+        return "shared memory"
+    if number in (errno.ENOMEM, errno.EAGAIN) or isinstance(error, MemoryError) or holds("allocate memory"):
+        return "memory"
+    return "ended" if holds("DataLoader worker (") or isinstance(error, EOFError | OSError) else ""
+
+
+def _explained(error: BaseException, exit_codes: Sequence[int | None] = ()) -> BaseException:
+    """A UserError that names cause and remedy, or the error itself where it is none of the system's."""
+    cause = _cause(error, exit_codes)
+    if not cause:
         return error
-    return UserError(f"loading images: {remedy}")
+    by_signal = str(error).partition("is killed by signal: ")[2].partition(".")[0]
+    end = f"signal: {by_signal}" if by_signal else "no batch came from it"
+    return UserError(f"loading images: {_REMEDIES[cause].format(end)}")
 
 
 def _loader(dataset: Dataset, batch_size: int, workers: int, sampler, **options) -> DataLoader:
@@ -210,10 +214,7 @@ def _start_worker(parent: int, worker: int) -> None:
 
 
 def _end_worker(error: BaseException) -> None:
-    said = str(_explained(error))
-    way = {_REMEDIES["shared memory"]: _SHARED_FULL, _REMEDIES["files"]: _FILES_OPEN}
-    end = next((end for remedy, end in way.items() if remedy in said), _OTHER)
-    os._exit(int(end[10:-1]))
+    os._exit(_EXIT_CODES.get(_cause(error), _EXIT_CODES["ended"]))
 
 
 def _leave_signals_to(parent: int) -> None:
