@@ -113,11 +113,15 @@ def _type_name(hint: Any) -> str:
 
 def _number(value: Any, hint: type) -> int | float | None:
     """`value` as an int or float, None if it is none. YAML reads '1e3' as text; a whole float is an int too."""
+    if type(value) is hint:
+        return value
     try:
-        number = value if type(value) is hint else float(value)
-        return int(number) if hint is int and float(number).is_integer() else number if hint is float else None
+        number = float(value)
     except (TypeError, ValueError, OverflowError):
-        return value if type(value) is hint else None  # an int beyond every float
+        return None
+    if hint is float:
+        return number
+    return int(number) if number.is_integer() else None
 
 
 def _coerce(value: Any, hint: Any, key: str) -> Any:
