@@ -16,17 +16,17 @@ from utils.config import Config, UserError
 from utils.config.keys import DatasetConfig
 
 CHECKED = 8  # samples of each dataset that are looked at before training
-FEW_COLOURS = 40  # a grey or palette picture of no more is a label map, not a photograph
-MOST = 2 / 3  # of the pixels: where so many are ignored, it is said
+FEW_COLOURS = 40  # a grey or palette picture with at most so many is a label map, not a photograph
+MOST_IGNORED = 2 / 3  # of the pixels; more cause a warning
 
 
 def look_at(sample: Sample) -> dict:
-    """What one image and its label are.
+    """Facts about one image and its label.
 
     Returns:
         size: (width, height); hash: of the pixels; label_map: whether the image looks like one; label_size; ids:
         {label id: pixels}; stored: how the label stores them; palette: {index: colour}; problems: UserErrors of files
-        that cannot be read. What could not be found out, or is not there, is absent.
+        that cannot be read. An entry that could not be found out is absent.
     """
     found = {"problems": []}
     try:
@@ -50,7 +50,7 @@ def look_at(sample: Sample) -> dict:
 
 
 class Labels:
-    """What the labels of a dataset hold together.
+    """Which ids the labels of a dataset hold, how they are stored, and what is wrong with them.
 
     Args:
         cfg: the dataset's section.
@@ -81,16 +81,16 @@ class Labels:
 
     @property
     def known(self) -> set[int] | None:
-        """Label ids that may occur; None: any, as an id_map may leave void ids out."""
+        """Label ids that may occur; None means any, since an id_map need not name void ids."""
         trained = {*range(len(self.classes)), IGNORE}
         return KNOWN_IDS.get(self.cfg.format) or (None if self.cfg.id_map else trained)
 
     def unknown(self, ids: dict[int, int]) -> list[int]:
-        """Those of some ids that the dataset cannot hold."""
+        """The ids that the dataset cannot hold."""
         return [] if self.known is None else sorted(ids.keys() - self.known)
 
     def faults(self) -> list[tuple[str, str]]:
-        """(kind, text) of what is surely wrong: the ids are of another numbering, or were lost."""
+        """(kind, text) of what is surely wrong: ids of another numbering, ids that were lost."""
         if not self.ids:
             return []
         looks, found = self.looks_like(), []
@@ -110,10 +110,10 @@ class Labels:
     def mostly_ignored(self) -> list[str]:
         """A warning if most pixels are of no class."""
         total, learnt = self.ids.total(), self._pixels(self.learnt)
-        return [self._ignored()] if learnt and total - learnt > MOST * total else []
+        return [self._ignored()] if learnt and total - learnt > MOST_IGNORED * total else []
 
     def warnings(self, every_class: bool) -> list[str]:
-        """What may be meant, of all labels of a dataset.
+        """What looks odd but may be intended.
 
         Args:
             every_class: name classes without a pixel.
@@ -133,8 +133,7 @@ class Labels:
         return found
 
     def looks_like(self) -> str:
-        """Words for the numbering that the ids are more likely of, or what has happened to them; "" where they are
-        those expected."""
+        """Which numbering the ids more likely have, or what has happened to them; "" if they are as expected."""
         present, half = set(self.ids), (self.ids.total() - self.ids[IGNORE]) / 2
         learnt, unknown = self._pixels(self.learnt), self.unknown(self.ids)
         if present == {0} and not learnt:

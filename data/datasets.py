@@ -38,7 +38,7 @@ HOW_TO_GET = {
     "folder": "point root, images and labels at your files",
 }
 
-UNREADABLE = "unreadable"  # the entry of a sample that cannot be used, or stands for one such: why
+UNREADABLE = "unreadable"  # entry of a sample: why it, or the one that it replaces, cannot be used
 ATTEMPTS = 10  # samples in a row that a draw may skip
 
 
@@ -147,7 +147,8 @@ def find_files(root: Path, globs: list[str], files_only: bool = False) -> tuple[
     has no ending, all other files.
 
     Args:
-        files_only: take no folders and broken links. A dataset takes those with an image's name: reading them fails.
+        files_only: skip folders and broken links. A dataset keeps those that are named like images, and reading them
+            fails by name.
     """
     taken, left = set(), set()
     for pattern in globs:
@@ -222,7 +223,7 @@ def _in_any_case(path: Path) -> Path:
 
 
 def _note(root: Path, left: list[Path]) -> str:
-    """A line about files that were not taken, "" if there are none."""
+    """A line that counts the files that were not taken, "" if there are none."""
     if not left:
         return ""
     endings = Counter(path.suffix or "no ending" for path in left)

@@ -108,9 +108,9 @@ def iterate(loader: DataLoader) -> Iterator:
     """The batches of a loader, whose processes start at once.
 
     Raises:
-        UserError: a sample cannot be used; the loader's processes suffer: shared memory is full, too many files are
-            open, one was killed. From then on the main thread may also get it wherever it is: the system's signal that
-            a process has ended does not wait for the next batch.
+        UserError: a sample cannot be used, or the loader's processes fail: shared memory is full, too many files are
+            open, one was killed. The latter may be raised at any line of the main thread, since the system's signal
+            that a process has ended does not wait for the next batch.
     """
     others = set(multiprocessing.active_children())
     try:
@@ -157,7 +157,7 @@ def _child_ended(number: int, frame: object) -> None:
 
 
 def _leave_ended_processes() -> None:
-    """While a run ends by an error, its other loader processes may fail too; that is not news."""
+    """Stop listening: while a run ends by an error, its other loader processes may fail too."""
     if threading.current_thread() is threading.main_thread() and _torchs_handler:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
@@ -218,9 +218,9 @@ def _end_worker(error: BaseException) -> None:
 
 
 def _leave_signals_to(parent: int) -> None:
-    """For loader processes: a Ctrl-C or SIGTERM to the whole group must not take the batches away under a last step.
+    """In a loader process: ignore a Ctrl-C or SIGTERM to the whole group, since the last step needs its batch.
 
-    They watch over their parent themselves, but for one that was killed before they began: it is looked for here.
+    torch's worker ends when its parent is gone, unless it was gone before the worker began, which is checked here.
     """
     if os.getppid() != parent:
         os._exit(1)
@@ -230,6 +230,6 @@ def _leave_signals_to(parent: int) -> None:
 
 
 def spread(length: int, count: int) -> list[int]:
-    """`count` indices spread evenly over 0..length-1, ends left out, so that repeated draws show the same images."""
+    """`count` indices spread evenly over 0..length-1, without the ends."""
     count = min(count, length)
     return [(2 * i + 1) * length // (2 * count) for i in range(count)]

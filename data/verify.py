@@ -30,20 +30,20 @@ from utils.engine.log import show_path
 from utils.engine.setup import prepare_data
 from utils.evaluation.pictures import colorize, save_panel, to_picture
 
-TOLERANCE = 0.1  # sizes that differ by less are brought to one by `size`: some of GTA5's do
+TOLERANCE = 0.1  # sizes may differ by less where `size` brings them to one, as some of GTA5's do
 SHOWN = 8  # faults of a kind that are printed, samples on a contact sheet
 
 
 @dataclass
 class Report:
-    """What is known of one dataset."""
+    """What was found in one dataset."""
 
     images: int = 0
     labels: int = 0
     sizes: Counter = field(default_factory=Counter)  # (width, height) of images
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # by train id
     faults: dict[str, list[str]] = field(default_factory=dict)  # kind -> files
-    warnings: list[str] = field(default_factory=list)  # what may be meant
+    warnings: list[str] = field(default_factory=list)  # what may be intended
     hashes: dict[str, str] = field(default_factory=dict)  # of an image's pixels -> its path
 
     def fault(self, kind: str, name: object) -> None:
@@ -75,7 +75,7 @@ def check_dataset(
         return report, []
     if samples.note:
         report.warnings.append(samples.note)
-    fixed = cfg.format != "folder"  # whose images may be of any size
+    fixed = cfg.format != "folder"  # images of a folder may have any size
     for path in samples.orphans:
         report.fault("label without image", path)
     per_image, looks = [], one_by_one(Files(samples), workers)

@@ -78,7 +78,7 @@ def _load(stage: str, overrides: list[str]) -> Config:
 
 
 def _made_from(cfg: Config, stages: dict[str, Config]) -> list[Config]:
-    """Those of `stages` that must be run before `cfg`, in order; one may be named twice."""
+    """The stages that must be run before `cfg`, in order; a stage may occur twice."""
     starts = {cfg.model.init, cfg.checkpoint} | ({"pseudo_labels"} if cfg.stage == "pst" else set())
     names, steps = list(stages), []
     for i, name in enumerate(names):

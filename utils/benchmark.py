@@ -71,7 +71,7 @@ class Timing(NamedTuple):
 
     @property
     def median(self) -> float:
-        """Of the seconds."""
+        """Median of the seconds."""
         return statistics.median(self.seconds)
 
 
@@ -333,7 +333,7 @@ class _Alive(TorchDispatchMode):
 
 
 class Memory(NamedTuple):
-    """Bytes of a step: of networks, gradients and optimisers; and what grows with the batch."""
+    """Bytes of a step: those of networks, gradients and optimisers, and those that grow with the batch."""
 
     fixed: int
     batch: int
@@ -344,7 +344,7 @@ class Memory(NamedTuple):
 
 
 def memory_of_step(cfg: Config) -> Memory:
-    """Of a BPL step with train.accumulate=1. Fake tensors have sizes but no content: no data and no GPU is needed."""
+    """Memory of a BPL step with train.accumulate=1. Fake tensors have sizes but no content: no GPU is needed."""
     cfg = resolve_auto(cfg)
     with META:
         stage = train_bpl.BPL(cfg, META)
@@ -408,7 +408,7 @@ def run_plan(cfg: Config, device: torch.device) -> None:
 
 
 def device_memory(device: torch.device) -> float:
-    """GiB that the device has in all."""
+    """Memory of the device, in GiB."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1] / GIB
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB

@@ -1,4 +1,4 @@
-"""Typed configuration: defaults here, deltas in YAML, the last word on the command line.
+"""Typed configuration: defaults in code, changes in YAML, and the command line last.
 
     defaults  <  configs/<stage>.yml  <  benchmark YAML  <  its `stages: {<name>: …}` part  <  key=value
 
@@ -298,7 +298,7 @@ def _stage_deltas(content: Any, file: Path) -> dict[str, dict]:
 
 
 def _place_toy(config: Config) -> None:
-    """Find the folder that the toy cities are drawn into: datasets below it go where it goes, drawn or not."""
+    """Find the folder that the toy cities are drawn into, and move the datasets below it along."""
     data, folder = config.data, config.data.toy_root
     data.toy_root = find_path(folder, lambda place: os.path.isdir(os.path.dirname(place)))
     for section in (data.source, data.target, data.val) if folder else ():

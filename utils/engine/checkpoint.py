@@ -56,14 +56,14 @@ def atomic_write(path: Path, write: Any, previous: Path | None = None) -> None:
 
 
 def plain(value: object) -> object:
-    """NaN and infinity become None: JSON has neither."""
+    """A value with None in place of NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Save as indented JSON, what is not finite as null."""
+    """Save as indented JSON; NaN and infinity become null."""
     atomic_write(path, lambda p: p.write_text(json.dumps(plain(content), indent=2) + "\n"))
 
 
@@ -79,7 +79,7 @@ def save_checkpoint(path: Path, content: dict, previous: Path | None = None) -> 
 
 
 def recipe(cfg: Config, model: nn.Module) -> dict:
-    """What is needed to use the weights again: architecture, classes, input statistics; `cfg` is settled."""
+    """What is needed to use the weights again: architecture, classes, input statistics; `cfg` is resolved."""
     return {
         "arch": cfg.model.arch,
         "backbone": cfg.model.backbone,
@@ -132,8 +132,8 @@ def rng_states() -> dict:
 
 
 def set_rng_states(saved: dict) -> None:
-    """Undo `rng_states`; what a process finds none for goes on with the streams that it has."""
-    states = [saved["rng"], *saved.get("rng_of_others", [])]  # runs from before several processes have none
+    """Undo `rng_states`; processes without a saved state keep their current streams."""
+    states = [saved["rng"], *saved.get("rng_of_others", [])]  # older files lack the others
     if distributed.rank() < len(states):
         set_rng_state(states[distributed.rank()])
 
@@ -145,7 +145,7 @@ def file_hash(path: Path) -> str:
 
 
 class RunFiles:
-    """The checkpoints of a run: `last` is where it goes on, `previous` the one before, `best` scored highest."""
+    """The checkpoints of a run: `last` is resumed, `previous` was the last before it, `best` scored highest."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -158,11 +158,11 @@ class RunFiles:
         return self.folder / "checkpoints" / f"{name}.pth"
 
     def there(self) -> bool:
-        """Whether there is a state to go on from."""
+        """Whether there is a state to resume."""
         return self.last.is_file() or self.previous.is_file()
 
     def clear(self) -> None:
-        """Delete them: killed early, a run that began anew must not resume the old one."""
+        """Delete them, so that a run that begins anew and is killed early does not resume the old one."""
         for path in (self.last, self.previous, self.best, self.not_finite):
             path.unlink(missing_ok=True)
 
@@ -171,7 +171,7 @@ class RunFiles:
         save_checkpoint(self.last, state, self.previous)
 
     def read(self) -> tuple[dict, str]:
-        """The newest whole state, and where it is from, with what was passed over.
+        """The newest undamaged state, and a line that names its file and those passed over.
 
         Raises:
             UserError: none can be read.
@@ -204,7 +204,7 @@ def refuse_changed_upstream(upstream: dict[str, str], name: str) -> None:
             )
 
 
-# The stage that makes what a run is started from, and the command for it.
+# The commands that train what other runs start from.
 _MADE_BY = {
     "source_only": "python train_bpl.py --config configs/stage0_warmup.yml name=source_only loss.adversarial=0",
     "warmup": "python train_bpl.py --config configs/stage0_warmup.yml",
@@ -214,11 +214,11 @@ _MADE_BY = {
 }
 
 
-_ENDINGS = (".pth", ".pt", ".pkl", ".tar", ".ckpt", ".bin")  # of a name that can only be a file's
+_ENDINGS = (".pth", ".pt", ".pkl", ".tar", ".ckpt", ".bin")  # no run's name ends like this
 
 
 def find_checkpoint(cfg: Config, name: str, published: Sequence[str] = ()) -> Path:
-    """The weights that `name` stands for: a file, a run of this benchmark, or the first published file that is there.
+    """The weights that `name` stands for: a file, a run of this benchmark, or the first published file that exists.
 
     Raises:
         UserError: says where was looked and how to get the weights.

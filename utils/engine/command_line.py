@@ -83,9 +83,9 @@ def warn_of_idle_gpus(config: Config) -> None:
 
 
 def guarded(call: Callable[[], Any], debug: bool = False) -> None:
-    """Run `call`; a user's mistake becomes its message on stderr and its exit status, as does what the system refuses.
+    """Run `call`; a user's mistake, or what the system refuses, becomes one line on stderr and an exit status.
 
-    Where torchrun has started several processes, they meet here, and part here when all are done. The first that fails
+    Processes that torchrun has started together meet here, and leave here when all are done. The first that fails
     prints why; torchrun ends the others.
     """
     before = sys.stdout, sys.stderr
@@ -135,9 +135,9 @@ def _print_and_leave(line: str, status: int) -> None:
 
 
 class _Terminal:
-    """In place of sys.stdout or sys.stderr: a run goes on where the terminal or the pipe's reader is gone.
+    """Stands in for sys.stdout or sys.stderr, so that a run survives a closed terminal or pipe.
 
-    log.txt holds what is no longer seen. Characters that the terminal's encoding lacks are written as escapes.
+    log.txt has the lines that are no longer seen. Characters that the terminal's encoding lacks are written as escapes.
     """
 
     def __init__(self, stream: TextIO | None, number: int):
@@ -153,12 +153,12 @@ class _Terminal:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """As of a file; a dead terminal takes everything."""
+        """Write text; it is dropped if the terminal is gone."""
         self._try(self.stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        """Likewise."""
+        """Write what is buffered; it is dropped if the terminal is gone."""
         self._try(self.stream.flush)
 
     def _try(self, call: Callable[..., Any], *args: str) -> None:

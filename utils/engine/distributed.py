@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from utils.config.errors import UserError
 
-SLOW = timedelta(minutes=30)  # that one process may let the others wait: for a download, or a slow file system
+SLOW = timedelta(minutes=30)  # how long processes wait for one that downloads, or whose file system is slow
 GONE = "another process of this run has ended or cannot be reached; the same command started again resumes the run"
 
 _store: dist.Store | None = None  # that all processes see
@@ -64,7 +64,7 @@ def start() -> None:
 
 
 def end() -> None:
-    """Part from the other processes, when all have come this far."""
+    """Leave the other processes, once all have come here."""
     if dist.is_initialized():
         wait()
         dist.destroy_process_group()
@@ -81,7 +81,7 @@ def leave(status: int) -> None:
 
 
 def first_to_print() -> bool:
-    """Whether no other process has printed yet why the run ends."""
+    """Whether this process is the first that says why the run ends."""
     try:
         return not dist.is_initialized() or _store.add("ended", 1) == 1
     except RuntimeError:  # the process that keeps the store is gone
@@ -89,7 +89,7 @@ def first_to_print() -> bool:
 
 
 def others_are_gone(error: Exception) -> bool:
-    """Whether an error means that another process has ended, rather than that something is wrong in this one."""
+    """Whether an error in this process only means that another one has ended."""
     met = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("gloo", "nccl"))
     return dist.is_initialized() and (met or isinstance(error, dist.DistError))
 
@@ -133,15 +133,14 @@ def own_gpu(device: str) -> str:
 
 
 def local_batch(batch: int) -> range:
-    """Which samples of a global batch are this process's: a contiguous part, so that the batches of N processes are
-    those of one."""
+    """Which samples of a global batch are this process's: a contiguous part, so that N processes train on the batches
+    of one."""
     part = batch // world_size()
     return range(rank() * part, (rank() + 1) * part)
 
 
 def shard_indices(length: int, batch: int) -> list[int]:
-    """Which of `length` images this process takes: whole batches in turn, so that each is predicted in the company
-    that one process would predict it in."""
+    """Which of `length` images this process takes: every N-th batch, so that batches are those of a single process."""
     return [i for i in range(length) if i // batch % world_size() == rank()]
 
 
@@ -155,7 +154,7 @@ def wait() -> None:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """The first process goes through the block before the others: what it makes there, they find."""
+    """The first process runs the block before the others, which find what it has made."""
     if not is_main():
         wait()
     try:
@@ -166,7 +165,7 @@ def main_first() -> Iterator[None]:
 
 
 def largest(number: int) -> int:
-    """Of every process's number."""
+    """The largest of all processes' numbers."""
     if world_size() == 1:
         return number
     value = torch.tensor(number)
@@ -201,7 +200,7 @@ def same_weights(networks: dict[str, nn.Module]) -> None:
 
 
 def gathered(value: Any) -> list[Any]:
-    """What every process brings, by rank: anything that can be pickled; tensors must be on the CPU."""
+    """Every process's value, by rank: anything that can be pickled, with tensors on the CPU."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
