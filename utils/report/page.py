@@ -7,6 +7,7 @@ summary.json, seeds.json and panel.png. Missing or damaged files leave a gap.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -66,6 +67,12 @@ class Run:
     entries: list[dict]  # of metrics.jsonl
     scores: dict[str, dict]  # "last" and "best" of training, or "test"
 
+    def curves(self) -> Iterator[tuple[str, int, float]]:
+        """(name, step, value) of every loss and mIoU that was logged."""
+        for entry in self.entries:
+            values = entry.get("loss", {}) if entry.get("group") == "train" else {"mIoU": entry.get("miou")}
+            yield from ((name, entry["step"], value) for name, value in values.items() if value is not None)
+
 
 def read_mapping(path: Path, parse=json.loads) -> dict:
     """The mapping that a file holds, {} if it cannot be read."""
@@ -77,8 +84,10 @@ def read_mapping(path: Path, parse=json.loads) -> dict:
 
 
 def _entries(path: Path) -> list[dict]:
+    if not path.is_file():
+        return []
     entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entries.append(json.loads(line))
         except ValueError:  # cut short by a kill
@@ -100,7 +109,7 @@ def _place(name: str) -> tuple[int, str]:
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """The run in a folder, or the training runs below it but for those of an ablation, in the order of the stages.
+    """The run in a folder, or the training runs below it, without those of an ablation, in the order of the stages.
 
     Raises UserError if there is none.
     """
@@ -217,21 +226,14 @@ class _Page:
             name = run.name.split("/")[0]
             colours[run.name] = STAGES[name][1] if name in STAGES else OTHER_COLOURS[i % len(OTHER_COLOURS)]
             starts.append(offset)
-            for entry in run.entries:
-                losses = entry.get("loss", {}) if entry.get("group") == "train" else {"mIoU": entry.get("miou")}
-                for term, value in losses.items():
-                    if value is not None:
-                        points = lines.setdefault(term, {}).setdefault(run.name, [])
-                        points.append((offset + entry["step"], value))
+            for term, step, value in run.curves():
+                lines.setdefault(term, {}).setdefault(run.name, []).append((offset + step, value))
             offset += max(entry["step"] for entry in run.entries)
         label = "step" if self.alone else "step, stages one after another"
-        charts = "".join(
-            line_chart(
-                term.replace("_", " "), [Line(title_of(n), colours[n], p) for n, p in by_run.items()], label, starts
-            )
-            for term, by_run in lines.items()
-            if by_run
-        )
+        charts = ""
+        for term, by_run in lines.items():
+            curves = [Line(title_of(name), colours[name], points) for name, points in by_run.items()]
+            charts += line_chart(term.replace("_", " "), curves, label, starts) if curves else ""
         names = "" if self.alone else legend([(title_of(name), colour) for name, colour in colours.items()])
         return _section("Training", f'{names}<div class="charts">{charts}</div>' if charts else "")
 
