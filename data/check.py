@@ -16,17 +16,17 @@ from utils.config import Config, UserError
 from utils.config.keys import DatasetConfig
 
 CHECKED = 8  # samples of each dataset that are looked at before training
-FEW_COLOURS = 40  # a grey or palette picture of no more is a label map, not a photograph
-MOST = 2 / 3  # of the pixels: where so many are ignored, it is said
+FEW_COLOURS = 40  # a grey or palette picture with at most so many is a label map, not a photograph
+MOST_IGNORED = 2 / 3  # of the pixels; more cause a warning
 
 
 def look_at(sample: Sample) -> dict:
-    """What one image and its label are.
+    """Facts about one image and its label.
 
     Returns:
         size: (width, height); hash: of the pixels; label_map: whether the image looks like one; label_size; ids:
         {label id: pixels}; stored: how the label stores them; palette: {index: colour}; problems: UserErrors of files
-        that cannot be read. What could not be found out, or is not there, is absent.
+        that cannot be read. An entry that could not be found out is absent.
     """
     found = {"problems": []}
     try:
@@ -50,7 +50,7 @@ def look_at(sample: Sample) -> dict:
 
 
 class Labels:
-    """What the labels of a dataset hold together.
+    """Which ids the labels of a dataset hold, how they are stored, and what is wrong with them.
 
     Args:
         cfg: the dataset's section.
@@ -59,6 +59,7 @@ class Labels:
 
     def __init__(self, cfg: DatasetConfig, classes: ClassSet):
         self.cfg, self.classes, self.names = cfg, classes, label_ids(cfg, classes)
+        self.learnt = {i: name for i, name in self.names.items() if name in classes.names}
         self.table = classes.lookup_table(self.names)
         self.ids, self.stored, self.colours = Counter(), {}, {}
         self.other_palette = ""
@@ -80,25 +81,23 @@ class Labels:
 
     @property
     def known(self) -> set[int] | None:
-        """Label ids that may occur; None: any, as an id_map may leave void ids out."""
+        """Label ids that may occur; None means any, since an id_map need not name void ids."""
         trained = {*range(len(self.classes)), IGNORE}
         return KNOWN_IDS.get(self.cfg.format) or (None if self.cfg.id_map else trained)
 
     def unknown(self, ids: dict[int, int]) -> list[int]:
-        """Those of some ids that the dataset cannot hold."""
+        """The ids that the dataset cannot hold."""
         return [] if self.known is None else sorted(ids.keys() - self.known)
 
     def faults(self) -> list[tuple[str, str]]:
-        """(kind, text) of what is surely wrong: the ids are of another numbering, or were lost."""
+        """(kind, text) of what is surely wrong: ids of another numbering, ids that were lost."""
         if not self.ids:
             return []
-        taught, looks, found = self._pixels(self._maps()), self.looks_like(), []
-        if not taught:
+        looks, found = self.looks_like(), []
+        if not self._pixels(self.learnt):
             found.append(("no label holds any class", f"no pixel of any class; {self._held()}{looks and ': ' + looks}"))
         elif looks:
-            ignored = 1 - taught / self.ids.total()
-            text = f"{ignored:.0%} of the pixels are ignored; {self._held()}: {looks}"
-            found.append(("label ids of another numbering", text))
+            found.append(("label ids of another numbering", f"{self._ignored()}: {looks}"))
         if self.other_palette:
             found.append(("palettes differ, so that their indices are no ids", self.other_palette))
         few = [s for s in self.stored if s.startswith(("1", "L;2", "L;4"))]
@@ -110,19 +109,16 @@ class Labels:
 
     def mostly_ignored(self) -> list[str]:
         """A warning if most pixels are of no class."""
-        total, taught = self.ids.total(), self._pixels(self._maps())
-        if not taught or total - taught <= MOST * total:
-            return []
-        return [f"{1 - taught / total:.0%} of the pixels are ignored; {self._held()}"]
+        total, learnt = self.ids.total(), self._pixels(self.learnt)
+        return [self._ignored()] if learnt and total - learnt > MOST_IGNORED * total else []
 
     def warnings(self, every_class: bool) -> list[str]:
-        """What may be meant, of all labels of a dataset.
+        """What looks odd but may be intended.
 
         Args:
             every_class: name classes without a pixel.
         """
-        total = self.ids.total()
-        if not self._pixels(self._maps()):
+        if not self._pixels(self.learnt):
             return []
         found = self.mostly_ignored()
         seen = {self.names.get(i) for i in self.ids}
@@ -132,38 +128,38 @@ class Labels:
             found.append(f"no pixel of class {listed}; {self._held()}")
         stray = [i for i in sorted(self.ids) if i not in self.names and i != IGNORE] if self.cfg.id_map else []
         if stray:
-            listed = ", ".join(f"{i} ({self.ids[i] / total:.1%})" for i in stray[:8])
+            listed = ", ".join(f"{i} ({self.ids[i] / self.ids.total():.1%})" for i in stray[:8])
             found.append(f"ids that id_map does not name are ignored: {listed}{', …' if len(stray) > 8 else ''}")
         return found
 
     def looks_like(self) -> str:
-        """Words for the numbering that the ids are more likely of, or what has happened to them; "" where they are
-        those expected."""
-        own, present, half = self._maps(), set(self.ids), (self.ids.total() - self.ids[IGNORE]) / 2
-        taught, unknown = self._pixels(own), self.unknown(self.ids)
-        if present == {0} and not taught:
+        """Which numbering the ids more likely have, or what has happened to them; "" if they are as expected."""
+        present, half = set(self.ids), (self.ids.total() - self.ids[IGNORE]) / 2
+        learnt, unknown = self._pixels(self.learnt), self.unknown(self.ids)
+        if present == {0} and not learnt:
             return "16-bit labels that were cut to 8 bits hold 0 alone"
         if set(self.classes.names) <= set(CITYSCAPES_NAMES):
             for name, names, known in _NUMBERINGS:
-                other, better = own.items() - names.items(), self._pixels(names)
-                if other and present <= known and better > max(half, taught) and (unknown or taught < half):
+                other, better = self.learnt.items() - names.items(), self._pixels(names)
+                if other and present <= known and better > max(half, learnt) and (unknown or learnt < half):
                     return f"they look like {name}"
         body = present - {IGNORE}
         if body == {0} and IGNORE not in self.names and len(self.classes) == 2:
             other = self.classes.names[1]
             return "they look like a mask of 0 and 255: name 255 in id_map"
         step = math.gcd(*body)
-        if step > 1 and len(body) > 2 and (unknown or not taught or not body <= self.names.keys()):
+        if step > 1 and len(body) > 2 and (unknown or not learnt or not body <= self.names.keys()):
             return f"they are multiples of {step}, as in labels that were stretched for the eye"
         if not self.cfg.id_map and self.cfg.format == "folder" and unknown == [len(self.classes)]:
             return "they look like ids that begin at 1: name them in id_map"
         return ""
 
-    def _maps(self) -> dict[int, str]:
-        return {i: name for i, name in self.names.items() if name in self.classes.names}
-
     def _pixels(self, ids: dict[int, str]) -> int:
         return sum(self.ids[i] for i in ids)
+
+    def _ignored(self) -> str:
+        share = 1 - self._pixels(self.learnt) / self.ids.total()
+        return f"{share:.0%} of the pixels are ignored; {self._held()}"
 
     def _held(self) -> str:
         most = ", ".join(f"{i} ({n / self.ids.total():.0%})" for i, n in self.ids.most_common(5))

@@ -38,7 +38,7 @@ HOW_TO_GET = {
     "folder": "point root, images and labels at your files",
 }
 
-UNREADABLE = "unreadable"  # the entry of a sample that cannot be used, or stands for one such: why
+UNREADABLE = "unreadable"  # entry of a sample: why it, or the one that it replaces, cannot be used
 ATTEMPTS = 10  # samples in a row that a draw may skip
 
 
@@ -85,7 +85,7 @@ class Listing(list[Sample]):
 
 def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
     """As `list_samples`, with labels that may be missing."""
-    root = Path(cfg.root)
+    root = Path(cfg.root).absolute()  # errors name files by their whole paths
     if not root.is_dir():
         raise UserError(f"no {cfg.format} dataset: {root} does not exist (get it: {HOW_TO_GET[cfg.format]})")
     globs, label_of = _LAYOUTS[cfg.format](cfg)
@@ -118,7 +118,7 @@ def find_images(pattern: str) -> Listing:
 
     Raises UserError if there is none, or two would have one name.
     """
-    path, left = Path(pattern).expanduser(), []
+    path, left = Path(pattern).expanduser().absolute(), []
     if path.is_file():
         root, found = path.parent, [path]
     else:
@@ -128,7 +128,7 @@ def find_images(pattern: str) -> Listing:
     if not found:
         note = f"; {_note(root, left)}" if left else ""
         endings = ", ".join(sorted(IMAGE_ENDINGS))
-        raise UserError(f"no image at {pattern}: a file, a folder or a glob of {endings}{note}")
+        raise UserError(f"no image at {path}: a file, a folder or a glob of {endings}{note}")
     samples, first = [], {}
     for image in found:
         name = image.relative_to(root).with_suffix("").as_posix()
@@ -147,7 +147,8 @@ def find_files(root: Path, globs: list[str], files_only: bool = False) -> tuple[
     has no ending, all other files.
 
     Args:
-        files_only: take no folders and broken links. A dataset takes those with an image's name: reading them fails.
+        files_only: skip folders and broken links. A dataset keeps those that are named like images, and reading them
+            fails by name.
     """
     taken, left = set(), set()
     for pattern in globs:
@@ -156,7 +157,7 @@ def find_files(root: Path, globs: list[str], files_only: bool = False) -> tuple[
             folders, name = [*folders, name], "*"
         ending = "" if has_magic(Path(name).suffix) else Path(name).suffix
         stem = name.removesuffix(ending)
-        for folder in _folders(root, folders, ()):
+        for folder in _folders(root, folders):
             if not has_magic(name):
                 if os.path.lexists(folder / name):
                     taken.add(folder / name)
@@ -176,8 +177,8 @@ def find_files(root: Path, globs: list[str], files_only: bool = False) -> tuple[
     return sorted(taken), sorted(left - taken)
 
 
-def _folders(folder: Path, parts: list[str], above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    """Folders below `folder` that the parts of a glob match; a link that leads back into itself is not followed."""
+def _folders(folder: Path, parts: list[str], above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Folders below `folder` that the parts of a glob match; a link back to a folder `above` is not followed."""
     if not parts:
         yield folder
         return
@@ -188,18 +189,12 @@ def _folders(folder: Path, parts: list[str], above: tuple[tuple[int, int], ...])
         return
     if part == "**":
         yield from _folders(folder, rest, above)
-    try:
-        status = folder.stat()
-    except OSError:
-        return
-    here = (*above, (status.st_dev, status.st_ino))
+    above = (*above, os.path.realpath(folder))
     for entry in _entries(folder):
         hidden = entry.name.startswith(".") and not part.startswith(".")
-        if hidden or not _is_folder(entry) or not (part == "**" or fnmatchcase(entry.name, part)):
-            continue
-        below, status = folder / entry.name, entry.stat()
-        if (status.st_dev, status.st_ino) not in here:
-            yield from _folders(below, parts if part == "**" else rest, here)
+        fits = (part == "**" or fnmatchcase(entry.name, part)) and not hidden and _is_folder(entry)
+        if fits and os.path.realpath(entry.path) not in above:
+            yield from _folders(folder / entry.name, parts if part == "**" else rest, above)
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:
@@ -228,7 +223,7 @@ def _in_any_case(path: Path) -> Path:
 
 
 def _note(root: Path, left: list[Path]) -> str:
-    """A line about files that were not taken, "" if there are none."""
+    """A line that counts the files that were not taken, "" if there are none."""
     if not left:
         return ""
     endings = Counter(path.suffix or "no ending" for path in left)

@@ -6,13 +6,14 @@ or exact ids is refused by name.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import math
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,21 +24,8 @@ from torch import Tensor
 from utils.config import UserError
 
 # Of a folder's or a glob's files, those that are images.
-IMAGE_ENDINGS = {
-    ".bmp",
-    ".jfif",
-    ".jpe",
-    ".jpeg",
-    ".jpg",
-    ".pbm",
-    ".pgm",
-    ".png",
-    ".pnm",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-}
+_ENDINGS = "bmp jfif jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp"
+IMAGE_ENDINGS = {f".{ending}" for ending in _ENDINGS.split()}
 # Formats that are decoded in this process; of others, Pillow hands some to programs (EPS to Ghostscript).
 _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
 _EXACT_FORMATS = ("PNG", "BMP", "PPM", "TIFF")
@@ -111,15 +99,17 @@ def _layout(picture: Image.Image) -> tuple[str, int | None]:
 
 def stored_as(path: Path) -> str:
     """How a file stores its pixels in Pillow's words, e.g. L;2 for grey of two bits; UserError as for the readers."""
-    return _reading("file", path, lambda: _layout(_open(path)[0])[0])
+    with _named("file", path):
+        return _layout(_open(path)[0])[0]
 
 
-def _reading(kind: str, path: Path, read: Callable):
-    """What `read` gives; a UserError that names the file if that fails."""
+@contextlib.contextmanager
+def _named(kind: str, path: Path) -> Iterator[None]:
+    """Turn what fails inside into a UserError that names the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, about metadata and sizes
-            return read()
+            yield
     except UserError:
         raise
     except Exception as error:  # a damaged file fails in every way there is
@@ -148,20 +138,18 @@ def read_picture(path: Path, depth: Callable[[tuple[int, int]], float] | None = 
     Raises:
         UserError: the file cannot be decoded, or its numbers have no meaning in 8 bits.
     """
-    return _reading("image", path, lambda: _read_picture(path, depth))
-
-
-def _read_picture(path: Path, depth: Callable | None) -> Image.Image:
-    picture, png = _open(path)
-    # A PNG that is cut off is decoded whole: that is to be said at once, not when a crop needs what is missing.
-    if depth and png and png.complete and (png.depth, png.colour, png.interlaced, png.turned) == (8, _COLOUR, 0, False):
-        rows = math.ceil(picture.height * depth(picture.size)) + 1  # one more, where a filter magnifies
-        if rows < picture.height:
-            return png.decode("RGB", rows).crop((0, 0, *picture.size))
-    layout, _ = _layout(picture)
-    picture.load()
-    picture = _upright(_eight_bits(picture, layout, png))
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    with _named("image", path):
+        picture, png = _open(path)
+        # A PNG that is cut off is decoded whole: that is to be said at once, not when a crop needs what is missing.
+        plain = png and png.complete and (png.depth, png.colour, png.interlaced, png.turned) == (8, _COLOUR, 0, False)
+        if depth and plain:
+            rows = math.ceil(picture.height * depth(picture.size)) + 1  # one more, where a filter magnifies
+            if rows < picture.height:
+                return png.decode("RGB", rows).crop((0, 0, *picture.size))
+        layout, _ = _layout(picture)
+        picture.load()
+        picture = _upright(_eight_bits(picture, layout, png))
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _upright(picture: Image.Image) -> Image.Image:
@@ -187,15 +175,11 @@ def _eight_bits(picture: Image.Image, layout: str, png: _Png | None) -> Image.Im
             raise ValueError(f"numbers of {least} to {most}, of which none is known to be white: save 8 or 16 bits")
         picture = Image.fromarray((values >> 8 if most > 255 else values).astype(np.uint8))
         picture.getexif().update(exif)
-    elif layout.endswith((";16B", ";16L", ";16N")) and not any(high for _, high in _extrema(picture)):
+    elif layout.endswith((";16B", ";16L", ";16N")) and not np.asarray(picture.convert("RGB")).any():
         if not (png and png.deep):
             raise ValueError("colours of 16 bits that hold no value above 255: save 8 bits")
         picture = png.decode(f"{png.deep};16L")  # read as little-endian: the lower 8 bits
     return picture
-
-
-def _extrema(picture: Image.Image) -> tuple:
-    return picture.convert("RGB").getextrema()
 
 
 def read_image(path: Path) -> Tensor:
@@ -218,41 +202,37 @@ def read_label_ids(path: Path) -> np.ndarray:
         UserError: the file cannot be decoded, does not keep exact numbers, holds others than 0..65535, is a colour
             picture of 8 bits, or has a grey palette that leaves open whether index or grey is the id.
     """
-    return _reading("label", path, lambda: _read_label_ids(path))
-
-
-def _read_label_ids(path: Path) -> np.ndarray:
-    picture, png = _open(path)
-    if picture.format not in _EXACT_FORMATS or picture.info.get("compression") in _LOSSY_TIFF:
-        raise ValueError(f"{picture.format} compression does not keep ids exactly: save it as PNG")
-    if png and png.deep:
-        high, low = (np.asarray(png.decode(f"{png.deep};16{order}").getchannel(0)) for order in "BL")
-        return high.astype(np.uint16) << 8 | low
-    layout, declared = _layout(picture)
-    mode, _, option = layout.partition(";")
-    if picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
-        raise UserError(
-            f"label {show_name(path)} is an 8-bit picture of mode {picture.mode}; a grey, palette or 16-bit PNG of "
-            "label ids is needed"
-        )
-    if mode in ("1", "L") and "I" in option:
-        raise ValueError("its greys are stored inverted: save it as PNG")
-    if picture.format == "BMP" and picture.mode != "P" and path.read_bytes()[28] != 8:
-        raise ValueError("a grey BMP of few bits: save it as PNG")
-    ids = np.asarray(picture)
-    if mode == "P":
-        return _ids_of_palette(ids, picture)
-    if picture.mode == "1":
-        return ids.astype(np.uint8)
-    if picture.mode == "I":
-        if ids.min() < 0 or ids.max() >= 2**16:
-            raise ValueError(f"it holds {ids.min()} to {ids.max()}; label ids are 0 to 65535")
-        ids = ids.astype(np.uint16)
-    # Pillow stretches what is below 8 or 16 bits to their whole range.
-    most, full = declared or {"2": 3, "4": 15}.get(option[:1], 255), 255
-    if picture.mode == "I":
-        most, full = declared or 65535, 65535
-    return ids if most == full or picture.mode.startswith("I;") else np.rint(ids * (most / full)).astype(ids.dtype)
+    with _named("label", path):
+        picture, png = _open(path)
+        if picture.format not in _EXACT_FORMATS or picture.info.get("compression") in _LOSSY_TIFF:
+            raise ValueError(f"{picture.format} compression does not keep ids exactly: save it as PNG")
+        if png and png.deep:
+            high, low = (np.asarray(png.decode(f"{png.deep};16{order}").getchannel(0)) for order in "BL")
+            return high.astype(np.uint16) << 8 | low
+        if picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+            raise UserError(
+                f"label {show_name(path)} is an 8-bit picture of mode {picture.mode}; a grey, palette or 16-bit PNG of "
+                "label ids is needed"
+            )
+        layout, declared = _layout(picture)
+        mode, _, option = layout.partition(";")
+        if mode in ("1", "L") and "I" in option:
+            raise ValueError("its greys are stored inverted: save it as PNG")
+        if picture.format == "BMP" and picture.mode != "P" and path.read_bytes()[28] != 8:
+            raise ValueError("a grey BMP of few bits: save it as PNG")
+        ids = np.asarray(picture)
+        if mode == "P":
+            return _ids_of_palette(ids, picture)
+        if picture.mode == "1":
+            return ids.astype(np.uint8)
+        if picture.mode == "I":
+            if ids.min() < 0 or ids.max() >= 2**16:
+                raise ValueError(f"it holds {ids.min()} to {ids.max()}; label ids are 0 to 65535")
+            ids = ids.astype(np.uint16)
+        # Pillow stretches what is below 8 or 16 bits to their whole range.
+        full = 65535 if picture.mode == "I" else 255
+        most = declared or {"2": 3, "4": 15}.get(option[:1] if picture.mode == "L" else "", full)
+        return ids if most == full or picture.mode.startswith("I;") else np.rint(ids * (most / full)).astype(ids.dtype)
 
 
 def _ids_of_palette(index: np.ndarray, picture: Image.Image) -> np.ndarray:
@@ -276,8 +256,7 @@ def _ids_of_palette(index: np.ndarray, picture: Image.Image) -> np.ndarray:
 
 def used_palette(path: Path) -> dict[int, tuple[int, ...]]:
     """{index: (r, g, b)} of what a colour palette picture uses; {} of others. Raises UserError as the readers."""
-
-    def read() -> dict[int, tuple[int, ...]]:
+    with _named("label", path):
         picture, _ = _open(path)
         if picture.mode != "P":
             return {}
@@ -285,5 +264,3 @@ def used_palette(path: Path) -> dict[int, tuple[int, ...]]:
         colours = [*zip(flat[::3], flat[1::3], flat[2::3])]
         grey = all(r == g == b for r, g, b in colours)
         return {} if grey else {int(i): colours[i] for i in used if i < len(colours)}
-
-    return _reading("label", path, read)

@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from data.datasets import UNREADABLE, SegmentationDataset
 from utils.config import UserError
 
-# How a loader process ends that could not hand a batch over, in torch's words.
-_SHARED_FULL, _FILES_OPEN, _OTHER = "exit code 81.", "exit code 82.", "exit code 83."
+_EXIT_CODES = {"shared memory": 81, "files": 82, "ended": 83}  # of a loader process that could not hand a batch over
 _REMEDIES = {
     "shared memory": "shared memory (/dev/shm) is full: give the container more (docker run --shm-size=8g), or take "
     "fewer or no loader processes (data.workers=0)",
@@ -92,13 +91,14 @@ def whole_images(
     return iterate(_loader(dataset, batch_size, workers, indices, collate_fn=_usable))
 
 
-def one_by_one(dataset: Dataset, workers: int) -> Iterator:
-    """Every item of any dataset, in order. Raises as `iterate`."""
-    return iterate(_loader(dataset, 1, workers, None, collate_fn=_only))
+def mapped(function: Callable, items: Sequence, workers: int) -> Iterator:
+    """`function(item)` of every item, in order, computed by loader processes. Raises as `iterate`."""
+    return iterate(_loader(items, 1, workers, None, collate_fn=functools.partial(_of_only, function)))
 
 
-def _only(items: list) -> object:
-    return items[0]
+def _of_only(function: Callable, batch: list) -> object:
+    (item,) = batch
+    return function(item)
 
 
 def _usable(samples: list[dict]) -> list[dict]:
@@ -109,9 +109,9 @@ def iterate(loader: DataLoader) -> Iterator:
     """The batches of a loader, whose processes start at once.
 
     Raises:
-        UserError: a sample cannot be used; the loader's processes suffer: shared memory is full, too many files are
-            open, one was killed. From then on the main thread may also get it wherever it is: the system's signal that
-            a process has ended does not wait for the next batch.
+        UserError: a sample cannot be used, or the loader's processes fail: shared memory is full, too many files are
+            open, one was killed. The latter may be raised at any line of the main thread, since the system's signal
+            that a process has ended does not wait for the next batch.
     """
     others = set(multiprocessing.active_children())
     try:
@@ -158,36 +158,40 @@ def _child_ended(number: int, frame: object) -> None:
 
 
 def _leave_ended_processes() -> None:
-    """While a run ends by an error, its other loader processes may fail too; that is not news."""
+    """Stop listening: while a run ends by an error, its other loader processes may fail too."""
     if threading.current_thread() is threading.main_thread() and _torchs_handler:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def _explained(error: BaseException, exit_codes: Sequence[int | None] = ()) -> BaseException:
-    """A UserError that names cause and remedy, or the error itself where it is none of the system's."""
+def _cause(error: BaseException, exit_codes: Sequence[int | None] = ()) -> str:
+    """Which of `_REMEDIES` helps against an error, "" if none does: it is none of the system's."""
     number, text = getattr(error, "errno", None), " ".join([str(error), *(f"exit code {code}." for code in exit_codes)])
 
     def holds(*words: str) -> bool:
         return any(word in text for word in words)
 
-    bus_error = f"exit code -{int(signal.SIGBUS)}." if hasattr(signal, "SIGBUS") else "Bus error"
-    if number in (errno.EMFILE, errno.ENFILE) or holds("Too many open files", "ancillary data", _FILES_OPEN):
-        remedy = _REMEDIES["files"]
-    elif number == errno.ENOSPC or holds(
-        "shared memory", "/dev/shm", "No space left", "Bus error", bus_error, _SHARED_FULL
-    ):
-        remedy = _REMEDIES["shared memory"]
-    elif number in (errno.ENOMEM, errno.EAGAIN) or isinstance(error, MemoryError) or holds("allocate memory"):
-        remedy = _REMEDIES["memory"]
-    elif holds("DataLoader worker (") or isinstance(error, EOFError | OSError):
-        end = text.partition("is killed by signal: ")[2].partition(".")[0]
-        remedy = _REMEDIES["ended"].format(f"signal: {end}" if end else "no batch came from it")
-    else:
+    full, files = (f"exit code {_EXIT_CODES[cause]}." for cause in ("shared memory", "files"))
+    killed = f"exit code -{int(signal.SIGBUS)}."  # by a write to shared memory beyond its end
+    if number in (errno.EMFILE, errno.ENFILE) or holds("Too many open files", "ancillary data", files):
+        return "files"
+    if number == errno.ENOSPC or holds("shared memory", "/dev/shm", "No space left", "Bus error", killed, full):
+        return "shared memory"
+    if number in (errno.ENOMEM, errno.EAGAIN) or isinstance(error, MemoryError) or holds("allocate memory"):
+        return "memory"
+    return "ended" if holds("DataLoader worker (") or isinstance(error, EOFError | OSError) else ""
+
+
+def _explained(error: BaseException, exit_codes: Sequence[int | None] = ()) -> BaseException:
+    """A UserError that names cause and remedy, or the error itself where it is none of the system's."""
+    cause = _cause(error, exit_codes)
+    if not cause:
         return error
-    return UserError(f"loading images: {remedy}")
+    by_signal = str(error).partition("is killed by signal: ")[2].partition(".")[0]
+    end = f"signal: {by_signal}" if by_signal else "no batch came from it"
+    return UserError(f"loading images: {_REMEDIES[cause].format(end)}")
 
 
-def _loader(dataset: Dataset, batch_size: int, workers: int, sampler, **options) -> DataLoader:
+def _loader(dataset: Dataset | Sequence, batch_size: int, workers: int, sampler, **options) -> DataLoader:
     # A worker's parent must be the trainer, which it watches over; from Python 3.14 on, Linux has another default.
     context = "fork" if workers and sys.platform == "linux" else None
     return DataLoader(
@@ -211,26 +215,22 @@ def _start_worker(parent: int, worker: int) -> None:
 
 
 def _end_worker(error: BaseException) -> None:
-    said = str(_explained(error))
-    way = {_REMEDIES["shared memory"]: _SHARED_FULL, _REMEDIES["files"]: _FILES_OPEN}
-    end = next((end for remedy, end in way.items() if remedy in said), _OTHER)
-    os._exit(int(end[10:-1]))
+    os._exit(_EXIT_CODES.get(_cause(error), _EXIT_CODES["ended"]))
 
 
 def _leave_signals_to(parent: int) -> None:
-    """For loader processes: a Ctrl-C or SIGTERM to the whole group must not take the batches away under a last step.
+    """In a loader process: ignore a Ctrl-C or SIGTERM to the whole group, since the last step needs its batch.
 
-    They watch over their parent themselves, but for one that was killed before they began: it is looked for here.
+    torch's worker ends when its parent is gone, unless it was gone before the worker began, which is checked here.
     """
     if os.getppid() != parent:
         os._exit(1)
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's own way to end them
 
 
 def spread(length: int, count: int) -> list[int]:
-    """`count` indices spread evenly over 0..length-1, ends left out, so that repeated draws show the same images."""
+    """`count` indices spread evenly over 0..length-1, without the ends."""
     count = min(count, length)
     return [(2 * i + 1) * length // (2 * count) for i in range(count)]

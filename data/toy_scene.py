@@ -12,27 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-(
-    ROAD,
-    SIDEWALK,
-    BUILDING,
-    WALL,
-    FENCE,
-    POLE,
-    LIGHT,
-    SIGN,
-    VEGETATION,
-    TERRAIN,
-    SKY,
-    PERSON,
-    RIDER,
-    CAR,
-    TRUCK,
-    BUS,
-    TRAIN,
-    MOTORCYCLE,
-    BICYCLE,
-) = range(19)  # train ids
+# Train ids.
+ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN = range(10)
+SKY, PERSON, RIDER, CAR, TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE = range(10, 19)
 VOID = 255
 RARE = (WALL, TRAIN, BICYCLE, TERRAIN, MOTORCYCLE, BUS, FENCE, TRUCK, RIDER)  # classes shown in turn
 FAR = 90.0  # metres: where streets end; also the distance given to the sky

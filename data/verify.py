@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data.check import Labels, look_at
 from data.datasets import Sample, pair_files
 from data.images import read_image, read_label_ids, show_name
-from data.loaders import one_by_one, spread
+from data.loaders import mapped, spread
 from data.taxonomy import IGNORE, ClassSet, class_set
 from utils.config import Config, UserError
 from utils.config.keys import DatasetConfig
@@ -28,39 +27,27 @@ from utils.engine.checkpoint import atomic_write
 from utils.engine.command_line import run_cli
 from utils.engine.log import show_path
 from utils.engine.setup import prepare_data
+from utils.evaluation.metrics import text_table
 from utils.evaluation.pictures import colorize, save_panel, to_picture
 
-TOLERANCE = 0.1  # sizes that differ by less are brought to one by `size`: some of GTA5's do
+TOLERANCE = 0.1  # sizes may differ by less where `size` brings them to one, as some of GTA5's do
 SHOWN = 8  # faults of a kind that are printed, samples on a contact sheet
 
 
 @dataclass
 class Report:
-    """What is known of one dataset."""
+    """What was found in one dataset."""
 
     images: int = 0
     labels: int = 0
     sizes: Counter = field(default_factory=Counter)  # (width, height) of images
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # by train id
     faults: dict[str, list[str]] = field(default_factory=dict)  # kind -> files
-    warnings: list[str] = field(default_factory=list)  # what may be meant
+    warnings: list[str] = field(default_factory=list)  # what may be intended
     hashes: dict[str, str] = field(default_factory=dict)  # of an image's pixels -> its path
 
     def fault(self, kind: str, name: object) -> None:
         self.faults.setdefault(kind, []).append(show_name(name))
-
-
-class Files(Dataset):
-    """Items are what `look_at` finds in a sample."""
-
-    def __init__(self, samples: list[Sample]):
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> dict:
-        return look_at(self.samples[index])
 
 
 def check_dataset(
@@ -75,10 +62,10 @@ def check_dataset(
         return report, []
     if samples.note:
         report.warnings.append(samples.note)
-    fixed = cfg.format != "folder"  # whose images may be of any size
+    fixed = cfg.format != "folder"  # images of a folder may have any size
     for path in samples.orphans:
         report.fault("label without image", path)
-    per_image, looks = [], one_by_one(Files(samples), workers)
+    per_image, looks = [], mapped(look_at, samples, workers)
     for sample, found in zip(samples, tqdm(looks, name, len(samples), unit="img", dynamic_ncols=True, disable=None)):
         if with_labels and not sample.label.exists():
             report.fault("image without label", f"{sample.image}: {sample.label} is missing")
@@ -124,19 +111,17 @@ def _by(size: tuple[int, int]) -> str:
 
 def summary(reports: dict[str, Report], classes: ClassSet) -> str:
     """Files, sizes and class shares of each dataset, side by side."""
-    width = max(len(n) for n in (*classes.names, "usual size"))
-
-    def line(title: str, cells) -> str:
-        return f"{title:{width}}" + "".join(f"{c:>14}" for c in cells)
-
     every = list(reports.values())
-    rows = [line("", reports), line("images", (r.images for r in every)), line("labels", (r.labels for r in every))]
-    rows.append(line("usual size", (_by(r.sizes.most_common(1)[0][0]) if r.sizes else "-" for r in every)))
-    rows.append(line("sizes", (len(r.sizes) for r in every)))
+    rows = [
+        ["images", *(str(r.images) for r in every)],
+        ["labels", *(str(r.labels) for r in every)],
+        ["usual size", *(_by(r.sizes.most_common(1)[0][0]) if r.sizes else "-" for r in every)],
+        ["sizes", *(str(len(r.sizes)) for r in every)],
+    ]
     for k, name in [*enumerate(classes.names), (IGNORE, "ignored")]:
-        shares = (f"{r.pixels[k] / r.pixels.sum():.3%}" if r.pixels[k] else "-" for r in every)
-        rows.append(line(name, shares))
-    return "\n".join([*rows, line("faults", (sum(map(len, r.faults.values())) for r in every))])
+        rows.append([name, *(f"{r.pixels[k] / r.pixels.sum():.3%}" if r.pixels[k] else "-" for r in every)])
+    rows.append(["faults", *(str(sum(map(len, r.faults.values()))) for r in every)])
+    return text_table(["", *reports], rows)
 
 
 def contact_sheet(samples: list[Sample], labels: Labels, cfg: Config, name: str) -> None:
@@ -185,7 +170,7 @@ def main(cfg: Config) -> dict[str, Report]:
         text = "".join(f"{line}\n" for line in lines)
         atomic_write(folder / name, lambda p, text=text: p.write_text(text, "utf-8"))
     if every:
-        raise UserError(f"{len(every)} faults, listed in {show_path(folder / 'faults.txt')}")
+        raise UserError(f"{len(every)} faults, listed in {folder / 'faults.txt'}")
     listed = f", {len(warnings)} warnings" if warnings else ""
     print(f"no fault{listed}; samples are in {show_path(folder)}")
     return reports

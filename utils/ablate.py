@@ -49,7 +49,7 @@ def read_variants(path: Path) -> dict[str, list[str]]:
 
     Raises ConfigError naming file and entry.
     """
-    path, rows = path.absolute(), {}
+    rows = {}
     for stage, variants in read_yaml(path).items():
         if stage not in STAGES:
             raise ConfigError(f"{path}: {stage!r} is no stage with variants; they are {', '.join(STAGES)}")
@@ -78,7 +78,7 @@ def _load(stage: str, overrides: list[str]) -> Config:
 
 
 def _made_from(cfg: Config, stages: dict[str, Config]) -> list[Config]:
-    """Those of `stages` that must be run before `cfg`, in order; one may be named twice."""
+    """The stages that must be run before `cfg`, in order; a stage may occur twice."""
     starts = {cfg.model.init, cfg.checkpoint} | ({"pseudo_labels"} if cfg.stage == "pst" else set())
     names, steps = list(stages), []
     for i, name in enumerate(names):
@@ -117,7 +117,7 @@ def _plan(overrides: list[str], variants: Path) -> dict[str, list[Config]]:
         try:
             plan[row] = planned(stages, overrides, row, own)
         except ConfigError as error:
-            raise ConfigError(f"{variants.absolute()}: {row}: {error}") from None
+            raise ConfigError(f"{variants}: {row}: {error}") from None
     return plan
 
 
@@ -178,7 +178,7 @@ def main() -> None:
             raise ConfigError("seed= is given; seeds=0,1,2 says which to run")
         if controls is not None:
             raise ConfigError("controls= is for utils.pipeline, which trains them")
-        run(overrides, seeds or SEEDS, Path(find_path(files[-1])) if files else VARIANTS)
+        run(overrides, seeds or SEEDS, Path(find_path(files[-1])).absolute() if files else VARIANTS)
 
     run_words(call, __doc__)
 

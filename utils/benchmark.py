@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -81,7 +81,7 @@ class Timing(NamedTuple):
 
     @property
     def median(self) -> float:
-        """Of the seconds."""
+        """Median of the seconds."""
         return statistics.median(self.seconds)
 
 
@@ -361,7 +361,7 @@ class _Alive(TorchDispatchMode):
 
 
 class Memory(NamedTuple):
-    """Bytes of a step: of networks, gradients and optimisers; and what grows with the batch."""
+    """Bytes of a step: those of networks, gradients and optimisers, and those that grow with the batch."""
 
     fixed: int
     batch: int
@@ -372,20 +372,18 @@ class Memory(NamedTuple):
 
 
 def memory_of_step(cfg: Config) -> Memory:
-    """Of a BPL step with train.accumulate=1. Fake tensors have sizes but no content: no data and no GPU is needed."""
+    """Memory of a BPL step with train.accumulate=1. Fake tensors have sizes but no content: no GPU is needed."""
     cfg = resolve_auto(cfg)
     with META:
         stage = train_bpl.BPL(cfg, META)
     stage.views = SimpleNamespace(weak=Tensor.float, strong=Tensor.float)  # colours cost little memory
     networks = stage.networks.values()
-    with FakeTensorMode():
-        for module in (m for n in networks for m in n.modules()):  # fake tensors in place of those of no device
-            for name, p in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(torch.empty_strided(p.shape, p.stride())))
-                getattr(module, name).grad = torch.empty_strided(p.shape, p.stride())
-            for name, b in module.named_buffers(recurse=False):
-                setattr(module, name, torch.empty_strided(b.shape, b.stride(), dtype=b.dtype))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for network in networks:
+            network.to_empty(device=CPU).train()
         weights = [p for n in networks for p in n.parameters()]
+        for p in weights:
+            p.grad = torch.empty_like(p)
         adam_too = cfg.train.optimizer == "adamw"
         adam = [p for k, n in stage.networks.items() if k != "model" or adam_too for p in n.parameters()]
         buffers, (source, target) = [b for n in networks for b in n.buffers()], batches(cfg, CPU)
@@ -394,8 +392,6 @@ def memory_of_step(cfg: Config) -> Memory:
             with torch.autocast("cpu", enabled=False), statistics_kept(*networks):
                 total.backward()
 
-        for network in networks:
-            network.train()
         there = [*weights, *(p.grad for p in weights), *buffers]
         with _Alive(there) as counter, autocast(CPU, cfg.train.precision):
             stage.step(source, target, backward)
@@ -442,7 +438,7 @@ def run_plan(cfg: Config, device: torch.device) -> None:
 
 
 def device_memory(device: torch.device) -> float:
-    """GiB that the device has in all."""
+    """Memory of the device, in GiB."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1] / GIB
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB

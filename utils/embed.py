@@ -2,17 +2,15 @@
 
     python -m utils.embed benchmark=toy
     python -m utils.embed benchmark=toy batchnorm.statistics=target     the same kind of statistics for all runs
-    python -m utils.embed benchmark=toy --only source_only,pst
     tensorboard --logdir runs/toy/embed                                 features and prototypes in 2 or 3 dimensions
 
 Takes the training runs of a benchmark that have a checkpoint, and the labelled validation images. Writes
-runs/<benchmark>/embed/ and features.json, which report.html shows. True labels give the class of a feature. Only the
-direction of a feature counts, as in the method's cosines.
+runs/<benchmark>/embed/ and features.json. True labels give the class of a feature. Only the direction of a feature
+counts, as in the method's cosines.
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
 
 import torch
@@ -21,16 +19,16 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from data.datasets import SegmentationDataset, build_dataset
-from data.loaders import whole_images
+from data.loaders import spread, whole_images
 from data.taxonomy import IGNORE, ClassSet, class_set
 from models import classifier_prototypes
 from utils.config import ROOT, Config, UserError
 from utils.engine import checkpoint
-from utils.engine.command_line import guarded
+from utils.engine.command_line import run_words
 from utils.engine.log import show_path
 from utils.engine.setup import choose_device, load_config, load_network, prepare_data
 from utils.evaluation.prediction import autocast, normalized, same_size_batches
-from utils.report.page import find_runs, title_of, write_report
+from utils.report.page import find_runs, title_of
 
 LEAST_PIXELS = 10  # features that a class needs to have a centre
 PIXELS_PER_CLASS, PIXELS_PER_IMAGE = 150, 10  # features of a class in the projector; of these, from one image
@@ -45,23 +43,19 @@ class ClassCentres:
         separation    = mean_{k < l} (1 - cos(c_k, c_l))     0: all classes have one direction; 1: they are orthogonal
 
     Every class has the same weight. Centres are means of features, not prototypes, so the numbers do not depend on the
-    classifier. They belong together: features that collapse into one direction are compact but not separated.
+    classifier. Read both together: features that collapse into one direction are compact but not separated.
     """
 
     def __init__(self, num_classes: int):
         self.num_classes = num_classes
-        self.sums: Tensor | None = None  # (K, C)
-        self.counts = torch.zeros(num_classes, dtype=torch.long)
+        self.sums = self.counts = torch.zeros(())  # (K, C) and (K,) from the first update on
 
     def update(self, feat: Tensor, label: Tensor) -> None:
         """Add float features (M, C) of integer classes (M,); those of class `IGNORE` are left out."""
         known = label != IGNORE
-        unit, label = F.normalize(feat[known].double(), dim=1), label[known].long()
-        if self.sums is None:
-            self.sums = torch.zeros(self.num_classes, feat.shape[1], dtype=torch.double, device=feat.device)
-            self.counts = self.counts.to(feat.device)
-        self.sums.index_add_(0, label, unit)
-        self.counts += torch.bincount(label, minlength=self.num_classes)
+        members = F.one_hot(label[known].long(), self.num_classes).double()
+        self.sums = self.sums.to(feat.device) + members.T @ F.normalize(feat[known].double(), dim=1)
+        self.counts = self.counts.to(feat.device) + members.sum(0)
 
     @property
     def known(self) -> Tensor:
@@ -89,85 +83,63 @@ def measure(
     Features keep the network's resolution; labels are brought there by nearest neighbour, as in the losses. Raises
     UserError if the labels hold no class.
     """
-    centres, sample = ClassCentres(len(classes)), {}
-    generator = torch.Generator().manual_seed(cfg.seed)
+    centres, parts = ClassCentres(len(classes)), {}
     for _, images, labels in same_size_batches(whole_images(dataset, cfg.test.batch, cfg.data.workers), device):
         with torch.no_grad(), autocast(device, cfg.train.precision):
             maps = model(normalized(images, model))["feat"].float()
         small = F.interpolate(labels[:, None].float(), size=maps.shape[2:], mode="nearest")[:, 0].long()
         for feat, label in zip(maps.flatten(2).transpose(1, 2), small.flatten(1)):
             centres.update(feat, label)
-            order = torch.randperm(len(label), generator=generator).to(device)
             for k in set(label.tolist()) - {IGNORE}:
-                chosen = F.normalize(feat[order[label[order] == k][:PIXELS_PER_IMAGE]], dim=1).cpu()
-                sample[k] = torch.cat([*([sample[k]] if k in sample else []), chosen])[:PIXELS_PER_CLASS]
-    if not sample:
+                points = feat[label == k]
+                chosen = points[spread(len(points), PIXELS_PER_IMAGE)]
+                parts.setdefault(k, []).append(F.normalize(chosen, dim=1).cpu())
+    if not parts:
         raise UserError("the validation labels hold no class: there is no feature to show")
-    return centres, sample
+    sample = {k: torch.cat(points) for k, points in parts.items()}
+    return centres, {k: points[spread(len(points), PIXELS_PER_CLASS)] for k, points in sample.items()}
 
 
-def run(overrides: list[str], only: list[str] = ()) -> dict:
+def run(overrides: list[str]) -> dict:
     """Measure the runs of a benchmark; returns what is written to features.json.
-
-    Args:
-        only: names of runs; () takes all training runs that have a checkpoint.
 
     Raises:
         UserError: no run, a network that does not fit the benchmark, or missing data.
     """
     cfg = load_config(ROOT / "configs" / "test_from_gta_to_city.yml", overrides)
     device, folder, classes = choose_device(cfg), cfg.sibling_run(""), class_set(cfg.data)
-    file = f"{cfg.which}.pth"
-    names = list(only) or [r.name for r in find_runs(folder) if (r.folder / "checkpoints" / file).is_file()]
-    weights = {name: checkpoint.find_checkpoint(cfg, name) for name in names}
-    if not weights:
-        raise UserError(f"{show_path(folder)} holds no run with checkpoints/{file}")
+    files = {run.name: run.folder / "checkpoints" / f"{cfg.which}.pth" for run in find_runs(folder)}
+    files = {name: file for name, file in files.items() if file.is_file()}
+    if not files:
+        raise UserError(f"{folder} holds no run with checkpoints/{cfg.which}.pth")
     prepare_data(cfg)
     val = build_dataset(cfg.data.val, classes)
     target = build_dataset(cfg.data.target, classes, False) if cfg.batchnorm.statistics == "target" else None
     shutil.rmtree(folder / "embed", ignore_errors=True)
     numbers = {}
     with SummaryWriter(folder / "embed") as board:
-        for name, path in weights.items():
-            model, _ = load_network(cfg, path, device, target)
+        for name, file in files.items():
+            model, _ = load_network(cfg, file, device, target)
             if (number := len(model.classifier.weight)) != len(classes):
-                raise UserError(f"{path} knows {number} classes, the benchmark has {len(classes)}: see data.class_set")
+                raise UserError(f"{file} knows {number} classes, the benchmark has {len(classes)}: see data.class_set")
             centres, sample = measure(model, val, classes, cfg, device)
-            add_embedding(board, name, sample, classifier_prototypes(model.classifier).cpu(), classes)
+            rows = [[classes.names[k], "feature"] for k, points in sample.items() for _ in points]
+            rows += [[class_name, "prototype"] for class_name in classes.names]
+            points = torch.cat([*sample.values(), classifier_prototypes(model.classifier).cpu()])
+            board.add_embedding(points, rows, tag=name.replace("/", "_"), metadata_header=["class", "kind"])
             compact = {classes.names[k]: value for k, value in centres.compactness().items()}
             numbers[name] = {
                 "compactness": sum(compact.values()) / len(compact) if compact else None,
                 "separation": centres.separation(),
                 "by_class": compact,
             }
-            shown = (f"{k} {v:.3f}" for k, v in numbers[name].items() if isinstance(v, float))
+            shown = (f"{key} {value:.3f}" for key, value in numbers[name].items() if isinstance(value, float))
             print(f"{title_of(name):24} {'  '.join(shown)}", flush=True)
     result = {"statistics": cfg.batchnorm.statistics, "images": len(val), "runs": numbers}
     checkpoint.write_json(folder / "features.json", result)
-    write_report(folder)
     print(f"written to {show_path(folder / 'features.json')}; tensorboard --logdir {show_path(folder / 'embed')}")
     return result
 
 
-def add_embedding(
-    board: SummaryWriter, name: str, sample: dict[int, Tensor], prototypes: Tensor, classes: ClassSet
-) -> None:
-    """Unit features and prototypes of a run into TensorBoard's projector, with the names of their classes."""
-    points = torch.cat([*sample.values(), prototypes])
-    rows = [[classes.names[k], "feature"] for k, feat in sample.items() for _ in feat]
-    rows += [[class_name, "prototype"] for class_name in classes.names]
-    board.add_embedding(points, rows, tag=name.replace("/", "_"), metadata_header=["class", "kind"])
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of the user's mistakes too")
-    parser.add_argument("--only", default="", metavar="RUN,RUN", help="names of runs, e.g. source_only,distill/round2")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see `python test.py --help`")
-    args = parser.parse_intermixed_args()
-    guarded(lambda: run(args.overrides, [name for name in args.only.split(",") if name]), args.debug)
-
-
 if __name__ == "__main__":
-    main()
+    run_words(run, __doc__)

@@ -225,6 +225,8 @@ def stage_rows(stage: str, run_name: str, cfg: Config, metrics: dict, tests: Con
 def _row(scores: dict, classes: ClassSet) -> dict:
     present = sorted((n for n in classes.names if scores["pixels"][n]), key=scores["pixels"].get)
     kept = {key: scores[key] for key in ("miou", *classes.subsets, "iou")}
+    if len(present) <= RAREST:  # their mean is the mIoU
+        return kept
     return kept | {"rarest": present[:RAREST], "miou_rarest": mean_over(scores["iou"], present[:RAREST])}
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -244,7 +245,7 @@ def test_custom_benchmark_gives_its_classes(benchmarks):
     cfg = load_config(BPL, [f"benchmark={benchmarks['day_to_dusk']}"])
     assert list(class_set(cfg.data).names) == CUSTOM["class_names"]
     assert [list(colour) for colour in class_set(cfg.data).palette] == CUSTOM["palette"]
-    assert cfg.run_dir.as_posix() == "runs/day_to_dusk/bpl"
+    assert cfg.run_dir == Path.cwd() / "runs/day_to_dusk/bpl"
 
 
 def start(monkeypatch, *arguments, main=lambda cfg: None):
@@ -271,6 +272,14 @@ def shown(monkeypatch, capsys, *arguments):
     """What a script prints that does not run."""
     start(monkeypatch, *arguments, main=pytest.fail)
     return capsys.readouterr().out
+
+
+def test_config_of_another_stage_is_named_by_its_whole_path(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yml").write_text("stage: pst")
+    with pytest.raises(SystemExit) as stop:
+        start(monkeypatch, "--config", "mine.yml", main=pytest.fail)
+    assert stop.value.code == 2 and f"{tmp_path}/mine.yml is of stage 'pst'" in capsys.readouterr().err
 
 
 def test_help_shows_the_values_that_are_used_and_the_keys_that_the_stage_reads(monkeypatch, capsys):
@@ -352,7 +361,7 @@ def test_a_runs_name_is_no_path(elsewhere):
 
 def test_the_checkouts_files_are_found_from_anywhere_and_runs_stay_where_one_starts(elsewhere, monkeypatch):
     cfg = load_config("configs/stage1_BPL.yml", ["benchmark=toy"])
-    assert cfg.run_dir.as_posix() == "runs/toy/bpl"
+    assert cfg.run_dir == elsewhere / "work/runs/toy/bpl"
     assert cfg.data.toy_root == str(ROOT / "data/toy")
     assert cfg.data.source.root == str(ROOT / "data/toy/GTA5")  # drawn or not
     assert cfg.data.val.root == str(ROOT / "data/toy/Cityscapes")

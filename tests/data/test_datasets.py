@@ -287,7 +287,7 @@ def test_images_of_a_path_a_folder_or_a_glob(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="no image at "):
             find_images(nothing)
     touch(tmp_path, "a/x.webp")
-    with pytest.raises(UserError, match=r"a/x\.JPG and a/x\.webp would have one name"):
+    with pytest.raises(UserError, match=f"{tmp_path}/a/x.JPG and {tmp_path}/a/x.webp would have one name"):
         find_images("a")
 
 
@@ -312,9 +312,7 @@ def test_endings_in_upper_case_and_what_is_not_taken(tmp_path):
     cfg = folder_of(tmp_path, "i/*.jpg", labels="l/{stem}.png")
     listed = list_samples(cfg, with_labels=False)
     assert [s.image.name for s in listed] == ["0.jpg", "1.JPG", "2.Jpg", "5.jpg"]  # the broken link is found missing
-    assert listed.note == (
-        f"not taken: 2 files below {tmp_path} (1 .jpg, 1 .jpeg), the first is i/.4.jpg"
-    )
+    assert listed.note == (f"not taken: 2 files below {tmp_path} (1 .jpg, 1 .jpeg), the first is i/.4.jpg")
     (tmp_path / "i/5.jpg").unlink()
     (tmp_path / "i/2.Jpg").unlink()
     assert [s.label.name for s in list_samples(cfg)] == ["0.png", "1.PNG"]

@@ -1,5 +1,6 @@
 """The data check passes what is right and names what is not."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def test_clean_trees_pass(check, trees, layout, tmp_path):
     faults, said = check(layout)
     assert not faults and "no fault" in said
     _, source, _, val = LAYOUTS[layout]
-    rows = {line[:14].strip(): line[14:].split() for line in said.splitlines()}
+    rows = {name: cells for name, *cells in (re.split(r" {2,}", line) for line in said.splitlines())}
     assert rows["images"] == ["5", "5", "5"] and rows["labels"] == ["5", "0", "5"]
     name = "car"
     for column, tree in ((0, trees[source]), (2, trees[val])):

@@ -43,11 +43,10 @@ def test_generators_go_on_where_they_were(tmp_path):
 @pytest.fixture
 def cfg(configure, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "PRETRAINED", tmp_path / "pretrain_model")
-    monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
     return configure("gta5_to_city", "stage1_BPL.yml", tmp_path / "runs", "model.published=[theirs.pkl, pbals.pkl]")
 
 
-def test_weights_are_found_by_run_then_published_file_then_path(cfg, tmp_path):
+def test_weights_are_found_by_run_then_published_file_then_path(cfg, tmp_path, monkeypatch):
     def find():
         return checkpoint.find_init(cfg)
 
@@ -56,7 +55,7 @@ def test_weights_are_found_by_run_then_published_file_then_path(cfg, tmp_path):
     message = str(error.value)
     assert "\n" not in message and "runs/gta5_to_city/warmup/checkpoints/last.pth" in message
     assert "python train_bpl.py --config configs/stage0_warmup.yml" in message
-    assert "pretrain_model/theirs.pkl or pretrain_model/pbals.pkl" in message
+    assert f"{tmp_path}/pretrain_model/theirs.pkl or {tmp_path}/pretrain_model/pbals.pkl" in message
     published, second = (tmp_path / "pretrain_model" / name for name in ("theirs.pkl", "pbals.pkl"))
     own = {which: cfg.sibling_run("warmup") / "checkpoints" / f"{which}.pth" for which in ("last", "best")}
     for path in (published, second, *own.values()):
@@ -71,8 +70,9 @@ def test_weights_are_found_by_run_then_published_file_then_path(cfg, tmp_path):
     assert find() == second
     cfg.model.init = str(own["last"])
     assert find() == own["last"]
-    cfg.model.init = str(tmp_path / "none.pth")
-    with pytest.raises(UserError, match=r"no weights at .*none\.pth"):
+    monkeypatch.chdir(tmp_path)
+    cfg.model.init = "none.pth"
+    with pytest.raises(UserError, match=f"no weights at {tmp_path}/none.pth"):
         find()
     cfg.model.init = "simclr"
     with pytest.raises(WeightError, match=r"r18_1x_sk0\.pth does not exist"):

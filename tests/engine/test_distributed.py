@@ -261,6 +261,19 @@ def test_an_error_is_said_once_and_ends_all(two, ranks):
     assert together.said() == ["error: cannot read image 1.png"]
 
 
+def test_output_goes_where_the_caller_had_sent_it_when_a_run_has_ended(two, tmp_path):
+    def call():
+        distributed.end()  # parts from the other, so that a second start meets it anew
+        with open(tmp_path / f"{os.environ['RANK']}.txt", "w") as file, contextlib.redirect_stdout(file):
+            distributed.start()
+            print("during")
+            distributed.end()
+            print("after")
+
+    assert two(call).statuses(60) == [0, 0]
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["during\nafter\n", "after\n"]
+
+
 def test_torchrun_refuses_a_batch_that_does_not_divide(benchmarks, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_bpl.py"]
     command += [f"benchmark={benchmarks[LAYOUT]}", f"runs={tmp_path}", "device=cpu", "train.batch_target=3"]

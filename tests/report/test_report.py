@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from utils.config import UserError
-from utils.report.charts import MOST_POINTS, Bar, Line, bars, heat_map, line_chart, thin, ticks
+from utils.report.charts import MOST_POINTS, Line, heat_map, line_chart, thin, ticks
 from utils.report.page import find_runs, title_of, write_report
 
 EVIL = '<script>alert("x")</script> & co'
@@ -24,10 +24,12 @@ class Strict(HTMLParser):
     def __init__(self):
         super().__init__()
         self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.tags_with_attributes = []
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += attrs
+        self.tags_with_attributes.append((tag, attrs))
         if tag not in VOID:
             self.open.append(tag)
 
@@ -93,15 +95,6 @@ def folder(tmp_path):
     rows = {name.split("/")[0]: scores(miou) | {"best_miou": miou} for name, miou in runs.items()}
     rows |= {"source_only_target_bn": scores(35.0), "labelled_bound": scores(70.0)}
     (tmp_path / "summary.json").write_text(json.dumps({"benchmark": "mine.yml", "stages": rows}))
-    classes = {n: {"threshold": 0.9, "predicted": p, "kept": k} for n, p, k in (("road", 100, 80), (EVIL, 0, 0))}
-    (tmp_path / "pseudo_labels").mkdir()
-    manifest = {"kept": 0.8, "selection": "class_balanced", "classes": classes}
-    (tmp_path / "pseudo_labels" / "manifest.json").write_text(json.dumps(manifest))
-    numbers = {
-        "source_only": {"compactness": 0.123, "separation": 0.456},
-        "pst": {"compactness": None, "separation": None},
-    }
-    (tmp_path / "features.json").write_text(json.dumps({"runs": numbers}))
     Image.new("RGB", (2400, 64), "blue").save(tmp_path / "panel.png")
     return tmp_path
 
@@ -115,27 +108,12 @@ def test_page_of_a_benchmark_is_complete_and_asks_nobody(folder):
     assert len(addresses) == 1 and all(v.startswith("data:image/jpeg;base64,") for v in addresses)
     assert not re.search(r"url\(|@import|https?:", raw)
     text = " ".join(page.text)
-    for title in (
-        "mIoU by stage",
-        "across stages",
-        "IoU by class",
-        "Training",
-        "Confusion",
-        "Pseudo labels",
-        "Features",
-    ):
+    for title in ("mIoU by stage", "Predictions", "IoU by class", "Training", "Confusion", "Configuration"):
         assert title in text, title
-    for said in (
-        "60.0 %",
-        "+25.0",
-        "80.0 %",
-        "with target labels",
-        "source only, target BN",
-        "0.123",
-        "class balanced",
-    ):
-        assert said in text, said  # mIoU of the last stage, its gain over the target-BN control, pseudo labels kept
-    assert page.tags.count("details") == 4 + 3  # configs, and confusion matrices of the earlier runs
+    assert "with target labels" in text and "source only, target BN" in text and "60.0" in text
+    shown = [attributes for tag, attributes in page.tags_with_attributes if tag == "details"]
+    assert len(shown) == 4 + 4 and shown.count([("open", None)]) == 1  # confusion matrices, that of the result open
+    assert text.index("distilled, round 2") < text.index("Confusion") < text.index("true classes")
 
 
 def test_names_and_configs_are_text_and_nothing_else(folder):
@@ -146,7 +124,7 @@ def test_names_and_configs_are_text_and_nothing_else(folder):
 
 @pytest.mark.parametrize(
     "missing",
-    ["summary.json", "panel.png", "features.json", "pseudo_labels/manifest.json", "bpl/metrics.json"]
+    ["summary.json", "panel.png", "bpl/metrics.json"]
     + [f"distill/round2/{name}" for name in ("metrics.json", "config.yml", "panels/000004.png")],
 )
 @pytest.mark.parametrize("damage", ["missing", "broken"])
@@ -160,7 +138,6 @@ def test_page_of_one_run(folder):
     page = parsed(write_report(folder / "pst"))
     text = " ".join(page.text)
     assert "last checkpoint" in text and "best checkpoint" in text and "Predictions" in text
-    assert "80.0 %" in text  # of the pseudo labels that it has learnt from
     assert "BPL" not in text and len([1 for k, v in page.attributes if k == "src"]) == 1
 
 
@@ -191,31 +168,30 @@ def test_runs_come_in_the_order_of_the_stages(folder):
     make_run(folder, "bpl_weaker", 20.0)
     assert [r.name for r in find_runs(folder)] == ["source_only", "bpl", "pst", "distill/round2", "bpl_weaker"]
     assert title_of("distill/round2") == "distilled, round 2" and title_of("bpl_weaker") == "bpl weaker"
-    assert "60.0 %" in " ".join(parsed(write_report(folder)).text)  # a run of the user's own is not the result
 
 
-def test_gain_is_over_the_control_that_was_trained_as_long(folder):
+def test_gain_is_over_the_control(folder):
     summary = json.loads((folder / "summary.json").read_text())
-    summary["stages"]["source_only_long"] = scores(58.0) | {"gap_closed_from_source_only_long": None}
-    summary["stages"]["distill"]["gap_closed_from_source_only_long"] = 16.7
+    compared = {"control_miou_target_bn": 58.0, "gain_over_control": 2.0, "gap_closed_from_source_only_long": 16.7}
+    summary["stages"]["distill"] |= compared
     (folder / "summary.json").write_text(json.dumps(summary))
     text = " ".join(parsed(write_report(folder)).text)
-    assert "+2.0" in text and "+25.0" not in text and "gap closed from long" in text and "16.7" in text
+    assert all(said in text for said in ("58.0", "2.0", "16.7", "gap closed from long", "for as many steps"))
 
 
-def test_columns_without_numbers_and_repeated_ones_are_left_out(folder):
+def test_columns_without_numbers_are_left_out(folder):
     summary = json.loads((folder / "summary.json").read_text())
     for row in summary["stages"].values():
-        row |= {"miou_rarest": row["miou"], "rarest": ["road"], "gap_closed_from_source_only_long": None}
+        row["gap_closed_from_source_only_long"] = None
     (folder / "summary.json").write_text(json.dumps(summary))
     text = " ".join(parsed(write_report(folder)).text)
-    assert "rarest" not in text.lower() and "gap closed" not in text
+    assert "rarest" not in text.lower() and "gap closed" not in text.lower()
     assert "mIoU over 1 of 2 classes" in text
-    many = {f"class {k}": 50.0 for k in range(8)}
     for row in summary["stages"].values():
-        row |= {"iou": many, "rarest": list(many)[:6]}
+        row |= {"miou_rarest": 12.3, "rarest": ["road"]}
     (folder / "summary.json").write_text(json.dumps(summary))
-    assert "Rarest classes: class 0" in " ".join(parsed(write_report(folder)).text)
+    text = " ".join(parsed(write_report(folder)).text)
+    assert "Rarest classes: road" in text and "12.3" in text
 
 
 def test_paths_that_are_not_utf8(folder):
@@ -233,21 +209,15 @@ def test_ticks_are_round_and_inside():
 
 
 def test_line_chart_places_points_by_value():
-    chart = line_chart("loss", [Line("a", "red", [(0, 0.0), (50, 1.0), (100, 2.0)])], "step", "loss")
-    points = re.search(r'points="([^"]+)"', chart).group(1).split()
+    chart = line_chart("loss", [Line("a", "red", [(0, 0.0), (50, 1.0), (100, 2.0)])], "step")
+    points = re.search(r'class="line" d="M([^"]+)h0"', chart).group(1).split()
     (x0, y0), (x1, y1), (x2, y2) = (map(float, p.split(",")) for p in points)
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and y0 - y1 == pytest.approx(y1 - y2, abs=0.2) and y0 > y1
-    assert line_chart("empty", [], "step", "loss").count("<polyline") == 0
 
 
 def test_long_lines_are_averaged_down():
     line = thin([(i, float(i % 2)) for i in range(10_000)])
     assert len(line) == MOST_POINTS and all(y == pytest.approx(0.5) for _, y in line)
-
-
-def test_bars_stay_inside_their_track():
-    markup = bars([Bar("a", 150.0, "red"), Bar("b", None, "red"), Bar("c", 25.0, "red")])
-    assert re.findall(r"width:([\d.]+)%", markup) == ["100.00", "0.00", "25.00"] and "–" in markup
 
 
 def test_heat_map_counts_in_percent_of_the_truth():

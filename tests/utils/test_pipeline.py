@@ -8,6 +8,7 @@ import pytest
 from survival import use_tiny_networks
 
 from data import datasets
+from data.taxonomy import ClassSet
 from utils import pipeline
 from utils.config import ConfigError
 from utils.pipeline import BOUND, CONTROL, bound_config, control_legs, gap_closed, load_stages, steps_by_stage
@@ -97,6 +98,14 @@ def test_mean_and_deviation_over_seeds():
     assert row["miou"] == row["iou"]["car"] == {"mean": 41.5, "std": pytest.approx(3 / 2**0.5)}
     assert row["rarest"] == ["car"] and row["best_miou"] is None
     assert "41.5 ± 2.1" in pipeline.format_summary({"pst": row})
+
+
+def test_rarest_classes_have_a_column_where_they_are_not_all():
+    for number, there in ((6, False), (7, True)):
+        names = tuple(f"class {k}" for k in range(number))
+        scores = {"miou": 50.0, "iou": dict.fromkeys(names, 50.0), "pixels": dict.fromkeys(names, 1)}
+        row = pipeline._row(scores, ClassSet(names, ((0, 0, 0),) * number))
+        assert ("rarest" in pipeline.format_summary({"pst": row})) == ("miou_rarest" in row) == there
 
 
 @pytest.mark.parametrize("given", ["controls=yes", "seeds=0,x", "seeds=1,1", "seeds=", "name=x", "seed=1 seeds=0,1"])

@@ -457,4 +457,4 @@ class Config:
 
     def sibling_run(self, name: str) -> Path:
         """Folder of another run of the same benchmark."""
-        return Path(self.runs) / self.benchmark_name / name
+        return Path(self.runs).absolute() / self.benchmark_name / name

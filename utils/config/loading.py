@@ -1,4 +1,4 @@
-"""Typed configuration: defaults here, deltas in YAML, the last word on the command line.
+"""Typed configuration: defaults in code, changes in YAML, and the command line last.
 
     defaults  <  configs/<stage>.yml  <  benchmark YAML  <  its `stages: {<name>: …}` part  <  key=value
 
@@ -113,11 +113,15 @@ def _type_name(hint: Any) -> str:
 
 def _number(value: Any, hint: type) -> int | float | None:
     """`value` as an int or float, None if it is none. YAML reads '1e3' as text; a whole float is an int too."""
+    if type(value) is hint:
+        return value
     try:
-        number = value if type(value) is hint else float(value)
-        return int(number) if hint is int and float(number).is_integer() else number if hint is float else None
+        number = float(value)
     except (TypeError, ValueError, OverflowError):
-        return value if type(value) is hint else None  # an int beyond every float
+        return None
+    if hint is float:
+        return number
+    return int(number) if number.is_integer() else None
 
 
 def _coerce(value: Any, hint: Any, key: str) -> Any:
@@ -294,7 +298,7 @@ def _stage_deltas(content: Any, file: Path) -> dict[str, dict]:
 
 
 def _place_toy(config: Config) -> None:
-    """Find the folder that the toy cities are drawn into: datasets below it go where it goes, drawn or not."""
+    """Find the folder that the toy cities are drawn into, and move the datasets below it along."""
     data, folder = config.data, config.data.toy_root
     data.toy_root = find_path(folder, lambda place: os.path.isdir(os.path.dirname(place)))
     for section in (data.source, data.target, data.val) if folder else ():
@@ -303,8 +307,10 @@ def _place_toy(config: Config) -> None:
                 section.root = os.path.join(data.toy_root, Path(section.root).relative_to(before))
 
 
-def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
+def read_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
     """The configuration of one stage, with keys, types, ranges and combinations checked.
+
+    Scripts and commands call `utils.engine.setup.load_config`, which checks classes and batches too.
 
     Args:
         stage_file: a YAML of `configs/`, or the user's own.

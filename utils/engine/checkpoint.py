@@ -56,14 +56,14 @@ def atomic_write(path: Path, write: Any, previous: Path | None = None) -> None:
 
 
 def plain(value: object) -> object:
-    """NaN and infinity become None: JSON has neither."""
+    """A value with None in place of NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Save as indented JSON, what is not finite as null."""
+    """Save as indented JSON; NaN and infinity become null."""
     atomic_write(path, lambda p: p.write_text(json.dumps(plain(content), indent=2) + "\n"))
 
 
@@ -79,7 +79,7 @@ def save_checkpoint(path: Path, content: dict, previous: Path | None = None) -> 
 
 
 def recipe(cfg: Config, model: nn.Module) -> dict:
-    """What is needed to use the weights again: architecture, classes, input statistics; `cfg` is settled."""
+    """What is needed to use the weights again: architecture, classes, input statistics; `cfg` is resolved."""
     return {
         "arch": cfg.model.arch,
         "backbone": cfg.model.backbone,
@@ -132,23 +132,20 @@ def rng_states() -> dict:
 
 
 def set_rng_states(saved: dict) -> None:
-    """Undo `rng_states`; what a process finds none for goes on with the streams that it has."""
-    states = [saved["rng"], *saved.get("rng_of_others", [])]  # runs from before several processes have none
+    """Undo `rng_states`; processes without a saved state keep their current streams."""
+    states = [saved["rng"], *saved.get("rng_of_others", [])]  # older files lack the others
     if distributed.rank() < len(states):
         set_rng_state(states[distributed.rank()])
 
 
 def file_hash(path: Path) -> str:
     """First 16 hex digits of a file's SHA-256."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()[:16]
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 class RunFiles:
-    """The checkpoints of a run: `last` is where it goes on, `previous` the one before, `best` scored highest."""
+    """The checkpoints of a run: `last` is resumed, `previous` was the last before it, `best` scored highest."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -161,11 +158,11 @@ class RunFiles:
         return self.folder / "checkpoints" / f"{name}.pth"
 
     def there(self) -> bool:
-        """Whether there is a state to go on from."""
+        """Whether there is a state to resume."""
         return self.last.is_file() or self.previous.is_file()
 
     def clear(self) -> None:
-        """Delete them: killed early, a run that began anew must not resume the old one."""
+        """Delete them, so that a run that begins anew and is killed early does not resume the old one."""
         for path in (self.last, self.previous, self.best, self.not_finite):
             path.unlink(missing_ok=True)
 
@@ -174,7 +171,7 @@ class RunFiles:
         save_checkpoint(self.last, state, self.previous)
 
     def read(self) -> tuple[dict, str]:
-        """The newest whole state, and where it is from, with what was passed over.
+        """The newest undamaged state, and a line that names its file and those passed over.
 
         Raises:
             UserError: none can be read.
@@ -207,7 +204,7 @@ def refuse_changed_upstream(upstream: dict[str, str], name: str) -> None:
             )
 
 
-# The stage that makes what a run is started from, and the command for it.
+# The commands that train what other runs start from.
 _MADE_BY = {
     "source_only": "python train_bpl.py --config configs/stage0_warmup.yml name=source_only loss.adversarial=0",
     "warmup": "python train_bpl.py --config configs/stage0_warmup.yml",
@@ -217,27 +214,27 @@ _MADE_BY = {
 }
 
 
-_ENDINGS = (".pth", ".pt", ".pkl", ".tar", ".ckpt", ".bin")  # of a name that can only be a file's
+_ENDINGS = (".pth", ".pt", ".pkl", ".tar", ".ckpt", ".bin")  # no run's name ends like this
 
 
 def find_checkpoint(cfg: Config, name: str, published: Sequence[str] = ()) -> Path:
-    """The weights that `name` stands for: a file, a run of this benchmark, or the first published file that is there.
+    """The weights that `name` stands for: a file, a run of this benchmark, or the first published file that exists.
 
     Raises:
         UserError: says where was looked and how to get the weights.
     """
-    file = Path(name).expanduser()
+    file = Path(name).expanduser().absolute()
     if file.is_file():
         return file
     if name.endswith(_ENDINGS):
-        raise UserError(f"no weights at {file.absolute()}")
+        raise UserError(f"no weights at {file}")
     run, theirs = cfg.sibling_run(name) / "checkpoints" / f"{cfg.which}.pth", [PRETRAINED / file for file in published]
     for path in (run, *theirs):
         if path.is_file():
             return path
     command = _MADE_BY.get(name.split("/")[0])
     ways = [f"train it (`{command} benchmark={cfg.benchmark}`)" if command else "train that run"]
-    looked = [str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path) for path in (run, *theirs)]
+    looked = [str(path) for path in (run, *theirs)]
     if published:
         ways.append(f"put a published file at {' or '.join(looked[1:])}")
     raise UserError(f"no weights of '{name}': looked for {', '.join(looked)}; {' or '.join(ways)}, or name a file")

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import torch
 
 from models import WeightError
-from utils.config import ROOT, Config, ConfigError, UserError, key_help, to_dict, to_yaml
+from utils.config import ROOT, Config, ConfigError, UserError, find_path, key_help, to_dict, to_yaml
 from utils.config.keys import TRAINING_STAGES
 from utils.engine import distributed
 from utils.engine.setup import load_config
@@ -32,6 +32,7 @@ def run_cli(main: Callable[[Config], Any], default_config: str, usage: str, stag
     parser.add_argument(
         "--config",
         metavar="FILE",
+        type=lambda path: Path(find_path(path)).absolute(),
         default=str(ROOT / "configs" / default_config),
         help=f"stage YAML (default: configs/{default_config})",
     )
@@ -58,7 +59,8 @@ def run_cli(main: Callable[[Config], Any], default_config: str, usage: str, stag
 def run_words(call: Callable[[list[str]], Any], usage: str, words: str = "key=value") -> None:
     """Parse the command line of a module without a stage file and run `call(words)`; errors end as in `run_cli`."""
     parser = _parser(usage)
-    parser.add_argument("words", nargs="*", metavar=words, help="see `python train_bpl.py --help`")
+    keys = "`python train_bpl.py --help` lists the keys" if "key=value" in words else None
+    parser.add_argument("words", nargs="*", metavar=words, help=keys)
     args = parser.parse_args()
     guarded(lambda: call(args.words), args.debug)
 
@@ -81,9 +83,9 @@ def warn_of_idle_gpus(config: Config) -> None:
 
 
 def guarded(call: Callable[[], Any], debug: bool = False) -> None:
-    """Run `call`; a user's mistake becomes its message on stderr and its exit status, as does what the system refuses.
+    """Run `call`; a user's mistake, or what the system refuses, becomes one line on stderr and an exit status.
 
-    Where torchrun has started several processes, they meet here, and part here when all are done. The first that fails
+    Processes that torchrun has started together meet here, and leave here when all are done. The first that fails
     prints why; torchrun ends the others.
     """
     before = sys.stdout, sys.stderr
@@ -133,9 +135,9 @@ def _print_and_leave(line: str, status: int) -> None:
 
 
 class _Terminal:
-    """In place of sys.stdout or sys.stderr: a run goes on where the terminal or the pipe's reader is gone.
+    """Stands in for sys.stdout or sys.stderr, so that a run survives a closed terminal or pipe.
 
-    log.txt holds what is no longer seen. Characters that the terminal's encoding lacks are written as escapes.
+    log.txt has the lines that are no longer seen. Characters that the terminal's encoding lacks are written as escapes.
     """
 
     def __init__(self, stream: TextIO | None, number: int):
@@ -151,12 +153,12 @@ class _Terminal:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """As of a file; a dead terminal takes everything."""
+        """Write text; it is dropped if the terminal is gone."""
         self._try(self.stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        """Likewise."""
+        """Write what is buffered; it is dropped if the terminal is gone."""
         self._try(self.stream.flush)
 
     def _try(self, call: Callable[..., Any], *args: str) -> None:

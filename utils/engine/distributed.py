@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from utils.config.errors import UserError
 
-SLOW = timedelta(minutes=30)  # that one process may let the others wait: for a download, or a slow file system
+SLOW = timedelta(minutes=30)  # how long processes wait for one that downloads, or whose file system is slow
 GONE = "another process of this run has ended or cannot be reached; the same command started again resumes the run"
 
 _store: dist.Store | None = None  # that all processes see
+_silence = contextlib.ExitStack()  # open while this process must not speak
 
 # ------------------------------------------------------------------------------------------------ start and end
 
@@ -58,15 +59,16 @@ def start() -> None:
             "out of reach? torchrun's --master_addr and --master_port name others"
         ) from None
     if not is_main():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        silent = _silence.enter_context(open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        _silence.enter_context(contextlib.redirect_stdout(silent))
 
 
 def end() -> None:
-    """Part from the other processes, when all have come this far."""
+    """Leave the other processes, once all have come here."""
     if dist.is_initialized():
         wait()
         dist.destroy_process_group()
-        sys.stdout = sys.__stdout__
+        _silence.close()
 
 
 def leave(status: int) -> None:
@@ -79,7 +81,7 @@ def leave(status: int) -> None:
 
 
 def first_to_print() -> bool:
-    """Whether no other process has printed yet why the run ends."""
+    """Whether this process is the first that says why the run ends."""
     try:
         return not dist.is_initialized() or _store.add("ended", 1) == 1
     except RuntimeError:  # the process that keeps the store is gone
@@ -87,7 +89,7 @@ def first_to_print() -> bool:
 
 
 def others_are_gone(error: Exception) -> bool:
-    """Whether an error means that another process has ended, rather than that something is wrong in this one."""
+    """Whether an error in this process only means that another one has ended."""
     met = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("gloo", "nccl"))
     return dist.is_initialized() and (met or isinstance(error, dist.DistError))
 
@@ -131,15 +133,14 @@ def own_gpu(device: str) -> str:
 
 
 def local_batch(batch: int) -> range:
-    """Which samples of a global batch are this process's: a contiguous part, so that the batches of N processes are
-    those of one."""
+    """Which samples of a global batch are this process's: a contiguous part, so that N processes train on the batches
+    of one."""
     part = batch // world_size()
     return range(rank() * part, (rank() + 1) * part)
 
 
 def shard_indices(length: int, batch: int) -> list[int]:
-    """Which of `length` images this process takes: whole batches in turn, so that each is predicted in the company
-    that one process would predict it in."""
+    """Which of `length` images this process takes: every N-th batch, so that batches are those of a single process."""
     return [i for i in range(length) if i // batch % world_size() == rank()]
 
 
@@ -153,7 +154,7 @@ def wait() -> None:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """The first process goes through the block before the others: what it makes there, they find."""
+    """The first process runs the block before the others, which find what it has made."""
     if not is_main():
         wait()
     try:
@@ -164,7 +165,7 @@ def main_first() -> Iterator[None]:
 
 
 def largest(number: int) -> int:
-    """Of every process's number."""
+    """The largest of all processes' numbers."""
     if world_size() == 1:
         return number
     value = torch.tensor(number)
@@ -199,7 +200,7 @@ def same_weights(networks: dict[str, nn.Module]) -> None:
 
 
 def gathered(value: Any) -> list[Any]:
-    """What every process brings, by rank: anything that can be pickled; tensors must be on the CPU."""
+    """Every process's value, by rank: anything that can be pickled, with tensors on the CPU."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -215,39 +216,26 @@ def joined(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: torch.cat([part[key] for part in parts]) for key in batch}
 
 
-def rows(x: Tensor) -> Tensor:
-    """Every process's tensor, (N, *x.shape) by rank. Gradient reaches this process's own; see `scale_gradient`."""
-    if world_size() == 1:
-        return x[None]
-    every = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(every, x.detach().contiguous())
-    every[rank()] = x
-    return torch.stack(every)
-
-
 def merge_softmax_means() -> Callable[[Tensor, Tensor], Tensor] | None:
     """`merge` of `bidirectional_prototype_loss`: None for one process.
 
     A softmax over all pixels is the processes' own softmaxes, weighted by their sums of exponentials.
     """
-    if world_size() == 1:
+    n, own = world_size(), rank()
+    if n == 1:
         return None
 
     def merge(mass: Tensor, mean: Tensor) -> Tensor:
-        masses, means = rows(torch.stack([mass, mean])).unbind(1)  # (processes, K)
-        return scale_gradient((masses.softmax(0) * means).sum(0))
+        part = torch.stack([mass, mean])
+        every = [torch.empty_like(part) for _ in range(n)]
+        dist.all_gather(every, part.detach())
+        every[own] = part  # gradient reaches this process's own part alone
+        masses, means = torch.stack(every).unbind(1)  # (processes, K)
+        value = (masses.softmax(0) * means).sum(0)
+        # With N times this gradient, the mean over N processes, as the step takes it, is the gradient by all parts.
+        return n * value - (n - 1) * value.detach()
 
     return merge
-
-
-def scale_gradient(value: Tensor) -> Tensor:
-    """`value`, with N times its gradient.
-
-    For a value that every process computes alike from `rows`, each with the gradient by its own part alone: the mean of
-    these over N processes, as the step takes it, is then the gradient by all of them.
-    """
-    n = world_size()
-    return value if n == 1 else n * value - (n - 1) * value.detach()
 
 
 def synchronized(network: nn.Module, device: torch.device) -> nn.Module:

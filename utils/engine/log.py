@@ -53,7 +53,7 @@ class RunLog:
     Args:
         cfg: resolved configuration, saved with git SHA and seed.
         first_step: TensorBoard hides events beyond it, left by an interrupted run.
-        lengths: what `sync` gave then; log.txt and metrics.jsonl are cut back to it, and begun anew without.
+        lengths: of log.txt and metrics.jsonl at that step, from `sync`: they are cut back to it; without, emptied.
     """
 
     def __init__(self, cfg: Config, first_step: int = 0, lengths: dict[str, int] | None = None):
@@ -108,7 +108,7 @@ class RunLog:
         self.board.add_image(name, picture, step, dataformats="HWC")
 
     def sync(self) -> dict[str, int]:
-        """Bring everything to the disk; gives the lengths of log.txt and metrics.jsonl in bytes."""
+        """Write everything to the disk; returns the lengths of log.txt and metrics.jsonl in bytes."""
         lengths = {}
         try:
             if "board" in self.__dict__:
@@ -128,7 +128,7 @@ class RunLog:
 
 
 class Meter:
-    """Images per second of training alone, and the time that the rest takes at this pace."""
+    """Images per second of training alone, and the time that the remaining steps take at this pace."""
 
     def __init__(self, images_per_step: int):
         self.images_per_step, self.steps, self.started = images_per_step, 0, time.monotonic()
@@ -153,7 +153,7 @@ class Meter:
 
 
 class NoLog:
-    """In place of a `RunLog` where another process writes: every call of it does nothing."""
+    """Stands in for a `RunLog` in processes that do not write: every call does nothing."""
 
     def __init__(self, cfg: Config):
         self.folder = cfg.run_dir
@@ -163,12 +163,12 @@ class NoLog:
 
 
 def open_log(cfg: Config, first_step: int = 0, lengths: dict[str, int] | None = None) -> RunLog | NoLog:
-    """The log of a run, which the first of its processes writes; see `RunLog`."""
+    """The log of a run; of several processes, the first alone writes it. See `RunLog`."""
     return RunLog(cfg, first_step, lengths) if distributed.is_main() else NoLog(cfg)
 
 
 def progress(steps: Iterable | None = None, **options: Any) -> tqdm:
-    """A progress bar, on a terminal and of the first process alone."""
+    """A progress bar, shown on a terminal and by the first process alone."""
     return tqdm(steps, dynamic_ncols=True, disable=None if distributed.is_main() else True, **options)
 
 
@@ -190,9 +190,9 @@ def _append(path: Path, line: str) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path.absolute()}: {error.strerror}; the last checkpoint is kept")
+    return UserError(f"cannot write {path}: {error.strerror}; the last checkpoint is kept")
 
 
 def show_path(path: Path) -> str:
-    """Relative to the working folder where that is shorter."""
+    """A path for the log: relative to the working folder if it lies below it."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

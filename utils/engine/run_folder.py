@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import signal
 import socket
@@ -16,13 +17,7 @@ from types import FrameType
 from utils.config import UserError
 from utils.engine import distributed
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: runs are not kept apart there
-    fcntl = None
-
-HANGUP = getattr(signal, "SIGHUP", None)  # the terminal is closed; other systems than POSIX have none
-SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LOCK = ".lock"
 PARTIAL = ".partial"  # ending of files that are being written
 
@@ -68,8 +63,6 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(file, folder: Path) -> None:
-    if fcntl is None:
-        return
     try:
         # A POSIX record lock: unlike flock, forked loader processes that outlive a kill by seconds do not keep it.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,9 +71,7 @@ def _lock(file, folder: Path) -> None:
             return  # a file system without locks
         file.seek(0)
         holder = file.read().strip() or "another process"
-        raise UserError(
-            f"{folder.absolute()} is in use by {holder}: wait for it, or give this run another name="
-        ) from None
+        raise UserError(f"{folder} is in use by {holder}: wait for it, or give this run another name=") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()
@@ -110,7 +101,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if distributed.world_size() > 1 or (self.signal and HANGUP in (number, self.signal)):
+        if distributed.world_size() > 1 or (self.signal and signal.SIGHUP in (number, self.signal)):
             self.signal = self.signal or number
             return
         if self.signal:

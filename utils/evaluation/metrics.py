@@ -77,47 +77,43 @@ def left_out_note(scores: dict) -> str:
     )
 
 
+def text_table(head: list[str], rows: list[list[str]]) -> str:
+    """Rows of texts below a head, in columns as wide as their widest text; the first column is left-aligned."""
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    lines = (
+        "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]).rstrip()
+        for name, *cells in [head, *rows]
+    )
+    return "\n".join(lines)
+
+
+def _percent(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
 def table(columns: dict[str, dict], classes: ClassSet) -> str:
     """Scores side by side: a row per class, then the averages, a column per entry of `columns`."""
-    width = max(len(n) for n in (*classes.names, "pixel accuracy"))
-    column_width = max(8, *(len(c) for c in columns))
-
-    def line(name: str, values: list) -> str:
-        cells = ("-" if v is None else v if isinstance(v, str) else f"{v:.1f}" for v in values)
-        return f"{name:{width}}  " + "  ".join(f"{c:>{column_width}}" for c in cells)
-
-    rows = [line("IoU in percent", list(columns))]
-    rows += [line(name, [s["iou"][name] for s in columns.values()]) for name in classes.names]
-    rows.append("-" * len(rows[0]))
+    rows = [[name, *(_percent(s["iou"][name], 1) for s in columns.values())] for name in classes.names]
     averages = {"mIoU": "miou", **{key: key for key in classes.subsets}, "pixel accuracy": "pixel_accuracy"}
-    rows += [line(title, [s[key] for s in columns.values()]) for title, key in averages.items()]
+    rows += [[title, *(_percent(s[key], 1) for s in columns.values())] for title, key in averages.items()]
     notes = dict.fromkeys(note for s in columns.values() if (note := left_out_note(s)))
-    return "\n".join([*rows, *notes])
+    return "\n".join([text_table(["IoU in percent", *columns], rows), *notes])
 
 
 def class_table(scores: dict, classes: ClassSet) -> str:
     """IoU, accuracy and pixels of each class, then their averages and the sum of pixels."""
-    width = max(len(n) for n in (*classes.names, "pixel accuracy"))
-
-    def line(name: str, *values: float | int | str | None) -> str:
-        cells = ("-" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in values)
-        return f"{name:{width}}" + "".join(f"{c:>{w}}" for c, w in zip(cells, (8, 10, 14)))
-
-    rows = [line("percent", "IoU", "accuracy", "pixels")]
-    rows += [line(n, scores["iou"][n], scores["accuracy"][n], scores["pixels"][n]) for n in classes.names]
-    rows.append("-" * len(rows[0]))
-    rows.append(line("mean", scores["miou"], scores["macc"], sum(scores["pixels"].values())))
-    rows += [line(key, scores[key]) for key in classes.subsets]
-    rows.append(line("pixel accuracy", "", scores["pixel_accuracy"]))
-    return "\n".join(filter(None, [*rows, left_out_note(scores)]))
+    pixels = scores["pixels"]
+    rows = [[n, _percent(scores["iou"][n], 2), _percent(scores["accuracy"][n], 2), str(pixels[n])] for n in pixels]
+    rows.append(["mean", _percent(scores["miou"], 2), _percent(scores["macc"], 2), str(sum(pixels.values()))])
+    rows += [[key, _percent(scores[key], 2), "", ""] for key in classes.subsets]
+    rows.append(["pixel accuracy", "", _percent(scores["pixel_accuracy"], 2), ""])
+    return "\n".join(filter(None, [text_table(["percent", "IoU", "accuracy", "pixels"], rows), left_out_note(scores)]))
 
 
 def confusion_table(scores: dict, classes: ClassSet) -> str:
     """Predictions of each class's pixels, in percent: a row per true class, a column per predicted train id."""
-    width = max(len(n) for n in classes.names)
-    rows = [f"{'true':{width}}    " + "".join(f"{k:>4}" for k in range(len(classes))) + "  predicted, percent"]
+    rows = []
     for k, (name, counts) in enumerate(zip(classes.names, scores["confusion"])):
         total = sum(counts)
-        cells = (f"{100 * c / total:4.0f}" if 200 * c >= total > 0 else "   ." for c in counts)
-        rows.append(f"{name:{width}}{k:4}" + "".join(cells))
-    return "\n".join(rows)
+        rows.append([name, str(k), *(f"{100 * c / total:.0f}" if 200 * c >= total > 0 else "." for c in counts)])
+    return text_table(["% of true class", "", *map(str, range(len(classes)))], rows)

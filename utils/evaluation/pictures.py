@@ -84,7 +84,7 @@ class Gallery:
 
 
 class Worst(Gallery):
-    """Collects the images whose own mIoU is lowest.
+    """Collects the images whose own mIoU is lowest, the worst first.
 
     Args:
         count: how many.
@@ -94,7 +94,7 @@ class Worst(Gallery):
     def __init__(self, count: int, names: list[str], classes: ClassSet):
         super().__init__([], classes)
         self.count, self.names = count, names
-        self.scores: dict[int, dict] = {}  # index -> {"image": name, "miou", "pixel_accuracy"}, the worst first
+        self.scores: dict[int, dict] = {}  # index -> {"image": name, "miou", "pixel_accuracy"}
 
     def __call__(self, index: int, image: Tensor, prediction: Tensor, label: Tensor) -> None:
         confusion = ConfusionMatrix(len(self.classes))
@@ -104,18 +104,16 @@ class Worst(Gallery):
             return
         name = os.fsencode(self.names[index]).decode("utf-8", "backslashreplace")  # any bytes may name a file
         self.scores[index] = {"image": name} | {key: scores[key] for key in ("miou", "pixel_accuracy")}
-        self._keep_worst()
-        self.indices = set(self.scores)
+        self.indices = {index}
         super().__call__(index, image, prediction, label)
-        self.shown = {i: self.shown[i] for i in self.scores}
+        self._keep_worst()
 
     def _keep_worst(self) -> None:
-        ranked = sorted(self.scores, key=lambda i: (self.scores[i]["miou"], i))
-        self.scores = {i: self.scores[i] for i in ranked[: self.count]}
+        ranked = sorted(self.scores, key=lambda i: (self.scores[i]["miou"], i))[: self.count]
+        self.scores, self.shown = ({i: entries[i] for i in ranked} for entries in (self.scores, self.shown))
 
     def gather(self) -> None:
         """Keep the worst images of all processes."""
         super().gather()
         self.scores = {i: score for part in distributed.gathered(self.scores) for i, score in part.items()}
         self._keep_worst()
-        self.shown = {i: self.shown[i] for i in self.scores}

@@ -90,7 +90,7 @@ def forward_views(
         precision: of the forward passes.
         scales: factors by which the images are resized.
         window: [width, height] in pixels of the resized images that the network sees at once; () = all.
-        overlap: least share of a window that the next one covers too, in 0..1.
+        overlap: least share of a window that its neighbour covers too, in 0..1.
         softmax_first: take the softmax at the network's resolution, as ProDA's pseudo labels do. Pixels between two
             confident regions then get a lower confidence than with a softmax at image size.
     """

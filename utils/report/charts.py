@@ -1,4 +1,4 @@
-"""Pieces of a page as markup: charts in inline SVG, bars, tables, pictures. No scripts; page.css has their style."""
+"""Pieces of a page as markup: charts in inline SVG, tables, pictures. No scripts; page.css has their style."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 WIDTH, HEIGHT = 360, 220  # units of a line chart, about its pixels on the page
-LEFT, RIGHT, TOP, BOTTOM = 44, 14, 26, 38  # margins inside it
+LEFT, RIGHT, TOP, BOTTOM = 50, 14, 12, 38  # margins inside it
 CELL = 26  # side of a heat map's cell in px
 MOST_POINTS = 200  # a longer line is averaged down to as many points
 PICTURE_WIDTH = 1680  # px that pictures are shrunk to
@@ -29,31 +29,13 @@ class Line(NamedTuple):
     points: list[tuple[float, float]]
 
 
-class Bar(NamedTuple):
-    """One bar: its label, value (None = not there), CSS colour and a further text at its end."""
-
-    label: str
-    value: float | None
-    colour: str
-    note: str = ""
-
-
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) inside low..high, about `count` of them."""
-    span = (high - low) or 1.0
-    raw = span / count
+    raw = ((high - low) or 1.0) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [i * step for i in range(first, last + 1)]
-
-
-def number(value: float) -> str:
-    """Short text of an axis value: 60000 -> 60k, 0.25 -> 0.25."""
-    for unit, name in ((1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit:
-            return f"{value / unit:g}{name}"
-    return f"{value:.4g}"
 
 
 def thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -63,27 +45,18 @@ def thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [tuple(stretch.mean(0)) for stretch in np.array_split(np.array(points, float), MOST_POINTS)]
 
 
-def line_chart(
-    title: str,
-    lines: Sequence[Line],
-    x_label: str,
-    y_label: str,
-    from_zero: bool = True,
-    starts: Sequence[float] = (0,),
-) -> str:
-    """SVG figure of curves over common axes; a curve of few points shows them as dots.
+def line_chart(title: str, lines: Sequence[Line], x_label: str, starts: Sequence[float] = ()) -> str:
+    """SVG figure of curves, each with points, over common axes.
 
     Args:
-        title: heading of the figure, and what screen readers say.
-        from_zero: the y axis begins at 0; else just below the lowest point.
-        starts: x where each part, e.g. a stage, begins: the axis starts at one, and further ones get a vertical line.
+        starts: x where each stage begins: the axis starts at one of them, later ones get a vertical line.
     """
-    lines = [line._replace(points=thin(line.points)) for line in lines if line.points]
-    xs, ys = zip(*(point for line in lines for point in line.points)) if lines else ((0, 1), (0, 1))
-    low_x, high_x = max((s for s in starts if s < min(xs)), default=0), max(xs)
+    lines = [line._replace(points=thin(line.points)) for line in lines]
+    xs, ys = zip(*(point for line in lines for point in line.points))
+    low_x, high_x = max((start for start in starts if start < min(xs)), default=0), max(xs)
     low, high = min(ys), max(ys)
     room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
-    low, high = (min(low, 0) if from_zero else low - room), high + room
+    low, high = low - room, high + room
 
     def x(value: float) -> float:
         return LEFT + (value - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
@@ -91,51 +64,25 @@ def line_chart(
     def y(value: float) -> float:
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [f'<text class="axis" x="4" y="14">{escape(y_label)}</text>']
+    parts = []
     for value in ticks(low, high):
         parts.append(f'<path class="grid" d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{number(value)}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.4g}</text>')
     for value in ticks(low_x, high_x):
-        parts.append(f'<text x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{number(value)}</text>')
+        parts.append(f'<text x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{value:g}</text>')
     parts += [f'<path class="divider" d="M{x(v):.1f} {TOP}V{HEIGHT - BOTTOM}"/>' for v in starts if low_x < v < high_x]
     parts.append(f'<path class="base" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="axis" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     for line in lines:
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line.points)
-        parts.append(f'<polyline class="line" points="{path}" stroke="{line.colour}"/>')
-        if len(line.points) <= 12:
-            parts += [
-                f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3" fill="{line.colour}">'
-                f"<title>{escape(line.name)}, {number(a)}: {b:.4g}</title></circle>"
-                for a, b in line.points
-            ]
-    label = escape(f"{title}: {y_label} over {x_label}, {', '.join(line.name for line in lines)}")
+        width = 1.8 if len(line.points) > 1 else 7  # a single point is a dot
+        parts.append(f'<path class="line" d="M{path}h0" stroke="{line.colour}" stroke-width="{width}"/>')
+    label = escape(f"{title} over {x_label}: {', '.join(line.name for line in lines)}")
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg></figure>'
     )
-
-
-def bars(rows: Sequence[Bar], most: float = 100.0, digits: int = 1) -> str:
-    """Horizontal bars, a row of text and bar each; text wraps, so that no label is too long.
-
-    Args:
-        most: the value of a full bar.
-        digits: decimals of the printed values.
-    """
-    parts = []
-    for row in rows:
-        share = 0 if row.value is None else 100 * min(max(row.value / most, 0), 1)
-        value = "–" if row.value is None else f"{row.value:.{digits}f}"
-        note = f'<span class="note">{escape(row.note)}</span>' if row.note else ""
-        parts.append(
-            f'<li><span class="label">{escape(row.label)}</span><span class="track">'
-            f'<i style="width:{share:.2f}%;background:{row.colour}"></i></span>'
-            f'<span class="value">{value}</span>{note}</li>'
-        )
-    with_notes = " noted" if any(row.note for row in rows) else ""
-    return f'<ul class="bars{with_notes}">{"".join(parts)}</ul>'
 
 
 def heat_map(counts: np.ndarray, names: Sequence[str], title: str) -> str:
@@ -145,17 +92,15 @@ def heat_map(counts: np.ndarray, names: Sequence[str], title: str) -> str:
         counts: (K, K), truth by prediction.
         names: K class names.
     """
-    total = counts.sum(1, keepdims=True)
-    share = 100 * counts / np.where(total > 0, total, 1)
+    share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     margin = 16 + round(6.6 * max(map(len, names)))  # px that the longest name takes, with room
     size = CELL * len(names)
-    width = height = margin + size + 8
+    width = margin + size + 8
     parts = [f'<rect class="sheet" x="{margin}" y="{margin}" width="{size}" height="{size}"/>']
     for k, name in enumerate(names):
         centre = margin + CELL * k + CELL / 2
-        text = escape(name)
-        parts.append(f'<text x="{margin - 7}" y="{centre + 4}" text-anchor="end">{text}</text>')
-        parts.append(f'<text transform="translate({centre + 4} {margin - 7}) rotate(-90)">{text}</text>')
+        parts.append(f'<text x="{margin - 7}" y="{centre + 4}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<text transform="translate({centre + 4} {margin - 7}) rotate(-90)">{escape(name)}</text>')
     for i, j in zip(*np.nonzero(share >= 0.5)):
         left, top, value = margin + CELL * j, margin + CELL * i, share[i, j]
         label = escape(f"{names[i]} taken for {names[j]}: {value:.1f} %")
@@ -166,8 +111,8 @@ def heat_map(counts: np.ndarray, names: Sequence[str], title: str) -> str:
             f'x="{left + CELL / 2}" y="{top + CELL / 2 + 3.5}" text-anchor="middle">{value:.0f}</text></g>'
         )
     return (
-        f'<svg class="heat" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{escape(title)}">{"".join(parts)}</svg>'
+        f'<div class="scroll" tabindex="0"><svg class="heat" width="{width}" height="{width}" '
+        f'viewBox="0 0 {width} {width}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></div>'
     )
 
 
@@ -179,15 +124,6 @@ def table(head: list[str], rows: list[list[str]]) -> str:
         for first, *rest in rows
     )
     return f'<div class="scroll" tabindex="0"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def tiles(facts: list[tuple[str, str, str]]) -> str:
-    """(name, value, note) of the few numbers that a page begins with."""
-    parts = (
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd>{escape(note)}</dd></div>"
-        for name, value, note in facts
-    )
-    return f'<dl class="tiles">{"".join(parts)}</dl>'
 
 
 def picture(path: Path, description: str) -> str:
@@ -211,7 +147,7 @@ def picture(path: Path, description: str) -> str:
     )
 
 
-def chips(items: list[tuple[str, str]]) -> str:
+def legend(items: list[tuple[str, str]]) -> str:
     """Legend of (name, CSS colour)."""
     parts = (f'<li><i style="background:{colour}"></i>{escape(name)}</li>' for name, colour in items)
-    return f'<ul class="chips">{"".join(parts)}</ul>'
+    return f'<ul class="legend">{"".join(parts)}</ul>'
