@@ -99,5 +99,10 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_written(trained, tmp_pat
         patch.setattr(export.importlib.util, "find_spec", lambda name: None)
         refused(UserError, "format=onnx needs onnx and onnxscript: pip install -r utils/req", "format=onnx")
     exported = export.export
-    monkeypatch.setattr(export, "export", lambda *args: lambda x: exported(*args)(x).flip(-1))  # not what was asked for
+
+    def mirrored(*args):
+        found = exported(*args)
+        return lambda images: found(images).flip(-1)
+
+    monkeypatch.setattr(export, "export", mirrored)
     refused(UserError, r"format=torchscript computes other labels than the network, by up to \S+", "format=torchscript")
