@@ -25,6 +25,7 @@ from utils.config import ConfigError
 
 pytest.importorskip("timm")
 
+FULL_SIZE = pytest.mark.slow, pytest.mark.full_size
 BACKBONES = ("timm/resnet18", "timm/mobilenetv2_050")
 TRAINING = (
     ("warmup", train_bpl, "stage0_warmup.yml"),
@@ -66,12 +67,12 @@ OWN = {  # of networks that cannot be dilated: every stride that is offered, dee
 }
 
 
-def slow_but(*fast, names):
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def full_size_but(*fast, names):
+    return [name if name in fast else pytest.param(name, marks=FULL_SIZE) for name in names]
 
 
 @pytest.mark.parametrize("arch", ["deeplabv2", "deeplab_pbal"])
-@pytest.mark.parametrize("name", slow_but("test_vit", "pvt_v2_b0", names=OWN))
+@pytest.mark.parametrize("name", full_size_but("test_vit", "pvt_v2_b0", names=OWN))
 def test_a_network_that_cannot_be_dilated_takes_its_own_stride_and_images_of_any_size(arch, name):
     strides, *own = OWN[name]
     for stride in (None, *strides):
@@ -120,8 +121,8 @@ RUNS = (
     ("test_vit", "auto", ADAMW),
     pytest.param("resnet18", 16, (), marks=pytest.mark.slow),
     pytest.param("mobilenetv2_050", 8, (), marks=pytest.mark.slow),
-    *(pytest.param(name, "auto", (), marks=pytest.mark.slow) for name in SEVEN[:3]),
-    *(pytest.param(name, "auto", ADAMW, marks=pytest.mark.slow) for name in SEVEN[3:]),
+    *(pytest.param(name, "auto", (), marks=FULL_SIZE) for name in SEVEN[:3]),
+    *(pytest.param(name, "auto", ADAMW, marks=FULL_SIZE) for name in SEVEN[3:]),
 )
 
 

@@ -353,7 +353,7 @@ def test_other_efficientnet_lite_packages_fill_their_backbones(tmp_path, number)
 
 TIMM = ("test_resnet", "resnet18", "tf_efficientnet_lite1", "test_vit", "pvt_v2_b0")
 TIMM += tuple(
-    pytest.param(name, marks=pytest.mark.slow)
+    pytest.param(name, marks=(pytest.mark.slow, pytest.mark.full_size))
     for name in ("resnet50", "mobilenetv3_large_100", "regnety_032", "convnext_tiny", "swin_tiny_patch4_window7_224")
     + ("pvt_v2_b2", "vit_small_patch14_dinov2")
 )

@@ -123,7 +123,10 @@ class DataConfig:
         [2, 10], "strong view: number and magnitude of operations (ProDA)", most=10, stages=("distill",)
     )
     cutout: float = opt(
-        0.333, "strong view: side of the hole over the crop's short side; 0 = no hole (ProDA)", most=1, stages=("distill",)
+        0.333,
+        "strong view: side of the hole over the crop's short side; 0 = no hole (ProDA)",
+        most=1,
+        stages=("distill",),
     )
     strong_geometry: bool = opt(
         True,

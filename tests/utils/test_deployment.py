@@ -18,7 +18,7 @@ CASES = [
     (form, *network) for form in ("torchscript", "pt2") for network in NETWORKS[: 3 if form == "torchscript" else 1]
 ]
 CASES += [
-    pytest.param(form, *network, marks=pytest.mark.slow)
+    pytest.param(form, *network, marks=(pytest.mark.slow, pytest.mark.full_size))
     for form in ("pt2", "onnx")
     for network in NETWORKS[form == "pt2" :]
 ]
