@@ -40,6 +40,7 @@ from utils.report.page import ABLATION, read_mapping
 VARIANTS = ROOT / "configs" / "ablations" / "default.yml"
 STAGES = ("warmup", "bpl", "pst")  # that may have variants
 SHARED = ("benchmark", "stage", "name", "runs", "seed", "checkpoint", "which", "pseudo_labels", "device")
+ONLINE = ("pseudo.labels", "pseudo.ema", "pseudo.confidence")  # read in training; other keys pseudo.* make labels
 SEEDS = [0, 1, 2]
 BY_STAGE = {stage: (script, file, own) for stage, script, file, own in STEPS}
 
@@ -79,7 +80,8 @@ def _load(stage: str, overrides: list[str]) -> Config:
 
 def _made_from(cfg: Config, stages: dict[str, Config]) -> list[Config]:
     """The stages that must be run before `cfg`, in order; a stage may occur twice."""
-    starts = {cfg.model.init, cfg.checkpoint} | ({"pseudo_labels"} if cfg.stage == "pst" else set())
+    offline = cfg.stage == "pst" and cfg.pseudo.labels == "offline"
+    starts = {cfg.model.init, cfg.checkpoint} | ({"pseudo_labels"} if offline else set())
     names, steps = list(stages), []
     for i, name in enumerate(names):
         if name in starts:
@@ -98,7 +100,7 @@ def planned(stages: dict[str, Config], overrides: list[str], row: str, own: list
         own: the variant's keys.
     """
     stage, _, name = row.partition("/")
-    of_labels = [o for o in own if o.startswith("pseudo.")]
+    of_labels = [o for o in own if o.startswith("pseudo.") and o.partition("=")[0] not in ONLINE]
     cfg = _load(stage, [*overrides, *(o for o in own if o not in of_labels)])
     labels = _load("pseudo_labels", [*overrides, *of_labels])
     other_labels = labels != stages["pseudo_labels"]

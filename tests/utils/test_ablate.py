@@ -92,7 +92,7 @@ def test_every_variant_has_its_row_and_shared_runs_are_made_once(given, variants
         scores = [s["last"] for s in scores]
         assert row["miou"] == row["miou_running"] == pipeline.over_seeds([s["miou"] for s in scores])
         assert row["iou"] == pipeline.over_seeds([s["iou"] for s in scores])
-        assert row["miou_target_bn"]["mean"] > 0 and row["miou_rarest"]["mean"] >= 0
+        assert row["miou_target_bn"]["mean"] > 0 and "miou_rarest" not in row  # of four classes
     same, other = (result["rows"][row] for row in ("bpl/both", "bpl/s2t_alone"))
     assert same["run"] == "bpl" and same["over_own"] == {"mean": 0, "std": 0}
     gains = [other["miou"]["mean"] - result["rows"]["bpl"]["miou"]["mean"]]
@@ -113,7 +113,7 @@ def test_runs_of_the_pipeline_are_taken_and_not_mixed_with_variants(given, varia
     assert rows["pst"]["miou"]["mean"] == summary["stages"]["pst"]["miou"]
     assert [run.name for run in find_runs(folder)] == stages
     page, own = (write_report(place).read_text(encoding="utf-8") for place in (folder, folder / "ablation"))
-    for name in ("s2t alone", "no contrast", "pseudo labels, constant"):
+    for name in ("s2t alone", "no contrast"):
         assert name in own and name not in page
     assert {run.name for run in find_runs(folder / "ablation")} == {r for r in ROWS if "/" in r} - {"bpl/both"}
 
@@ -159,6 +159,7 @@ def test_plans(given):
     assert plan("pst/x", "seed=0", "model.init=scratch")[-2:] == ["pseudo_labels", "ablation/pst/x"]
     assert plan("pst/x", "seed=0", "model.init=pst")[-2:] == ["pst", "ablation/pst/x"]  # a second round
     assert plan("bpl/x", "seed=0", "model.init=source_only") == ["source_only", "ablation/bpl/x"]
+    assert plan("pst/x", "seed=0", "pseudo.labels=online", "model.init=bpl") == ["warmup", "bpl", "ablation/pst/x"]
     labels, run = planned(load_stages(given), given, "pst/x", ["pseudo.keep=0.1"])[-2:]
     assert run.pseudo_labels == labels.name and labels.pseudo.keep == 0.1
 
