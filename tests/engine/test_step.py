@@ -48,7 +48,8 @@ STAGES = {
     "source": ("stage0_warmup.yml", train_bpl.BPL, ("loss.adversarial=0",)),
     "warmup": ("stage0_warmup.yml", train_bpl.BPL, ("loss.adversarial=0.3",)),
     "pst": ("stage2_PST.yml", train_pst.PST, ("loss.prototype_gradient=true",)),
-    "distill": ("stage3_distill.yml", distill.Distillation, ()),
+    # At a quarter, a part counts the labelled pixels of its own quarter.
+    "distill": ("stage3_distill.yml", distill.Distillation, ("distill.resolution=full",)),
 }
 
 
