@@ -262,8 +262,11 @@ def test_an_error_is_said_once_and_ends_all(two, ranks):
 
 
 def test_output_goes_where_the_caller_had_sent_it_when_a_run_has_ended(two, tmp_path):
+    second = dist.TCPStore("127.0.0.1", 0, is_master=True)  # the first holds old addresses
+
     def call():
-        distributed.end()  # parts from the other, so that a second start meets it anew
+        distributed.end()  # leaves the other process, so that a second start meets it anew
+        os.environ["MASTER_PORT"] = str(second.port)
         with open(tmp_path / f"{os.environ['RANK']}.txt", "w") as file, contextlib.redirect_stdout(file):
             distributed.start()
             print("during")
