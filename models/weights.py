@@ -376,6 +376,10 @@ def _for_timm(file: WeightFile, own: dict[str, Tensor], name: str) -> dict[str, 
         whole = timm.create_model(name, pretrained=True, num_classes=classes, pretrained_cfg_overlay=source)
     except Exception as error:  # of many kinds, where timm converts a file
         lines = [line.strip()[:300] for line in str(error).split("\n") if not line.startswith("Error(s) in")]
+        if len(lines) == 1:  # timm's conversion failed, and does not name the tensor
+            there = {key: own[ours[short]] for key in state if (short := key.replace(".", "_")) in ours}
+            odd = [key for key, value in there.items() if value.shape != state[key].shape]
+            lines += [f"{key} is {tuple(state[key].shape)}, not {tuple(there[key].shape)}" for key in odd]
         reason = "; ".join(lines[:4]) or type(error).__name__
         raise WeightError(f"{file.path} ({file.format}) does not fit timm/{name}: {reason}") from None
     loaded = {key.replace(".", "_"): value for key, value in whole.state_dict().items()}
