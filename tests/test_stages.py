@@ -236,13 +236,22 @@ def test_finished_stages_do_no_work(finished, configure, monkeypatch):
 
 
 @one_layout
-@pytest.mark.parametrize("key", ["train.lr", "loss.temperature"])
+@pytest.mark.parametrize("key", ["train.lr", "loss.bidirectional"])
 def test_another_experiment_is_not_resumed(finished, configure, key):
     cfg = configure(finished.layout, "stage1_BPL.yml", finished.runs, f"{key}=0.5")
     with pytest.raises(
         UserError, match=rf"bpl holds another experiment \({key}: [\d.]+ -> 0\.5\); .*train\.restart=true"
     ):
         train_bpl.main(cfg)
+
+
+@pytest.mark.parametrize(("file", "refused"), [("stage1_BPL.yml", False), ("stage3_distill.yml", True)])
+def test_only_what_a_stage_reads_makes_another_experiment(configure, runs, file, refused):
+    cfg = configure("gta5_to_city", file, runs)
+    saved = to_dict(cfg)
+    saved["data"]["cutout"] = 0.25  # an older default, of distillation's
+    with pytest.raises(UserError, match=r"data\.cutout: 0\.25 -> ") if refused else contextlib.nullcontext():
+        refuse_other_experiment(saved, cfg)
 
 
 def test_a_key_newer_than_the_run_counts_as_its_default(configure, runs):

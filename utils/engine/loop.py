@@ -26,7 +26,7 @@ from data.taxonomy import class_set
 from data.transforms import RandomScaleCropFlip, Views
 from models import parameter_groups, read_weights
 from models.weights import identify
-from utils.config import Config, UserError, default_config, flatten, to_dict
+from utils.config import Config, UserError, all_keys, default_config, flatten, to_dict
 from utils.config.keys import MAX_SKIPPED, TRAINING_STAGES, TestConfig
 from utils.engine import checkpoint, distributed
 from utils.engine.log import Meter, open_log, peak_memory, progress, show_path
@@ -267,7 +267,8 @@ def refuse_other_experiment(saved: dict, cfg: Config) -> None:
     """UserError if a run's saved configuration, nested as in its config.yml, differs from `cfg` in what is learnt."""
     defaults = flatten(to_dict(default_config()))  # of keys that are newer than the run
     old, new = defaults | flatten(saved), flatten(to_dict(cfg))
-    changed = [k for k in new if k not in HARMLESS and new[k] not in (old.get(k), "auto")]  # auto: as it was
+    unread = {k for k, key in all_keys().items() if key.stages is not None and cfg.stage not in key.stages}
+    changed = [k for k in new if k not in HARMLESS | unread and new[k] not in (old.get(k), "auto")]  # auto: as it was
     if changed:
         listed = ", ".join(f"{k}: {old.get(k)} -> {new[k]}" for k in changed[:4])
         raise UserError(
