@@ -45,6 +45,31 @@ def test_rotation_is_thirty_degrees():
     assert torch.equal(turned, F.rotate(image, 30.0)) or torch.equal(turned, F.rotate(image, -30.0))
 
 
+@pytest.mark.parametrize("kind", ["shear_x", "shear_y"])
+def test_shear_is_three_tenths(kind):
+    """A border through the middle is moved by 0.3 pixels for each pixel away from the corner."""
+    across = kind == "shear_x"
+    length, along = (WIDTH, HEIGHT) if across else (HEIGHT, WIDTH)
+    label = (torch.arange(length) >= length // 2).byte().expand(along, length)
+    label = label if across else label.T
+    image = label.expand(3, -1, -1).clone()
+    _, moved = transforms._moved(image, label.clone(), kind, 0.5)
+    lines = moved if across else moved.T
+    distance = along // 2
+    border = (lines[distance] == 1).nonzero()[0].item()
+    assert abs(border - length // 2) == pytest.approx(0.15 * distance, abs=1.1)
+
+
+def test_half_of_the_operations_are_left_out_and_strengths_end_below_the_magnitude(monkeypatch):
+    strengths = []
+    monkeypatch.setattr(transforms, "_COLOURS", (lambda image, v: strengths.append(v) or image,))
+    image, label = grid()
+    torch.manual_seed(0)
+    transforms._randaugmented(image, label, 2000, 10, False)
+    assert 900 < len(strengths) < 1100
+    assert sorted(set(strengths)) == [s / 10 for s in range(1, 10)]
+
+
 @pytest.mark.parametrize("v", [0.1, 0.9])
 def test_colour_operations_reach_the_released_strengths(v):
     image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
