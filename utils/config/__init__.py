@@ -15,6 +15,8 @@ from utils.config.loading import (
     to_yaml,
 )
 
+load_config = read_config  # its earlier name, which notebooks may use
+
 __all__ = [
     "ROOT",
     "Config",
@@ -25,6 +27,7 @@ __all__ = [
     "find_path",
     "flatten",
     "key_help",
+    "load_config",
     "read_config",
     "read_yaml",
     "to_dict",
