@@ -114,8 +114,9 @@ def iterate(loader: DataLoader) -> Iterator:
             that a process has ended does not wait for the next batch.
     """
     others = set(multiprocessing.active_children())
-    # Made here for all: a loader process that makes its own may lack the open files to remove it, and says so.
-    multiprocessing.util.get_temp_dir()
+    if loader.num_workers:
+        # Made here for all: a loader process that makes its own may lack the open files to remove it, and says so.
+        multiprocessing.util.get_temp_dir()
     try:
         batches = iter(loader)
     except OSError as error:

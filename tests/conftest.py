@@ -13,7 +13,7 @@ from PIL import Image
 
 from data.toy import png16
 from utils.config import ROOT, Config
-from utils.engine.setup import load_config
+from utils.engine.setup import checked_config
 
 # Tests compute on the CPU, and some of them fork: where torch sees a GPU, a forked child cannot train.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -217,7 +217,7 @@ def configure(benchmarks):
 
     def make(layout: str, stage_file: str, runs: Path, *overrides: str) -> Config:
         given = [f"benchmark={benchmarks[layout]}", f"runs={runs}", "device=cpu", *overrides]
-        return load_config(ROOT / "configs" / stage_file, given)
+        return checked_config(ROOT / "configs" / stage_file, given)
 
     return make
 

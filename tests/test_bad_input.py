@@ -24,7 +24,7 @@ import train_pst
 from utils.config import ROOT
 from utils.engine.checkpoint import file_hash
 from utils.engine.command_line import guarded
-from utils.engine.setup import load_config
+from utils.engine.setup import checked_config
 
 STAGES = {
     "warmup": (train_bpl, "stage0_warmup.yml"),
@@ -58,7 +58,7 @@ def whole(trees, benchmarks, tmp_path_factory):
         monkeypatch.chdir(root)
         for stage in ("warmup", "bpl", "labels"):
             script, file = STAGES[stage]
-            script.main(load_config(ROOT / "configs" / file, USUAL))
+            script.main(checked_config(ROOT / "configs" / file, USUAL))
     return root
 
 
@@ -377,7 +377,7 @@ def refusal(capfd, stage, overrides, debug=False):
     given = {o.split("=")[0]: o for o in (*usual, *fresh, "device=cpu", *overrides)}
     capfd.readouterr()
     with pytest.raises(SystemExit) as left:
-        guarded(lambda: script.main(load_config(ROOT / "configs" / file, list(given.values()))), debug)
+        guarded(lambda: script.main(checked_config(ROOT / "configs" / file, list(given.values()))), debug)
     return left.value.code, capfd.readouterr().err.splitlines()
 
 

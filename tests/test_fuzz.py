@@ -19,7 +19,7 @@ from data.toy import png16
 from models import read_checkpoint
 from utils.config import ROOT, ConfigError, UserError, all_keys
 from utils.config.keys import STAGES
-from utils.engine.setup import load_config
+from utils.engine.setup import checked_config
 
 KEYS = sorted(all_keys())
 quick = settings(
@@ -34,7 +34,7 @@ values = st.recursive(
 
 def parse(*overrides, stage="stage1_BPL.yml"):
     try:
-        load_config(ROOT / "configs" / stage, list(overrides))
+        checked_config(ROOT / "configs" / stage, list(overrides))
     except ConfigError as error:
         assert str(error)
 

@@ -11,7 +11,7 @@ from data.datasets import build_dataset
 from data.taxonomy import class_set
 from utils import pipeline
 from utils.config import ROOT
-from utils.engine.setup import load_config
+from utils.engine.setup import checked_config
 
 SIZES = {"camvid": (480, 360), "idd": (320, 227)}
 
@@ -50,7 +50,7 @@ def test_camvid_to_idd_lite(roots, tmp_path, capsys):
     given = [f"data.source.root={roots / 'CamVid'}", f"runs={tmp_path / 'runs'}", "device=cpu", "data.workers=0"]
     given += [f"data.{name}.root={roots / 'idd20k_lite'}" for name in ("target", "val")]
     given += ["benchmark=camvid_to_idd_lite"]
-    verify.main(load_config(ROOT / "configs" / "stage1_BPL.yml", given))
+    verify.main(checked_config(ROOT / "configs" / "stage1_BPL.yml", given))
     assert "no fault" in capsys.readouterr().out
     rows = pipeline.run(
         [*given, "model.backbone=resnet18", "train.iterations=2", "train.horizon=4", "train.lr=1e-3"]
@@ -120,7 +120,7 @@ def test_public_pairs_are_verified_and_train(trees, tmp_path, capsys, pair):
     given += ["data.base_width=120", "data.crop=[64, 32]", "model.backbone=resnet18", "model.output_stride=16"]
     given += ["train.iterations=2", "train.horizon=4", "train.batch_source=2", "train.batch_target=2"]
     given += [f"benchmark={pair}", "model.init=scratch"]
-    cfg = load_config(ROOT / "configs" / "stage1_BPL.yml", given)
+    cfg = checked_config(ROOT / "configs" / "stage1_BPL.yml", given)
     reports = verify.main(cfg)
     assert "no fault" in capsys.readouterr().out
     assert [r.images for r in reports.values()] == [5, 4, 4] and reports["target"].labels == 0

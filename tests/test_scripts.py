@@ -123,12 +123,12 @@ ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 SAYS = """
 import sys
 sys.path.insert(0, ".")
-from utils.config import read_config
+from utils.config import load_config
 from utils.engine.command_line import guarded
 from utils.engine.log import RunLog
 
 def call():
-    log = RunLog(read_config("configs/stage1_BPL.yml", sys.argv[1:]))
+    log = RunLog(load_config("configs/stage1_BPL.yml", sys.argv[1:]))
     log.record(1, "val", {"iou": {"chaussée": 1.0}})
     log.info("chaussée \\udcff")
 

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import yaml
 
-from utils.config import ROOT, Config, ConfigError, find_path, read_yaml
+from utils.config import ROOT, Config, ConfigError, all_keys, find_path, read_yaml
 from utils.engine import checkpoint
 from utils.engine.command_line import run_words
 from utils.engine.log import show_path
 from utils.engine.loop import refuse_other_experiment
-from utils.engine.setup import check_inputs, load_config
+from utils.engine.setup import check_inputs, checked_config
 from utils.pipeline import (
     STEPS,
     first_weights,
@@ -40,7 +40,8 @@ from utils.report.page import ABLATION, read_mapping
 VARIANTS = ROOT / "configs" / "ablations" / "default.yml"
 STAGES = ("warmup", "bpl", "pst")  # that may have variants
 SHARED = ("benchmark", "stage", "name", "runs", "seed", "checkpoint", "which", "pseudo_labels", "device")
-ONLINE = ("pseudo.labels", "pseudo.ema", "pseudo.confidence")  # read in training; other keys pseudo.* make labels
+# Of the keys pseudo.*, those that training reads; the others make labels.
+ONLINE = {name for name, key in all_keys().items() if name.startswith("pseudo.") and key.stages == ("pst",)}
 SEEDS = [0, 1, 2]
 BY_STAGE = {stage: (script, file, own) for stage, script, file, own in STEPS}
 
@@ -75,7 +76,7 @@ def read_variants(path: Path) -> dict[str, list[str]]:
 
 def _load(stage: str, overrides: list[str]) -> Config:
     _, file, own = BY_STAGE[stage]
-    return load_config(ROOT / "configs" / file, [*overrides, *own])
+    return checked_config(ROOT / "configs" / file, [*overrides, *own])
 
 
 def _made_from(cfg: Config, stages: dict[str, Config]) -> list[Config]:

@@ -53,9 +53,9 @@ from utils.config.keys import DataConfig, DatasetConfig
 from utils.engine.command_line import run_words
 from utils.engine.setup import (
     build_network,
+    checked_config,
     choose_device,
     compile_networks,
-    load_config,
     refuse_unusable_backbone,
     resolve_auto,
 )
@@ -454,7 +454,7 @@ def main() -> None:
         chosen = [w for w in words if "=" not in w] or [name for name in SECTIONS if name != "plan"]
         if unknown := [name for name in chosen if name not in SECTIONS]:
             raise ConfigError(f"unknown section {unknown[0]!r}; known are {', '.join(SECTIONS)}")
-        cfg = load_config(ROOT / "configs" / "stage1_BPL.yml", [w for w in words if "=" in w])
+        cfg = checked_config(ROOT / "configs" / "stage1_BPL.yml", [w for w in words if "=" in w])
         refuse_unusable_backbone(cfg)
         device = choose_device(cfg)
         on_gpu = device.type == "cuda"

@@ -26,7 +26,7 @@ from utils.config import ROOT, Config, UserError
 from utils.engine import checkpoint
 from utils.engine.command_line import run_words
 from utils.engine.log import show_path
-from utils.engine.setup import choose_device, load_config, load_network, prepare_data
+from utils.engine.setup import checked_config, choose_device, load_network, prepare_data
 from utils.evaluation.prediction import autocast, normalized, same_size_batches
 from utils.report.page import find_runs, title_of
 
@@ -106,7 +106,7 @@ def run(overrides: list[str]) -> dict:
     Raises:
         UserError: no run, a network that does not fit the benchmark, or missing data.
     """
-    cfg = load_config(ROOT / "configs" / "test_from_gta_to_city.yml", overrides)
+    cfg = checked_config(ROOT / "configs" / "test_from_gta_to_city.yml", overrides)
     device, folder, classes = choose_device(cfg), cfg.sibling_run(""), class_set(cfg.data)
     files = {run.name: run.folder / "checkpoints" / f"{cfg.which}.pth" for run in find_runs(folder)}
     files = {name: file for name, file in files.items() if file.is_file()}

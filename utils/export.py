@@ -31,7 +31,7 @@ from models import upsample
 from utils.config import ROOT, ConfigError, UserError
 from utils.engine import checkpoint
 from utils.engine.command_line import run_words
-from utils.engine.setup import load_config, load_network, prepare_data
+from utils.engine.setup import checked_config, load_network, prepare_data
 
 ENDINGS = {"onnx": ".onnx", "torchscript": ".pt", "pt2": ".pt2"}
 OUTPUTS = ("labels", "probabilities")
@@ -133,7 +133,7 @@ def run(words: list[str]) -> Path:
     if own["format"] == "onnx" and missing:
         raise UserError(f"format=onnx needs {' and '.join(missing)}: pip install -r utils/requirements-onnx.txt")
     others = [word for word in words if word.split("=")[0] not in own]
-    cfg, target, device = load_config(ROOT / "configs/test_from_gta_to_city.yml", others), None, torch.device("cpu")
+    cfg, target, device = checked_config(ROOT / "configs/test_from_gta_to_city.yml", others), None, torch.device("cpu")
     weights = checkpoint.find_checkpoint(cfg, cfg.checkpoint, cfg.model.published)
     if cfg.batchnorm.statistics == "target":
         prepare_data(cfg)

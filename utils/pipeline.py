@@ -48,7 +48,7 @@ from utils.engine import checkpoint, distributed
 from utils.engine.command_line import run_words, warn_of_idle_gpus
 from utils.engine.log import show_path
 from utils.engine.loop import Backward, Stage, fit
-from utils.engine.setup import check_inputs, choose_device, load_config, load_network, refuse_unusable_backbone
+from utils.engine.setup import check_inputs, checked_config, choose_device, load_network, refuse_unusable_backbone
 from utils.evaluation.metrics import mean_over
 from utils.evaluation.pictures import Gallery, save_panel
 from utils.evaluation.prediction import evaluate
@@ -70,12 +70,12 @@ RAREST = 6  # classes that the tail score averages over
 
 def load_stages(overrides: list[str]) -> dict[str, Config]:
     """The configuration of every stage, in order."""
-    return {stage: load_config(ROOT / "configs" / file, [*overrides, *own]) for stage, _, file, own in STEPS}
+    return {stage: checked_config(ROOT / "configs" / file, [*overrides, *own]) for stage, _, file, own in STEPS}
 
 
 def load_tests(overrides: list[str], cfg: Config) -> Config:
     """The configuration that the runs of `cfg`'s benchmark are scored by."""
-    tests = load_config(TESTS, [*overrides, f"benchmark={cfg.benchmark}"])  # the tests' file names one of its own
+    tests = checked_config(TESTS, [*overrides, f"benchmark={cfg.benchmark}"])  # the tests' file names one of its own
     tests.data.class_set = cfg.data.class_set  # the benchmark's stages.test may leave it to the file
     return tests
 
@@ -318,7 +318,7 @@ def _panel(cfg: Config, runs: dict[str, str], statistics: str, path: Path) -> No
 
 def run_seeds(overrides: list[str], seeds: list[int], control: bool = True, bound: bool = False) -> dict:
     """The pipeline once for each seed; returns what is written to seeds.json: mean and deviation by stage and class."""
-    base = load_config(ROOT / "configs" / "stage1_BPL.yml", overrides)
+    base = checked_config(ROOT / "configs" / "stage1_BPL.yml", overrides)
     summaries, folders = [], {}
     for seed in seeds:
         print(f"==== seed {seed}", flush=True)

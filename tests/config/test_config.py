@@ -13,7 +13,7 @@ from utils.ablate import read_variants
 from utils.config import ROOT, ConfigError, UserError, all_keys, key_help, read_yaml, to_dict
 from utils.config.keys import STAGES
 from utils.engine.command_line import guarded, run_cli
-from utils.engine.setup import load_config
+from utils.engine.setup import checked_config
 
 BPL = ROOT / "configs" / "stage1_BPL.yml"
 STAGE_FILES = sorted((ROOT / "configs").glob("*.yml"))
@@ -23,14 +23,14 @@ BENCHMARKS = sorted(path.stem for path in (ROOT / "configs" / "benchmarks").glob
 def refused(match, *overrides, stage_file=BPL):
     """The config is refused with one line."""
     with pytest.raises(ConfigError, match=match) as error:
-        load_config(stage_file, list(overrides))
+        checked_config(stage_file, list(overrides))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)  # "benchmark" is a fixture of the plugin pytest-benchmark
 @pytest.mark.parametrize("stage_file", STAGE_FILES, ids=lambda path: path.stem)
 def test_every_stage_goes_with_every_benchmark(stage_file, name):
-    cfg = load_config(stage_file, [f"benchmark={name}"])
+    cfg = checked_config(stage_file, [f"benchmark={name}"])
     assert cfg.benchmark_name == name
 
 
@@ -38,19 +38,19 @@ def test_every_stage_goes_with_every_benchmark(stage_file, name):
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_network_is_used_as_it_was_validated(name, file):
     """No benchmark says which statistics a network had, nor asks for target images that `test.images` lacks."""
-    cfg = load_config(ROOT / "configs" / file, [f"benchmark={name}"])
+    cfg = checked_config(ROOT / "configs" / file, [f"benchmark={name}"])
     assert cfg.batchnorm.statistics == "saved"
 
 
 def test_the_released_recipe_is_the_default():
-    cfg = load_config(BPL)
+    cfg = checked_config(BPL)
     assert (cfg.benchmark, cfg.stage) == ("gta5_to_cityscapes", "bpl")
     assert (cfg.model.backbone, cfg.model.init) == ("auto", "warmup")
     assert (cfg.train.lr, cfg.train.iterations, cfg.train.horizon) == (1e-4, 60_000, 90_000)
     assert (cfg.loss.adversarial, cfg.loss.bidirectional, cfg.data.crop) == (0.01, 0.1, [896, 512])
-    assert load_config(ROOT / "configs/stage2_PST.yml").train.lr == 2.5e-4
-    assert load_config(ROOT / "configs/stage0_warmup.yml").loss.bidirectional == 0
-    assert len(class_set(load_config(ROOT / "configs/test_from_synthia_to_city.yml").data)) == 16
+    assert checked_config(ROOT / "configs/stage2_PST.yml").train.lr == 2.5e-4
+    assert checked_config(ROOT / "configs/stage0_warmup.yml").loss.bidirectional == 0
+    assert len(class_set(checked_config(ROOT / "configs/test_from_synthia_to_city.yml").data)) == 16
 
 
 def test_unknown_key_names_the_nearest():
@@ -172,24 +172,24 @@ def test_what_wins_over_what(tmp_path):
         "stages": {"warmup": {"train": {"lr": 4}}, "bpl": {"train": {"lr": 9}}},
     }
     benchmark.write_text(yaml.safe_dump(content))
-    train = load_config(stage).train
+    train = checked_config(stage).train
     assert (train.iterations, train.weight_decay, train.head_lr_factor, train.lr) == (60_000, 0.2, 3, 4)
-    assert load_config(stage, ["train.lr=5"]).train.lr == 5
+    assert checked_config(stage, ["train.lr=5"]).train.lr == 5
     content["stages"]["source_only"] = {"train": {"head_lr_factor": 6}}
     benchmark.write_text(yaml.safe_dump(content))
-    train = load_config(stage, ["name=source_only"]).train  # a warm-up with deltas of its own
+    train = checked_config(stage, ["name=source_only"]).train  # a warm-up with deltas of its own
     assert (train.lr, train.head_lr_factor) == (4, 6)
-    assert load_config(stage).train.head_lr_factor == 3
+    assert checked_config(stage).train.head_lr_factor == 3
 
 
 def test_numbers_as_people_write_them(tmp_path):
-    assert load_config(BPL, ["train.lr=1e-3"]).train.lr == 1e-3  # text to YAML
-    assert load_config(BPL, ["train.lr=1"]).train.lr == 1.0
+    assert checked_config(BPL, ["train.lr=1e-3"]).train.lr == 1e-3  # text to YAML
+    assert checked_config(BPL, ["train.lr=1"]).train.lr == 1.0
     (tmp_path / "stage.yml").write_text("train: {lr: 1e-3}\ndata: {scale: [5e-1, 2]}")
-    cfg = load_config(tmp_path / "stage.yml")
+    cfg = checked_config(tmp_path / "stage.yml")
     assert cfg.train.lr == 1e-3 and cfg.data.scale == [0.5, 2.0]
-    assert load_config(BPL, ["name=2024"]).name == "2024"  # text stays text
-    cfg = load_config(BPL, ["train.iterations=1e3", "data.crop=[64.0, 6.4e1]"])  # whole numbers
+    assert checked_config(BPL, ["name=2024"]).name == "2024"  # text stays text
+    cfg = checked_config(BPL, ["train.iterations=1e3", "data.crop=[64.0, 6.4e1]"])  # whole numbers
     assert (cfg.train.iterations, cfg.data.crop) == (1000, [64, 64]) and isinstance(cfg.train.iterations, int)
 
 
@@ -242,7 +242,7 @@ def test_unusable_files_are_named(tmp_path):
 
 
 def test_custom_benchmark_gives_its_classes(benchmarks):
-    cfg = load_config(BPL, [f"benchmark={benchmarks['day_to_dusk']}"])
+    cfg = checked_config(BPL, [f"benchmark={benchmarks['day_to_dusk']}"])
     assert list(class_set(cfg.data).names) == CUSTOM["class_names"]
     assert [list(colour) for colour in class_set(cfg.data).palette] == CUSTOM["palette"]
     assert cfg.run_dir == Path.cwd() / "runs/day_to_dusk/bpl"
@@ -298,7 +298,7 @@ def test_help_shows_the_values_that_are_used_and_the_keys_that_the_stage_reads(m
 
 
 def test_every_key_is_read_by_a_stage():
-    stages = {stage: load_config(file) for file in STAGE_FILES for stage in [read_yaml(file)["stage"]]}
+    stages = {stage: checked_config(file) for file in STAGE_FILES for stage in [read_yaml(file)["stage"]]}
     assert set(stages) == set(STAGES)
     texts = {stage: key_help(cfg) for stage, cfg in stages.items()}
     for key in all_keys().keys() - {"stage"}:
@@ -309,7 +309,7 @@ def test_every_key_is_read_by_a_stage():
 
 def test_print_config_is_the_whole_configuration(monkeypatch, capsys):
     out = shown(monkeypatch, capsys, "--print-config", "benchmark=toy", "train.lr=3e-3")
-    assert yaml.safe_load(out) == to_dict(load_config(BPL, ["benchmark=toy", "train.lr=3e-3"]))
+    assert yaml.safe_load(out) == to_dict(checked_config(BPL, ["benchmark=toy", "train.lr=3e-3"]))
 
 
 def test_several_gpus_that_one_process_sees_are_named(monkeypatch, capsys):
@@ -338,7 +338,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_a_dataset_is_looked_for_beside_the_users_yaml_then_from_the_start_then_in_the_checkout(elsewhere, monkeypatch):
     def found(*overrides):
-        cfg = load_config(BPL, ["benchmark=../own/mine.yml", *overrides])
+        cfg = checked_config(BPL, ["benchmark=../own/mine.yml", *overrides])
         return cfg.data.source.root, cfg.model.init
 
     monkeypatch.setattr("utils.config.loading.ROOT", elsewhere / "checkout")
@@ -350,24 +350,24 @@ def test_a_dataset_is_looked_for_beside_the_users_yaml_then_from_the_start_then_
     root, _ = found("data.source.root=d")  # on the command line: not beside the YAML
     assert root == "d"
     monkeypatch.chdir(elsewhere / "own")  # the same place by both rules: as it is, so that older runs are resumed
-    assert load_config(BPL, ["benchmark=mine.yml"]).data.source.root == "d/day"
+    assert checked_config(BPL, ["benchmark=mine.yml"]).data.source.root == "d/day"
 
 
 def test_a_runs_name_is_no_path(elsewhere):
     (elsewhere / "own" / "warmup").mkdir()
     (elsewhere / "work" / "warmup").mkdir()
-    assert load_config(BPL, ["benchmark=../own/mine.yml", "model.init=warmup"]).model.init == "warmup"
+    assert checked_config(BPL, ["benchmark=../own/mine.yml", "model.init=warmup"]).model.init == "warmup"
 
 
 def test_the_checkouts_files_are_found_from_anywhere_and_runs_stay_where_one_starts(elsewhere, monkeypatch):
-    cfg = load_config("configs/stage1_BPL.yml", ["benchmark=toy"])
+    cfg = checked_config("configs/stage1_BPL.yml", ["benchmark=toy"])
     assert cfg.run_dir == elsewhere / "work/runs/toy/bpl"
     assert cfg.data.toy_root == str(ROOT / "data/toy")
     assert cfg.data.source.root == str(ROOT / "data/toy/GTA5")  # drawn or not
     assert cfg.data.val.root == str(ROOT / "data/toy/Cityscapes")
-    assert load_config(BPL, ["benchmark=configs/benchmarks/toy.yml"]).data == cfg.data
+    assert checked_config(BPL, ["benchmark=configs/benchmarks/toy.yml"]).data == cfg.data
     monkeypatch.chdir(ROOT)
-    cfg = load_config(BPL, ["benchmark=toy"])
+    cfg = checked_config(BPL, ["benchmark=toy"])
     assert (cfg.data.toy_root, cfg.data.source.root) == ("data/toy", "data/toy/GTA5")
 
 

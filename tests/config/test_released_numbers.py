@@ -10,7 +10,7 @@ from data.transforms import Views
 from models import build_model
 from utils.config import ROOT
 from utils.engine import loop
-from utils.engine.setup import load_config, resolve_auto
+from utils.engine.setup import checked_config, resolve_auto
 
 PBAL, PRODA = "PBAL's release", "ProDA's release"
 WARMUP, BPL, PST = "stage0_warmup.yml", "stage1_BPL.yml", "stage2_PST.yml"
@@ -58,14 +58,14 @@ NUMBERS = [
 @pytest.mark.parametrize(("files", "key", "value", "source"), NUMBERS, ids=[f"{n[1]}={n[2]}" for n in NUMBERS])
 def test_a_stage_has_the_released_number(files, key, value, source):
     for file in files:
-        found = load_config(ROOT / "configs" / file)
+        found = checked_config(ROOT / "configs" / file)
         for part in key.split("."):
             found = getattr(found, part)
         assert found == value, f"{file}: {source} has {key}={value}"
 
 
 def test_discriminators_optimiser_and_form():
-    cfg = resolve_auto(load_config(ROOT / "configs" / BPL, ["model.backbone=resnet18", "device=cpu"]))
+    cfg = resolve_auto(checked_config(ROOT / "configs" / BPL, ["model.backbone=resnet18", "device=cpu"]))
     stage = train_bpl.BPL(cfg, torch.device("cpu"))
     (group,) = stage.optimizers["discriminator"].param_groups
     assert (type(stage.optimizers["discriminator"]), group["betas"]) == (torch.optim.Adam, (0.9, 0.99))
@@ -82,7 +82,7 @@ def test_discriminators_optimiser_and_form():
     [("deeplabv2", 8, torch.nn.Dropout2d, [6, 12, 18, 24]), ("deeplab_pbal", 16, torch.nn.Dropout, [6, 12, 18])],
 )
 def test_architectures(arch, stride, kind, dilations):
-    cfg = resolve_auto(load_config(ROOT / "configs" / BPL, [f"model.arch={arch}", "device=cpu"]))
+    cfg = resolve_auto(checked_config(ROOT / "configs" / BPL, [f"model.arch={arch}", "device=cpu"]))
     assert (cfg.model.output_stride, cfg.model.dilations) == (stride, dilations)
     model = build_model(arch, 19, "resnet18")
     assert type(model.dropout) is kind and model.dropout.p == 0.1 and model.classifier.in_channels == 256
@@ -90,7 +90,7 @@ def test_architectures(arch, stride, kind, dilations):
 
 def test_jitter_draws_from_the_released_ranges():
     """Of a thousand draws, the extremes come within two percent of the range's ends and never beyond them."""
-    d = load_config(ROOT / "configs" / BPL).data
+    d = checked_config(ROOT / "configs" / BPL).data
     torch.manual_seed(0)
     draws = [Views(d, (0,) * 3, (1,) * 3).jitter.make_params([]) for _ in range(1000)]
     for name, low, high in (

@@ -17,7 +17,7 @@ from data.transforms import RandomScaleCropFlip
 from utils.config import ROOT, UserError
 from utils.config.keys import DatasetConfig
 from utils.engine.command_line import guarded
-from utils.engine.setup import load_config
+from utils.engine.setup import checked_config
 
 NINETEEN = CLASS_SETS["cityscapes19"]
 OWN = custom_class_set(CUSTOM["class_names"], CUSTOM["palette"])
@@ -186,7 +186,7 @@ def test_unreadable_file_is_one_line_from_a_worker_process_too(copied, capsys):
 
 
 def crops(**changes):
-    d = load_config(ROOT / "configs/stage1_BPL.yml").data
+    d = checked_config(ROOT / "configs/stage1_BPL.yml").data
     for key, value in ({"base_width": 0, "crop": [64, 32]} | changes).items():
         setattr(d, key, value)
     return RandomScaleCropFlip(d)

@@ -15,12 +15,12 @@ from data.taxonomy import CLASS_SETS
 from data.transforms import RandomScaleCropFlip
 from utils.config import ROOT
 from utils.config.keys import DatasetConfig
-from utils.engine.setup import load_config
+from utils.engine.setup import checked_config
 
 
 @pytest.fixture
 def dataset(trees):
-    cfg = load_config(ROOT / "configs/stage1_BPL.yml", ["data.crop=[64,32]", "data.base_width=96"]).data
+    cfg = checked_config(ROOT / "configs/stage1_BPL.yml", ["data.crop=[64,32]", "data.base_width=96"]).data
     cfg.source = DatasetConfig(**vars(cfg.source) | trees["synthia"].section | {"size": []})
     return build_dataset(cfg.source, CLASS_SETS["cityscapes16"], transform=RandomScaleCropFlip(cfg), seed=3)
 
@@ -77,7 +77,7 @@ from data.loaders import training_batches, whole_images
 from data.transforms import RandomScaleCropFlip
 from utils.config import ROOT
 from utils.engine.command_line import guarded
-from utils.engine.setup import load_config
+from utils.engine.setup import checked_config
 
 kind, way, workers = sys.argv[2:]
 files = sorted(Path(sys.argv[1]).glob("*.png"))
@@ -88,7 +88,7 @@ if kind == "files":
 def main():
     if way == "training":
         crop = ["data.crop=[512,256]", "data.scale=[1,1]", "data.base_width=0"]
-        dataset.transform = RandomScaleCropFlip(load_config(ROOT / "configs/stage1_BPL.yml", crop).data)
+        dataset.transform = RandomScaleCropFlip(checked_config(ROOT / "configs/stage1_BPL.yml", crop).data)
         batches = training_batches(dataset, 8, int(workers))
     else:
         batches = whole_images(dataset, 8, int(workers))

@@ -57,7 +57,7 @@ def test_shear_is_three_tenths(kind):
     lines = moved if across else moved.T
     distance = along // 2
     border = (lines[distance] == 1).nonzero()[0].item()
-    assert abs(border - length // 2) == pytest.approx(0.15 * distance, abs=1.1)
+    assert abs(border - length // 2) == pytest.approx(0.15 * distance, abs=1.1)  # whole pixels, centres at 1/2
 
 
 def test_half_of_the_operations_are_left_out_and_strengths_end_below_the_magnitude(monkeypatch):

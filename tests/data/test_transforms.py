@@ -12,14 +12,14 @@ from torchvision.transforms.v2 import functional as F
 from data.taxonomy import IGNORE
 from data.transforms import Crop, RandomScaleCropFlip, Views
 from utils.config import ROOT
-from utils.engine.setup import load_config
+from utils.engine.setup import checked_config
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LABELS = torch.arange(16, dtype=torch.uint8)[:, None, None].expand(16, 32, 48)
 
 
 def data_config(**changes):
-    cfg = load_config(ROOT / "configs/stage1_BPL.yml").data
+    cfg = checked_config(ROOT / "configs/stage1_BPL.yml").data
     for key, value in ({"base_width": 0, "crop": [64, 48]} | changes).items():
         setattr(cfg, key, value)
     return cfg

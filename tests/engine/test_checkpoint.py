@@ -71,9 +71,9 @@ def test_weights_are_found_by_run_then_published_file_then_path(cfg, tmp_path, m
     cfg.model.init = str(own["last"])
     assert find() == own["last"]
     monkeypatch.chdir(tmp_path)
-    cfg.model.init = "none.pth"
-    with pytest.raises(UserError, match=f"no weights at {tmp_path}/none.pth"):
-        find()
+    for cfg.model.init in ("none.pth", "none.safetensors"):
+        with pytest.raises(UserError, match=f"no weights at {tmp_path}/{cfg.model.init}$"):
+            find()
     cfg.model.init = "simclr"
     with pytest.raises(WeightError, match=r"r18_1x_sk0\.pth does not exist"):
         find()

@@ -9,13 +9,11 @@ from utils.config.loading import (
     find_path,
     flatten,
     key_help,
-    read_config,
+    load_config,
     read_yaml,
     to_dict,
     to_yaml,
 )
-
-load_config = read_config  # its earlier name, which notebooks may use
 
 __all__ = [
     "ROOT",
@@ -28,7 +26,6 @@ __all__ = [
     "flatten",
     "key_help",
     "load_config",
-    "read_config",
     "read_yaml",
     "to_dict",
     "to_yaml",

@@ -307,10 +307,10 @@ def _place_toy(config: Config) -> None:
                 section.root = os.path.join(data.toy_root, Path(section.root).relative_to(before))
 
 
-def read_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
+def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
     """The configuration of one stage, with keys, types, ranges and combinations checked.
 
-    Scripts and commands call `utils.engine.setup.load_config`, which checks classes and batches too.
+    Scripts and commands call `utils.engine.setup.checked_config`, which checks classes and batches too.
 
     Args:
         stage_file: a YAML of `configs/`, or the user's own.

@@ -214,7 +214,7 @@ _MADE_BY = {
 }
 
 
-_ENDINGS = (".pth", ".pt", ".pkl", ".tar", ".ckpt", ".bin")  # no run's name ends like this
+_ENDINGS = (".pth", ".pt", ".pkl", ".tar", ".ckpt", ".bin", ".safetensors")  # no run's name ends like this
 
 
 def find_checkpoint(cfg: Config, name: str, published: Sequence[str] = ()) -> Path:

@@ -17,7 +17,7 @@ from models import WeightError
 from utils.config import ROOT, Config, ConfigError, UserError, find_path, key_help, to_dict, to_yaml
 from utils.config.keys import TRAINING_STAGES
 from utils.engine import distributed
-from utils.engine.setup import load_config
+from utils.engine.setup import checked_config
 
 
 def run_cli(main: Callable[[Config], Any], default_config: str, usage: str, stages: tuple[str, ...]) -> None:
@@ -40,7 +40,7 @@ def run_cli(main: Callable[[Config], Any], default_config: str, usage: str, stag
     args = parser.parse_intermixed_args()
 
     def call() -> None:
-        config = load_config(args.config, args.overrides)
+        config = checked_config(args.config, args.overrides)
         if config.stage not in stages:
             raise ConfigError(
                 f"{args.config} is of stage {config.stage!r}; {Path(sys.argv[0]).name} is for {' and '.join(stages)}"

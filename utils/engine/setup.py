@@ -17,20 +17,20 @@ from models import WeightError, WeightFile, build_model, read_weights, released_
 from models.backbone import check_backbone
 from models.build import default_stride
 from models.weights import SIMCLR_SETTINGS
-from utils.config import Config, ConfigError, UserError, read_config
+from utils.config import Config, ConfigError, UserError, load_config
 from utils.config.keys import DEFAULT_ARCH, DEFAULT_BACKBONE, TRAINING_STAGES
 from utils.engine import checkpoint, distributed
 from utils.evaluation.batchnorm import recompute_batchnorm, set_batchnorm_statistics
 from utils.evaluation.prediction import default_precision
 
 
-def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
-    """`utils.config.read_config`, with what class lists and the number of processes rule out checked too.
+def checked_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
+    """`utils.config.load_config`, with what class lists and the number of processes rule out checked too.
 
     Raises:
         ConfigError: as there; an id map or class set that cannot be meant; a batch that does not divide.
     """
-    cfg = read_config(stage_file, overrides)
+    cfg = load_config(stage_file, overrides)
     check_classes(cfg.data)
     processes = distributed.world_size() if cfg.stage in TRAINING_STAGES else 1
     for key in ("batch_source", "batch_target"):
