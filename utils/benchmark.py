@@ -103,10 +103,26 @@ def peak_memory_of(call: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
+    sizes: dict[int, int] = {}
+    alive = peak = 0
+    for address, size in _allocations(profiler):
+        # The profiler remembers blocks of earlier calls: one that this call frees was not its own.
+        alive += size if size > 0 else -sizes.pop(address, 0)
+        if size > 0:
+            sizes[address] = size
+        peak = max(peak, alive)
+    return peak
+
+
+def _allocations(profiler: profile) -> list[tuple[int, int]]:
+    """Address and bytes of the CPU memory taken (positive) and given back (negative), in order of time."""
+    nodes = list(profiler.profiler.kineto_results.experimental_event_tree())
+    for node in nodes:  # grows while it is read
+        nodes.extend(node.children)
+    memory = sorted((n for n in nodes if n.name == "[memory]"), key=lambda n: n.start_time_ns)
+    return [(n.extra_fields.ptr, n.extra_fields.alloc_size) for n in memory]
 
 
 def compare(forms: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, Timing]:

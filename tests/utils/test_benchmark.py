@@ -54,6 +54,17 @@ def test_what_others_left_is_not_counted():
         gc.enable()
 
 
+def test_what_an_earlier_call_left_is_not_counted():
+    left = []
+    peak_memory_of(lambda: left.append(torch.empty(3_000_000, dtype=torch.uint8)), CPU)
+
+    def call():
+        left.clear()
+        return torch.empty(10_000_000, dtype=torch.uint8)
+
+    assert peak_memory_of(call, CPU) == 10_000_000
+
+
 def test_plan_suggests_what_fits(recipe, capsys, monkeypatch):
     def memory(cfg):  # in proportion to the pixels, less by each saving
         half, again = cfg.train.precision != "float32", cfg.train.checkpointing
