@@ -175,11 +175,11 @@ def step_of(cfg: Config, device: torch.device, form: str) -> Callable[[], object
     """A call that makes one step of BPL.
 
     Args:
-        form: "here", "compiled", or "released": float32, contiguous, one backward pass of the sum of all losses.
+        form: "here", "graphs" (compiled, replayed as CUDA graphs), or "released": float32, contiguous, one backward pass of the sum of all losses.
     """
     stage, (source, target) = train_bpl.BPL(cfg, device), batches(cfg, device)
-    if form == "compiled":
-        compile_networks(stage.networks, device)
+    if form == "graphs":
+        compile_networks(stage.networks, device, graphs=True)
     if form != "released":
         step = GuardedStep(cfg, stage.networks, stage.optimizers, device, Path(tempfile.gettempdir(), "not_finite.pth"))
         return lambda: step(stage.step, source, target, 1)
@@ -214,7 +214,7 @@ def run_step(cfg: Config, device: torch.device, repeats: int = 3) -> None:
     """Print the time of a BPL step with the discriminator, without forms that the device cannot hold or compile."""
     cfg, forms, notes = fitting(cfg, device), {}, {}
     kinds = {"as released, float32": "released", f"here, {cfg.train.precision}": "here"}
-    kinds |= {f"here, {cfg.train.precision}, compiled": "compiled"} if device.type == "cuda" else {}
+    kinds |= {f"here, {cfg.train.precision}, compiled to graphs": "graphs"} if device.type == "cuda" else {}
     for name, kind in kinds.items():
         try:
             call = step_of(cfg, device, kind)

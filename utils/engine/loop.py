@@ -219,7 +219,7 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
         run.load_state_dict(saved)
     distributed.same_weights(stage.networks)
     if cfg.train.compile:
-        compile_networks(stage.networks, device)
+        compile_networks(stage.networks, device, cfg.train.compile == "graphs")
     if not saved:
         files.clear()  # only now: a refusal above leaves the run that was to be replaced as it is
     run.open_log(start, saved and saved.get("lengths"))

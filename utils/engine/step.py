@@ -72,6 +72,7 @@ class GuardedStep:
             network.train()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
+        torch.compiler.cudagraph_mark_step_begin()  # CUDA graphs may now write over what the last step's returned
         rng = checkpoint.rng_state()
         # A bad forward pass spoils running statistics too; where training goes on, they are put back.
         skips = t.on_nonfinite == "skip"
