@@ -8,7 +8,6 @@ import multiprocessing.queues
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -137,33 +136,28 @@ def _explained_batches(batches: Iterator, processes: set) -> Iterator:
     except (OSError, EOFError, RuntimeError, MemoryError) as error:
         if isinstance(error, EOFError | OSError):
             time.sleep(1)  # the signal that a process has ended, which may be on its way, says why
-        _leave_ended_processes()
+        _ignore_ended_processes()
         raise _explained(error, [process.exitcode for process in processes]) from None
 
 
 def _explain_ended_processes() -> None:
     """Make torch's handler of SIGCHLD, which raises where a loader process has failed, raise a UserError, once."""
     global _torchs_handler
-    if threading.current_thread() is threading.main_thread():
-        handler = signal.getsignal(signal.SIGCHLD)
-        if callable(handler) and handler is not _child_ended:
-            _torchs_handler = handler
-        if _torchs_handler:
-            signal.signal(signal.SIGCHLD, _child_ended)
+    _torchs_handler = _torchs_handler or signal.getsignal(signal.SIGCHLD)
+    signal.signal(signal.SIGCHLD, _child_ended)
 
 
 def _child_ended(number: int, frame: object) -> None:
     try:
         _torchs_handler(number, frame)
     except RuntimeError as error:
-        _leave_ended_processes()
+        _ignore_ended_processes()
         raise _explained(error) from None
 
 
-def _leave_ended_processes() -> None:
-    """Stop listening: while a run ends by an error, its other loader processes may fail too."""
-    if threading.current_thread() is threading.main_thread() and _torchs_handler:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+def _ignore_ended_processes() -> None:
+    """While a run ends by an error, its other loader processes may fail too."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _cause(error: BaseException, exit_codes: Sequence[int | None] = ()) -> str:
@@ -211,7 +205,12 @@ def _loader(dataset: Dataset | Sequence, batch_size: int, workers: int, sampler,
 
 def _start_worker(parent: int, worker: int) -> None:
     torch.set_num_threads(1)  # workers are parallel already
-    _leave_signals_to(parent)
+    # A Ctrl-C or SIGTERM to the whole group is the trainer's: its last step needs a batch, and then it ends the workers.
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if os.getppid() != parent:  # torch's worker ends when its parent is gone, unless it was gone before
+        os._exit(1)
     # A thread hands the batches over. Where it fails, Python drops the batch, for which the parent would wait for ever.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: _end_worker(error))
     sys.excepthook = lambda kind, error, trace: _end_worker(error)  # of the thread that shares open files
@@ -219,18 +218,6 @@ def _start_worker(parent: int, worker: int) -> None:
 
 def _end_worker(error: BaseException) -> None:
     os._exit(_EXIT_CODES.get(_cause(error), _EXIT_CODES["ended"]))
-
-
-def _leave_signals_to(parent: int) -> None:
-    """In a loader process: ignore a Ctrl-C or SIGTERM to the whole group, since the last step needs its batch.
-
-    torch's worker ends when its parent is gone, unless it was gone before the worker began, which is checked here.
-    """
-    if os.getppid() != parent:
-        os._exit(1)
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's own way to end them
 
 
 def spread(length: int, count: int) -> list[int]:
