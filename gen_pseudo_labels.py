@@ -58,7 +58,7 @@ def main(cfg: Config) -> dict:
         left_out = store.left_out(target.samples, set().union(*distributed.gathered(own)), MAX_SKIPPED)
         limits = store.level_limits(histogram, cfg.pseudo.threshold, cfg.pseudo.selection, cfg.pseudo.keep)
         statistics = store.statistics(histogram, limits, class_set(cfg.data).names, cfg.pseudo.threshold, highest)
-        store.drop_all_unsure(cfg.run_dir, own, limits)
+        store.drop_unsure(cfg.run_dir, own, limits)
         if hasattr(os, "sync"):
             os.sync()  # all labels are on the disk before the manifest says so
         distributed.wait()
