@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from data.images import IMAGE_ENDINGS, read_image, read_label_ids, read_picture, reason, show_name
+from data.images import IMAGE_ENDINGS, pixels, read_label_ids, read_picture, reason, show_name
 from data.taxonomy import ID_TO_NAME, KNOWN_IDS, UNKNOWN, ClassSet, resolve_id_map
 from data.transforms import Crop
 from utils.config import UserError
@@ -123,8 +123,10 @@ def find_images(pattern: str) -> Listing:
         root, found = path.parent, [path]
     else:
         fixed = itertools.takewhile(lambda part: not has_magic(part), path.parts)
-        root, inside = (path, "**/*") if path.is_dir() else (Path(*fixed), None)
-        found, left = find_files(root, [inside or path.relative_to(root).as_posix()], files_only=True)
+        root = path if path.is_dir() else Path(*fixed)
+        found, left = find_files(root, ["**/*" if path.is_dir() else path.relative_to(root).as_posix()])
+        odd = {file for file in found if not file.is_file() or file.suffix.lower() not in IMAGE_ENDINGS}
+        found, left = [file for file in found if file not in odd], left + sorted(odd)
     if not found:
         note = f"; {_note(root, left)}" if left else ""
         endings = ", ".join(sorted(IMAGE_ENDINGS))
@@ -139,16 +141,13 @@ def find_images(pattern: str) -> Listing:
     return Listing(samples, note=_note(root, left))
 
 
-def find_files(root: Path, globs: list[str], files_only: bool = False) -> tuple[list[Path], list[Path]]:
+def find_files(root: Path, globs: list[str]) -> tuple[list[Path], list[Path]]:
     """(images below `root` that globs match, what lies beside them and is not taken), both sorted.
 
     Linked folders are entered. A glob's ending, such as .jpg, matches in upper and lower case; a glob without one takes
     `IMAGE_ENDINGS`. Not taken are hidden images, images that the glob would match with another ending, and, where it
-    has no ending, all other files.
-
-    Args:
-        files_only: skip folders and broken links. A dataset keeps those that are named like images, and reading them
-            fails by name.
+    has no ending, all other files. Folders and broken links that are named like images are taken, since reading them
+    fails by name.
     """
     taken, left = set(), set()
     for pattern in globs:
@@ -169,8 +168,7 @@ def find_files(root: Path, globs: list[str], files_only: bool = False) -> tuple[
                 image, is_folder = suffix.lower() in IMAGE_ENDINGS, _is_folder(entry)
                 hidden = entry.name.startswith(".") and not name.startswith(".")
                 fits = suffix.lower() == ending.lower() if ending else image
-                there = os.path.isfile(entry.path) if files_only else image or not is_folder
-                if fits and there and not hidden and (image or not files_only):
+                if fits and not hidden and (image or not is_folder):
                     taken.add(folder / entry.name)
                 elif not is_folder and (image or not (ending or hidden)):
                     left.add(folder / entry.name)
@@ -179,13 +177,14 @@ def find_files(root: Path, globs: list[str], files_only: bool = False) -> tuple[
 
 def _folders(folder: Path, parts: list[str], above: tuple[str, ...] = ()) -> Iterator[Path]:
     """Folders below `folder` that the parts of a glob match; a link back to a folder `above` is not followed."""
+    if not folder.is_dir():
+        return
     if not parts:
         yield folder
         return
     part, *rest = parts
     if not has_magic(part):
-        if (folder / part).is_dir():
-            yield from _folders(folder / part, rest, above)
+        yield from _folders(folder / part, rest, above)
         return
     if part == "**":
         yield from _folders(folder, rest, above)
@@ -201,8 +200,6 @@ def _entries(folder: Path) -> list[os.DirEntry]:
     try:
         with os.scandir(folder) as entries:
             return list(entries)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
     except OSError as error:
         raise UserError(f"cannot list {show_name(folder)}: {reason(error)}") from None
 
@@ -295,7 +292,7 @@ class SegmentationDataset(Dataset):
         notes: lines for the log: files that were not taken, what looks odd in the labels.
 
     An item is asked for as `index`, or as `(index, draw)` by the endless sampler, and is a dict:
-        image: uint8 (3, H, W); label: uint8 (H, W) of train ids, all `IGNORE` where there is none; index: int.
+        image: uint8 (3, H, W); label: uint8 (H, W) of train ids, where there is one; index: int.
     """
 
     def __init__(
@@ -333,32 +330,30 @@ class SegmentationDataset(Dataset):
             return {UNREADABLE: str(error)}
 
     def _sample(self, index: int, draw: int) -> dict:
-        sample, label = self.samples[index], None
+        sample = self.samples[index]
 
         def crop_of(size: tuple[int, int]) -> Crop:  # the same at every call
             return self.transform(self.size or size, np.random.default_rng([self.seed, draw, 1]))
 
+        # Some GTA5 labels differ in size from their image: each is brought to the common size, or cropped, by itself.
+        hw = self.size[::-1]
         if self.transform:
             picture = read_picture(sample.image, lambda size: crop_of(size).depth)
-            size = picture.size
+            image = crop_of(picture.size).of_image(picture)
         else:
-            image = read_image(sample.image)
-            size = (image.shape[2], image.shape[1])
-        ids = None if sample.label is None else read_label_ids(sample.label)
-        if ids is not None:
-            self.refuse_unlike_sizes(sample, size, ids.shape[::-1])
-        train_ids = functools.partial(self.train_ids, sample.label)
-        # Some GTA5 labels differ in size from their image: each is brought to the common size, or cropped, by itself.
-        if self.transform:
-            crop = crop_of(size)
-            image, label = crop.of_image(picture), None if ids is None else crop.of_label(ids, train_ids)
-        else:
-            label = None if ids is None else torch.from_numpy(train_ids(ids))
-            if self.size:
-                hw = self.size[::-1]
-                image, label = F.resize(image, hw, antialias=True), label if ids is None else resize_label(label, hw)
+            picture = read_picture(sample.image)
+            image = F.resize(pixels(picture), hw, antialias=True) if hw else pixels(picture)
         item = {"image": image, "index": index}
-        return item if label is None else item | {"label": label}
+        if sample.label is None:
+            return item
+        ids, train_ids = read_label_ids(sample.label), functools.partial(self.train_ids, sample.label)
+        self.refuse_unlike_sizes(sample, picture.size, ids.shape[::-1])
+        if self.transform:
+            label = crop_of(picture.size).of_label(ids, train_ids)
+        else:
+            label = torch.from_numpy(train_ids(ids))
+            label = resize_label(label, hw) if hw else label
+        return item | {"label": label}
 
     def refuse_unlike_sizes(self, sample: Sample, size: tuple[int, int], label_size: tuple[int, int]) -> None:
         """UserError if image and label, of two (width, height), differ in size and are not brought to one."""
