@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
 
 from models.backbone import build_backbone
 from models.initialization import as_pbal, as_proda
@@ -45,12 +47,10 @@ class ASPP(nn.Module):
         super().__init__()
         width = FEATURE_CHANNELS
 
-        def norm_relu(conv: nn.Conv2d) -> nn.Sequential:
-            return nn.Sequential(conv, nn.GroupNorm(GROUPS, width), nn.ReLU(inplace=True))
-
+        options = {"norm_layer": functools.partial(nn.GroupNorm, GROUPS), "bias": True}
         self.bn_clr = nn.BatchNorm2d(in_channels) if bn_clr else nn.Identity()
-        self.branches = nn.ModuleList([norm_relu(nn.Conv2d(in_channels, width, 1))])
-        self.branches.extend(norm_relu(nn.Conv2d(in_channels, width, 3, padding=d, dilation=d)) for d in dilations)
+        self.branches = nn.ModuleList([Conv2dNormActivation(in_channels, width, 1, **options)])
+        self.branches.extend(Conv2dNormActivation(in_channels, width, 3, dilation=d, **options) for d in dilations)
         channels = width * len(self.branches)
         self.bottleneck = nn.Sequential(
             SqueezeExcitation(channels), nn.Conv2d(channels, width, 3, padding=1), nn.GroupNorm(GROUPS, width)
@@ -62,23 +62,18 @@ class ASPP(nn.Module):
         return self.bottleneck(torch.cat([branch(x) for branch in self.branches], 1))
 
 
-def _conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 1, dilation: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(in_channels, out_channels, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
-
-
 class ASPPDecoder(nn.Module):
     """ASPP with image pooling, then a decoder that joins it with the first stage's output at stride 4."""
 
     def __init__(self, in_channels: int, low_channels: int, dilations: Sequence[int]):
         super().__init__()
         width = FEATURE_CHANNELS
-        self.branches = nn.ModuleList([_conv_bn_relu(in_channels, width)])
-        self.branches.extend(_conv_bn_relu(in_channels, width, 3, d) for d in dilations)
-        self.pooled = _conv_bn_relu(in_channels, width)
-        self.project = _conv_bn_relu(width * (len(self.branches) + 1), width)
-        self.low = _conv_bn_relu(low_channels, LOW_CHANNELS)
-        self.fuse = _conv_bn_relu(width + LOW_CHANNELS, width, 3)
+        self.branches = nn.ModuleList([Conv2dNormActivation(in_channels, width, 1)])
+        self.branches.extend(Conv2dNormActivation(in_channels, width, 3, dilation=d) for d in dilations)
+        self.pooled = Conv2dNormActivation(in_channels, width, 1)
+        self.project = Conv2dNormActivation(width * (len(self.branches) + 1), width, 1)
+        self.low = Conv2dNormActivation(low_channels, LOW_CHANNELS, 1)
+        self.fuse = Conv2dNormActivation(width + LOW_CHANNELS, width, 3)
 
     def forward(self, maps: dict[str, Tensor]) -> Tensor:
         """The backbone's maps -> (N, 256, h, w) at the resolution of "low"."""
@@ -136,12 +131,11 @@ class DeepLabV2(DeepLab):
     def __init__(
         self,
         num_classes: int,
-        backbone: str = "resnet101",
-        output_stride: int = 8,
-        dropout: float = 0.1,
-        bn_clr: bool = False,
-        *,
+        backbone: str,
+        output_stride: int,
+        dropout: float,
         dilations: Sequence[int],
+        bn_clr: bool = False,
     ):
         net = build_backbone(backbone, output_stride, caffe=True)
         head = ASPP(net.channels, dilations, bn_clr)
@@ -161,15 +155,7 @@ class DeepLabPBAL(DeepLab):
     arch = "deeplab_pbal"
     initialize = staticmethod(as_pbal)
 
-    def __init__(
-        self,
-        num_classes: int,
-        backbone: str = "resnet101",
-        output_stride: int = 16,
-        dropout: float = 0.1,
-        *,
-        dilations: Sequence[int],
-    ):
+    def __init__(self, num_classes: int, backbone: str, output_stride: int, dropout: float, dilations: Sequence[int]):
         finer = 16 // output_stride
         net = build_backbone(backbone, output_stride, last_dilations=tuple(d * finer for d in (2, 4, 8)))
         head = ASPPDecoder(net.channels, net.low_channels, dilations)
