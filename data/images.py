@@ -148,16 +148,16 @@ def read_picture(path: Path, depth: Callable[[tuple[int, int]], float] | None = 
                 return png.decode("RGB", rows).crop((0, 0, *picture.size))
         layout, _ = _layout(picture)
         picture.load()
-        picture = _upright(_eight_bits(picture, layout, png))
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
+        upright = _turned(_eight_bits(picture, layout, png), picture)
+        return upright if upright.mode == "RGB" else upright.convert("RGB")
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    """By the EXIF orientation; as it is where the entry cannot be read. Pillow's own call rewrites all of the EXIF."""
+def _turned(picture: Image.Image, original: Image.Image) -> Image.Image:
+    """Upright by the original's EXIF orientation, if that can be read. Pillow's own call rewrites all of the EXIF."""
     try:
-        turn = _TURN.get(picture.getexif().get(ExifTags.Base.Orientation))
+        turn = _TURN.get(original.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # of many kinds
-        return picture
+        turn = None
     return picture if turn is None else picture.transpose(turn)
 
 
@@ -168,17 +168,16 @@ def _eight_bits(picture: Image.Image, layout: str, png: _Png | None) -> Image.Im
     if picture.mode.startswith("I"):
         if getattr(picture, "tag_v2", {}).get(262) == 0:  # PhotometricInterpretation: white is zero
             raise ValueError("grey of more than 8 bits that is stored inverted")
-        values, exif = np.asarray(picture), picture.getexif()
+        values = np.asarray(picture)
         least, most = int(values.min()), int(values.max())
         sixteen = picture.mode.startswith("I;16") or picture.format in ("PNG", "PPM")
         if least < 0 or (most > 255 and not sixteen):
             raise ValueError(f"numbers of {least} to {most}, of which none is known to be white: save 8 or 16 bits")
-        picture = Image.fromarray((values >> 8 if most > 255 else values).astype(np.uint8))
-        picture.getexif().update(exif)
-    elif layout.endswith((";16B", ";16L", ";16N")) and not np.asarray(picture.convert("RGB")).any():
+        return Image.fromarray((values >> 8 if most > 255 else values).astype(np.uint8))
+    if layout.endswith((";16B", ";16L", ";16N")) and not np.asarray(picture.convert("RGB")).any():
         if not (png and png.deep):
             raise ValueError("colours of 16 bits that hold no value above 255: save 8 bits")
-        picture = png.decode(f"{png.deep};16L")  # read as little-endian: the lower 8 bits
+        return png.decode(f"{png.deep};16L")  # read as little-endian: the lower 8 bits
     return picture
 
 
