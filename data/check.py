@@ -60,7 +60,6 @@ class Labels:
     def __init__(self, cfg: DatasetConfig, classes: ClassSet):
         self.cfg, self.classes, self.names = cfg, classes, label_ids(cfg, classes)
         self.learnt = {i: name for i, name in self.names.items() if name in classes.names}
-        self.table = classes.lookup_table(self.names)
         self.ids, self.stored, self.colours = Counter(), {}, {}
         self.other_palette = ""
 
@@ -74,10 +73,12 @@ class Labels:
             if first != colour and not self.other_palette:
                 self.other_palette = f"index {index} is {first} in {path} and {colour} in {sample.label}"
 
-    def pixels(self) -> np.ndarray:
-        """int64 (256,): pixels by train id."""
-        ids, counts = np.array([*self.ids], int), np.array([*self.ids.values()], float)
-        return np.bincount(self.table[ids], counts, 256).astype(np.int64)
+    def pixels(self) -> Counter:
+        """Pixels by class, and of those "ignored"."""
+        found = Counter()
+        for label_id, number in self.ids.items():
+            found[self.learnt.get(label_id, "ignored")] += number
+        return found
 
     @property
     def known(self) -> set[int] | None:
