@@ -311,23 +311,19 @@ class SegmentationDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
-        if not isinstance(key, tuple):
-            return self._sample_or_problem(key, 0)
-        (index, draw), problem = key, None
-        for step in range(ATTEMPTS):
-            item = self._sample_or_problem((index + step) % len(self), draw)
-            problem = problem or item.get(UNREADABLE)
-            if UNREADABLE not in item:
+        drawn, problem = isinstance(key, tuple), None
+        index, draw = key if drawn else (key, 0)
+        for step in range(ATTEMPTS if drawn else 1):
+            try:
+                item = self._sample((index + step) % len(self), draw)
                 return item | {UNREADABLE: problem} if problem else item
-        raise UserError(f"{ATTEMPTS} samples in a row cannot be used; {problem}")
-
-    def _sample_or_problem(self, index: int, draw: int) -> dict:
-        try:
-            return self._sample(index, draw)
-        except UserError as error:
-            if not self.skips:
-                raise
-            return {UNREADABLE: str(error)}
+            except UserError as error:
+                if not self.skips:
+                    raise
+                problem = problem or str(error)
+        if drawn:
+            raise UserError(f"{ATTEMPTS} samples in a row cannot be used; {problem}")
+        return {UNREADABLE: problem}
 
     def _sample(self, index: int, draw: int) -> dict:
         sample = self.samples[index]
