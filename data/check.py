@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 
 from data.datasets import Sample, SegmentationDataset, label_ids
-from data.images import pixels, read_label_ids, read_picture, show_name, stored_as, used_palette
+from data.images import pixels, read_label_ids, read_picture, show_name, stored_as
 from data.loaders import spread
 from data.taxonomy import CITYSCAPES_NAMES, ID_TO_NAME, IGNORE, KNOWN_IDS, ClassSet, class_set
 from utils.config import Config, UserError
@@ -33,7 +33,7 @@ def look_at(sample: Sample) -> dict:
         picture = read_picture(sample.image)
         found["size"] = picture.size
         found["hash"] = hashlib.blake2b(pixels(picture).numpy().tobytes(), digest_size=16).hexdigest()
-        grey = stored_as(sample.image).partition(";")[0] in ("L", "P")
+        grey = stored_as(sample.image)[0].partition(";")[0] in ("L", "P")
         found["label_map"] = grey and picture.getcolors(FEW_COLOURS) is not None
     except UserError as error:
         found["problems"].append(("image cannot be read", str(error)))
@@ -43,7 +43,7 @@ def look_at(sample: Sample) -> dict:
             found["label_size"] = ids.shape[::-1]
             counts = np.bincount(ids.ravel())
             found["ids"] = {int(i): int(counts[i]) for i in np.flatnonzero(counts)}
-            found["stored"], found["palette"] = stored_as(sample.label), used_palette(sample.label)
+            found["stored"], found["palette"] = stored_as(sample.label)
         except UserError as error:
             found["problems"].append(("label cannot be read", str(error)))
     return found
@@ -80,15 +80,11 @@ class Labels:
             found[self.learnt.get(label_id, "ignored")] += number
         return found
 
-    @property
-    def known(self) -> set[int] | None:
-        """Label ids that may occur; None means any, since an id_map need not name void ids."""
-        trained = {*range(len(self.classes)), IGNORE}
-        return KNOWN_IDS.get(self.cfg.format) or (None if self.cfg.id_map else trained)
-
     def unknown(self, ids: dict[int, int]) -> list[int]:
-        """The ids that the dataset cannot hold."""
-        return [] if self.known is None else sorted(ids.keys() - self.known)
+        """The ids that the dataset cannot hold; none with an id_map, which need not name void ids."""
+        if self.cfg.id_map:
+            return []
+        return sorted(ids.keys() - KNOWN_IDS.get(self.cfg.format, {*range(len(self.classes)), IGNORE}))
 
     def faults(self) -> list[tuple[str, str]]:
         """(kind, text) of what is surely wrong: ids of another numbering, ids that were lost."""

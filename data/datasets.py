@@ -131,14 +131,17 @@ def find_images(pattern: str) -> Listing:
         note = f"; {_note(root, left)}" if left else ""
         endings = ", ".join(sorted(IMAGE_ENDINGS))
         raise UserError(f"no image at {path}: a file, a folder or a glob of {endings}{note}")
-    samples, first = [], {}
-    for image in found:
-        name = image.relative_to(root).with_suffix("").as_posix()
-        if name in first:
-            raise UserError(f"{first[name]} and {image} would have one name; take them in two calls")
-        first[name] = image
-        samples.append(Sample(image, None, name))
+    samples = [Sample(image, None, image.relative_to(root).with_suffix("").as_posix()) for image in found]
+    refuse_double_names(samples)
     return Listing(samples, note=_note(root, left))
+
+
+def refuse_double_names(samples: list[Sample]) -> None:
+    """UserError if two images differ in their endings alone: what is written for them would be one file."""
+    first: dict[str, Path] = {}
+    for sample in samples:
+        if (other := first.setdefault(sample.name, sample.image)) != sample.image:
+            raise UserError(f"{other} and {sample.image} would have one name: rename one of them")
 
 
 def find_files(root: Path, globs: list[str]) -> tuple[list[Path], list[Path]]:

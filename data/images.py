@@ -97,10 +97,20 @@ def _layout(picture: Image.Image) -> tuple[str, int | None]:
     return options[0], options[1] if decoder.startswith("ppm") and len(options) > 1 else None
 
 
-def stored_as(path: Path) -> str:
-    """How a file stores its pixels in Pillow's words, e.g. L;2 for grey of two bits; UserError as for the readers."""
+def stored_as(path: Path) -> tuple[str, dict[int, tuple[int, ...]]]:
+    """How a file stores its pixels, in Pillow's words, e.g. L;2 for grey of two bits; UserError as for the readers.
+
+    With it {index: (r, g, b)} of what a picture with a colour palette uses; {} of others.
+    """
     with _named("file", path):
-        return _layout(_open(path)[0])[0]
+        picture, _ = _open(path)
+        layout, _ = _layout(picture)
+        if picture.mode != "P":
+            return layout, {}
+        used, flat = np.flatnonzero(picture.histogram()), picture.getpalette("RGB")
+        colours = [*zip(flat[::3], flat[1::3], flat[2::3])]
+        grey = all(r == g == b for r, g, b in colours)
+        return layout, {} if grey else {int(i): colours[i] for i in used if i < len(colours)}
 
 
 @contextlib.contextmanager
@@ -251,15 +261,3 @@ def _ids_of_palette(index: np.ndarray, picture: Image.Image) -> np.ndarray:
     raise ValueError(
         "its palette is grey, so that ids may be its indices or its greys: save it as grey or with a colour palette"
     )
-
-
-def used_palette(path: Path) -> dict[int, tuple[int, ...]]:
-    """{index: (r, g, b)} of what a colour palette picture uses; {} of others. Raises UserError as the readers."""
-    with _named("label", path):
-        picture, _ = _open(path)
-        if picture.mode != "P":
-            return {}
-        used, flat = np.flatnonzero(picture.histogram()), picture.getpalette("RGB")
-        colours = [*zip(flat[::3], flat[1::3], flat[2::3])]
-        grey = all(r == g == b for r, g, b in colours)
-        return {} if grey else {int(i): colours[i] for i in used if i < len(colours)}

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.datasets import Sample, SegmentationDataset, mark_unknown
+from data.datasets import Sample, SegmentationDataset, mark_unknown, refuse_double_names
 from data.taxonomy import IGNORE, ClassSet
 from utils.config import UserError
 
@@ -63,14 +63,6 @@ def clear(folder: Path) -> None:
     (folder / MANIFEST).unlink(missing_ok=True)  # first: a half-deleted folder must count as unfinished
     for kind in ("labels", "confidence"):
         shutil.rmtree(folder / kind, ignore_errors=True)
-
-
-def refuse_double_names(samples: list[Sample]) -> None:
-    """UserError if two images differ in their endings alone: their pseudo labels would be one file."""
-    first: dict[str, Path] = {}
-    for sample in samples:
-        if (other := first.setdefault(sample.name, sample.image)) != sample.image:
-            raise UserError(f"{other} and {sample.image} would share one pseudo label: rename one of them")
 
 
 def confidence_levels(confidence: Tensor, threshold: float) -> Tensor:
