@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 
 from data.datasets import Sample, SegmentationDataset, label_ids
-from data.images import pixels, read_label_ids, read_picture, show_name, stored_as
+from data.images import read_label_ids, read_picture, show_name, stored_as
 from data.loaders import spread
 from data.taxonomy import CITYSCAPES_NAMES, ID_TO_NAME, IGNORE, KNOWN_IDS, ClassSet, class_set
 from utils.config import Config, UserError
@@ -32,7 +32,7 @@ def look_at(sample: Sample) -> dict:
     try:
         picture = read_picture(sample.image)
         found["size"] = picture.size
-        found["hash"] = hashlib.blake2b(pixels(picture).numpy().tobytes(), digest_size=16).hexdigest()
+        found["hash"] = hashlib.blake2b(picture.tobytes(), digest_size=16).hexdigest()
         grey = stored_as(sample.image)[0].partition(";")[0] in ("L", "P")
         found["label_map"] = grey and picture.getcolors(FEW_COLOURS) is not None
     except UserError as error:

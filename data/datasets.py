@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from data.images import IMAGE_ENDINGS, pixels, read_label_ids, read_picture, reason, show_name
+from data.images import IMAGE_ENDINGS, read_label_ids, read_picture, reason, show_name
 from data.taxonomy import ID_TO_NAME, KNOWN_IDS, UNKNOWN, ClassSet, resolve_id_map
 from data.transforms import Crop
 from utils.config import UserError
@@ -341,7 +341,8 @@ class SegmentationDataset(Dataset):
             image = crop_of(picture.size).of_image(picture)
         else:
             picture = read_picture(sample.image)
-            image = F.resize(pixels(picture), hw, antialias=True) if hw else pixels(picture)
+            image = F.pil_to_tensor(picture)
+            image = F.resize(image, hw, antialias=True) if hw else image
         item = {"image": image, "index": index}
         if sample.label is None:
             return item

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
 from utils.config import UserError
 
@@ -193,12 +193,7 @@ def _eight_bits(picture: Image.Image, layout: str, png: _Png | None) -> Image.Im
 
 def read_image(path: Path) -> Tensor:
     """`read_picture` as uint8 (3, H, W)."""
-    return pixels(read_picture(path))
-
-
-def pixels(picture: Image.Image) -> Tensor:
-    """uint8 (3, H, W) of an RGB picture."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return F.pil_to_tensor(read_picture(path))
 
 
 def read_label_ids(path: Path) -> np.ndarray:

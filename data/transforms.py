@@ -59,7 +59,7 @@ class Crop:
         if self.flip:
             part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         out = torch.zeros(3, *self.size[::-1], dtype=torch.uint8)
-        out[:, :height, :width] = torch.from_numpy(np.array(part)).permute(2, 0, 1)
+        out[:, :height, :width] = F.pil_to_tensor(part)
         return out
 
     def of_label(self, ids: np.ndarray, train_ids: Callable[[np.ndarray], np.ndarray]) -> Tensor:
