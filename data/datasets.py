@@ -246,19 +246,16 @@ def _gta5(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:
                 f"{len(missing)} of the {len(images)} images that {split} lists for split={cfg.split} are not below "
                 f"{cfg.root}, the first is {missing[0]}"
             )
-    return images, lambda image: Path("labels") / f"{image.stem}.png"
+    return images, _label_by("labels/{stem}.png")
 
 
 def _synthia(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:
-    return ["RGB/*.png"], lambda image: Path("GT/LABELS") / f"{image.stem}.png"
+    return ["RGB/*.png"], _label_by("GT/LABELS/{stem}.png")
 
 
 def _cityscapes(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:
-    def label_of(image: Path) -> Path:
-        stem = image.stem.removesuffix("_leftImg8bit")
-        return Path("gtFine", cfg.split, image.parent.name, f"{stem}_gtFine_labelIds.png")
-
-    return [f"leftImg8bit/{cfg.split}/*/*_leftImg8bit.png"], label_of
+    label = _label_by(f"gtFine/{cfg.split}/{{parent}}/{{stem}}_gtFine_labelIds.png", "_leftImg8bit")
+    return [f"leftImg8bit/{cfg.split}/*/*_leftImg8bit.png"], label
 
 
 def _folder(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path] | None]:
@@ -268,12 +265,17 @@ def _folder(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path] | Non
         fields = {"?"}
     if not fields <= {"dir", "parent", "stem"}:
         raise UserError(f"labels: {cfg.labels!r} may hold {{dir}}, {{parent}} and {{stem}} alone")
+    return cfg.images, _label_by(cfg.labels, cfg.strip) if cfg.labels else None
+
+
+def _label_by(template: str, strip: str = "") -> Callable[[Path], Path]:
+    """Gives the path of an image's label for that of the image, both below the root."""
 
     def label_of(image: Path) -> Path:
-        stem = image.stem.removesuffix(cfg.strip)
-        return Path(cfg.labels.format(dir=image.parent.as_posix(), parent=image.parent.name, stem=stem))
+        stem = image.stem.removesuffix(strip)
+        return Path(template.format(dir=image.parent.as_posix(), parent=image.parent.name, stem=stem))
 
-    return cfg.images, label_of if cfg.labels else None
+    return label_of
 
 
 _LAYOUTS = {"gta5": _gta5, "synthia": _synthia, "cityscapes": _cityscapes, "folder": _folder}

@@ -116,13 +116,7 @@ class DeepLab(nn.Module):
 class DeepLabV2(DeepLab):
     """ProDA's DeepLabV2, the default: Caffe-style ResNet, GroupNorm head, classifier without bias; h ~ H / stride.
 
-    Args:
-        num_classes: K.
-        backbone: see `models.backbone.build_backbone`.
-        output_stride: 8 (as released) or 16.
-        dropout: probability of dropping a whole feature channel before the classifier.
-        dilations: of ASPP's 3x3 convolutions, in pixels of the backbone's output.
-        bn_clr: the variant for SimCLR weights.
+    Arguments are those of `build_model`. Dropout drops whole channels of the feature.
     """
 
     arch = "deeplabv2"
@@ -145,11 +139,8 @@ class DeepLabV2(DeepLab):
 class DeepLabPBAL(DeepLab):
     """The network of PBAL's release: ASPP and decoder with BatchNorm, classifier with bias; h ~ H / 4.
 
-    Args:
-        num_classes, backbone: as for `DeepLabV2`.
-        output_stride: of the backbone, 16 (as released) or 8; the last stage's blocks have dilations 2, 4, 8 at 16.
-        dropout: probability of dropping a value of the feature before the classifier.
-        dilations: as for `DeepLabV2`.
+    Arguments are those of `build_model`. Dropout drops single values of the feature. At output stride 16, the blocks of
+    the ResNet's last stage have dilations 2, 4, 8.
     """
 
     arch = "deeplab_pbal"
