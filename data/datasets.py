@@ -296,7 +296,7 @@ class SegmentationDataset(Dataset):
             UserError; a draw gives the next sample that can be used, with the entry {UNREADABLE: why}.
         notes: lines for the log: files that were not taken, what looks odd in the labels.
 
-    An item is asked for as `index`, or as `(index, draw)` by the endless sampler, and is a dict:
+    An item is asked for as `index`, or as `(index, draw)` by the endless stream of draws, and is a dict:
         image: uint8 (3, H, W); label: uint8 (H, W) of train ids, where there is one; index: int.
     """
 

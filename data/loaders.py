@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data.datasets import UNREADABLE, SegmentationDataset
 from utils.config import UserError
@@ -32,8 +32,10 @@ _REMEDIES = {
 _torchs_handler: Callable | None = None
 
 
-class EndlessSampler(Sampler):
-    """Endless (index, draw) pairs, a new permutation each epoch.
+def endless_draws(
+    length: int, seed: int, start: int = 0, batch: int = 1, part: range = range(1)
+) -> Iterator[tuple[int, int]]:
+    """Endless (index, draw) pairs, a new permutation of the indices each epoch.
 
     Every image comes once an epoch; a batch may join the end of one epoch and the start of the next, so none
     is dropped. `draw` counts the samples from the start of training.
@@ -42,18 +44,13 @@ class EndlessSampler(Sampler):
         start: the first draw.
         batch, part: of each `batch` draws, those that are given, all by default.
     """
-
-    def __init__(self, length: int, seed: int, start: int = 0, batch: int = 1, part: range = range(1)):
-        self.length, self.seed, self.start, self.batch, self.part = length, seed, start, batch, part
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        draw = self.start
-        while True:
-            epoch, offset = divmod(draw, self.length)
-            for index in np.random.default_rng([self.seed, epoch]).permutation(self.length)[offset:]:
-                if draw % self.batch in self.part:
-                    yield int(index), draw
-                draw += 1
+    draw = start
+    while True:
+        epoch, offset = divmod(draw, length)
+        for index in np.random.default_rng([seed, epoch]).permutation(length)[offset:]:
+            if draw % batch in part:
+                yield int(index), draw
+            draw += 1
 
 
 def training_batches(
@@ -72,8 +69,8 @@ def training_batches(
     Where `dataset.skips`, the batch's entry `UNREADABLE` lists why samples were replaced. Raises as `iterate`.
     """
     part = part or range(batch_size)
-    sampler = EndlessSampler(len(dataset), dataset.seed, start_step * batch_size, batch_size, part)
-    return iterate(_loader(dataset, len(part), workers, sampler, pin_memory=pin, collate_fn=_collate))
+    draws = endless_draws(len(dataset), dataset.seed, start_step * batch_size, batch_size, part)
+    return iterate(_loader(dataset, len(part), workers, draws, pin_memory=pin, collate_fn=_collate))
 
 
 def _collate(samples: list[dict]) -> dict:
