@@ -90,12 +90,10 @@ class DeepLab(nn.Module):
         backbone: see `models.backbone`.
         classifier: 1x1 convolution; its weight holds the prototypes.
         mean, std: input statistics that the weights expect, for images in [0, 1].
-        initialize: sets the initial weights of a layer outside the backbone; see `models.initialization`.
-        class_names: in train-id order, where `load_model`'s file holds them, else None.
     """
 
-    initialize: Callable[[nn.Module], None]
-    class_names: list[str] | None = None
+    initialize: Callable[[nn.Module], None]  # of one layer outside the backbone; see `models.initialization`
+    class_names: list[str] | None = None  # in train-id order, where `load_model`'s file holds them
 
     def __init__(self, backbone: nn.Module, head: nn.Module, dropout: nn.Module, classifier: nn.Conv2d):
         super().__init__()
