@@ -13,8 +13,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data.check import Labels, look_at
 from data.datasets import UNREADABLE, Sample, SegmentationDataset, label_ids, pair_files
 from data.images import show_name
@@ -23,7 +21,7 @@ from data.taxonomy import ClassSet, class_set
 from utils.config import Config, UserError
 from utils.config.keys import DatasetConfig
 from utils.engine.command_line import run_cli
-from utils.engine.log import show_path
+from utils.engine.log import progress, show_path
 from utils.engine.setup import prepare_data
 from utils.evaluation.metrics import text_table
 from utils.evaluation.pictures import colorize, save_panel, to_picture
@@ -66,7 +64,7 @@ def check_dataset(cfg: DatasetConfig, classes: ClassSet, workers: int, name: str
     for path in listing.orphans:
         report.fault("label without image", path)
     size_of, looks = {}, mapped(look_at, listing, workers)
-    for sample, found in zip(listing, tqdm(looks, name, len(listing), unit="img", dynamic_ncols=True, disable=None)):
+    for sample, found in zip(listing, progress(looks, desc=name, total=len(listing), unit="img")):
         if with_labels and not sample.label.exists():
             report.fault("image without label", f"{sample.image}: {sample.label} is missing")
         for kind, text in found["problems"]:
