@@ -202,7 +202,7 @@ def _loader(dataset: Dataset | Sequence, batch_size: int, workers: int, sampler,
 
 def _start_worker(parent: int, worker: int) -> None:
     torch.set_num_threads(1)  # workers are parallel already
-    # A Ctrl-C or SIGTERM to the whole group is the trainer's: its last step needs a batch, and then it ends the workers.
+    # A Ctrl-C or SIGTERM to the whole group is for the trainer: its last step needs a batch, then it ends the workers.
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
