@@ -21,7 +21,7 @@ from torch import nn
 
 from data import pseudo_labels as store
 from data.check import check_samples
-from data.datasets import SegmentationDataset, build_dataset
+from data.datasets import SegmentationDataset, build_dataset, refuse_double_names
 from data.loaders import whole_images
 from data.taxonomy import class_set
 from utils.config import Config, to_dict
@@ -58,7 +58,7 @@ def main(cfg: Config) -> dict:
         left_out = store.left_out(target.samples, set().union(*distributed.gathered(own)), MAX_SKIPPED)
         limits = store.level_limits(histogram, cfg.pseudo.threshold, cfg.pseudo.selection, cfg.pseudo.keep)
         statistics = store.statistics(histogram, limits, class_set(cfg.data).names, cfg.pseudo.threshold, highest)
-        store.drop_all_unsure(cfg.run_dir, own, limits)
+        store.drop_unsure(cfg.run_dir, own, limits)
         if hasattr(os, "sync"):
             os.sync()  # all labels are on the disk before the manifest says so
         distributed.wait()
@@ -74,7 +74,7 @@ def main(cfg: Config) -> dict:
 def _target(cfg: Config) -> SegmentationDataset:
     target = build_dataset(cfg.data.target, class_set(cfg.data), with_labels=False)
     target.skips = cfg.data.on_error == "skip"
-    store.refuse_double_names(target.samples)
+    refuse_double_names(target.samples)
     return check_samples(target, "target", cfg)
 
 

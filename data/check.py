@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 
 from data.datasets import Sample, SegmentationDataset, label_ids
-from data.images import pixels, read_label_ids, read_picture, show_name, stored_as, used_palette
+from data.images import read_label_ids, read_picture, show_name, stored_as
 from data.loaders import spread
 from data.taxonomy import CITYSCAPES_NAMES, ID_TO_NAME, IGNORE, KNOWN_IDS, ClassSet, class_set
 from utils.config import Config, UserError
@@ -32,8 +32,8 @@ def look_at(sample: Sample) -> dict:
     try:
         picture = read_picture(sample.image)
         found["size"] = picture.size
-        found["hash"] = hashlib.blake2b(pixels(picture).numpy().tobytes(), digest_size=16).hexdigest()
-        grey = stored_as(sample.image).partition(";")[0] in ("L", "P")
+        found["hash"] = hashlib.blake2b(picture.tobytes(), digest_size=16).hexdigest()
+        grey = stored_as(sample.image)[0].partition(";")[0] in ("L", "P")
         found["label_map"] = grey and picture.getcolors(FEW_COLOURS) is not None
     except UserError as error:
         found["problems"].append(("image cannot be read", str(error)))
@@ -43,7 +43,7 @@ def look_at(sample: Sample) -> dict:
             found["label_size"] = ids.shape[::-1]
             counts = np.bincount(ids.ravel())
             found["ids"] = {int(i): int(counts[i]) for i in np.flatnonzero(counts)}
-            found["stored"], found["palette"] = stored_as(sample.label), used_palette(sample.label)
+            found["stored"], found["palette"] = stored_as(sample.label)
         except UserError as error:
             found["problems"].append(("label cannot be read", str(error)))
     return found
@@ -60,7 +60,6 @@ class Labels:
     def __init__(self, cfg: DatasetConfig, classes: ClassSet):
         self.cfg, self.classes, self.names = cfg, classes, label_ids(cfg, classes)
         self.learnt = {i: name for i, name in self.names.items() if name in classes.names}
-        self.table = classes.lookup_table(self.names)
         self.ids, self.stored, self.colours = Counter(), {}, {}
         self.other_palette = ""
 
@@ -74,20 +73,18 @@ class Labels:
             if first != colour and not self.other_palette:
                 self.other_palette = f"index {index} is {first} in {path} and {colour} in {sample.label}"
 
-    def pixels(self) -> np.ndarray:
-        """int64 (256,): pixels by train id."""
-        ids, counts = np.array([*self.ids], int), np.array([*self.ids.values()], float)
-        return np.bincount(self.table[ids], counts, 256).astype(np.int64)
-
-    @property
-    def known(self) -> set[int] | None:
-        """Label ids that may occur; None means any, since an id_map need not name void ids."""
-        trained = {*range(len(self.classes)), IGNORE}
-        return KNOWN_IDS.get(self.cfg.format) or (None if self.cfg.id_map else trained)
+    def pixels(self) -> Counter:
+        """Pixels by class, and of those "ignored"."""
+        found = Counter()
+        for label_id, number in self.ids.items():
+            found[self.learnt.get(label_id, "ignored")] += number
+        return found
 
     def unknown(self, ids: dict[int, int]) -> list[int]:
-        """The ids that the dataset cannot hold."""
-        return [] if self.known is None else sorted(ids.keys() - self.known)
+        """The ids that the dataset cannot hold; none with an id_map, which need not name void ids."""
+        if self.cfg.id_map:
+            return []
+        return sorted(ids.keys() - KNOWN_IDS.get(self.cfg.format, {*range(len(self.classes)), IGNORE}))
 
     def faults(self) -> list[tuple[str, str]]:
         """(kind, text) of what is surely wrong: ids of another numbering, ids that were lost."""

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from data.images import IMAGE_ENDINGS, read_image, read_label_ids, read_picture, reason, show_name
+from data.images import IMAGE_ENDINGS, read_label_ids, read_picture, reason, show_name
 from data.taxonomy import ID_TO_NAME, KNOWN_IDS, UNKNOWN, ClassSet, resolve_id_map
 from data.transforms import Crop
 from utils.config import UserError
@@ -123,32 +123,34 @@ def find_images(pattern: str) -> Listing:
         root, found = path.parent, [path]
     else:
         fixed = itertools.takewhile(lambda part: not has_magic(part), path.parts)
-        root, inside = (path, "**/*") if path.is_dir() else (Path(*fixed), None)
-        found, left = find_files(root, [inside or path.relative_to(root).as_posix()], files_only=True)
+        root = path if path.is_dir() else Path(*fixed)
+        found, left = find_files(root, ["**/*" if path.is_dir() else path.relative_to(root).as_posix()])
+        odd = {file for file in found if not file.is_file() or file.suffix.lower() not in IMAGE_ENDINGS}
+        found, left = [file for file in found if file not in odd], left + sorted(odd)
     if not found:
         note = f"; {_note(root, left)}" if left else ""
         endings = ", ".join(sorted(IMAGE_ENDINGS))
         raise UserError(f"no image at {path}: a file, a folder or a glob of {endings}{note}")
-    samples, first = [], {}
-    for image in found:
-        name = image.relative_to(root).with_suffix("").as_posix()
-        if name in first:
-            raise UserError(f"{first[name]} and {image} would have one name; take them in two calls")
-        first[name] = image
-        samples.append(Sample(image, None, name))
+    samples = [Sample(image, None, image.relative_to(root).with_suffix("").as_posix()) for image in found]
+    refuse_double_names(samples)
     return Listing(samples, note=_note(root, left))
 
 
-def find_files(root: Path, globs: list[str], files_only: bool = False) -> tuple[list[Path], list[Path]]:
+def refuse_double_names(samples: list[Sample]) -> None:
+    """UserError if two images differ in their endings alone: what is written for them would be one file."""
+    first: dict[str, Path] = {}
+    for sample in samples:
+        if (other := first.setdefault(sample.name, sample.image)) != sample.image:
+            raise UserError(f"{other} and {sample.image} would have one name: rename one of them")
+
+
+def find_files(root: Path, globs: list[str]) -> tuple[list[Path], list[Path]]:
     """(images below `root` that globs match, what lies beside them and is not taken), both sorted.
 
     Linked folders are entered. A glob's ending, such as .jpg, matches in upper and lower case; a glob without one takes
     `IMAGE_ENDINGS`. Not taken are hidden images, images that the glob would match with another ending, and, where it
-    has no ending, all other files.
-
-    Args:
-        files_only: skip folders and broken links. A dataset keeps those that are named like images, and reading them
-            fails by name.
+    has no ending, all other files. Folders and broken links that are named like images are taken, since reading them
+    fails by name.
     """
     taken, left = set(), set()
     for pattern in globs:
@@ -169,8 +171,7 @@ def find_files(root: Path, globs: list[str], files_only: bool = False) -> tuple[
                 image, is_folder = suffix.lower() in IMAGE_ENDINGS, _is_folder(entry)
                 hidden = entry.name.startswith(".") and not name.startswith(".")
                 fits = suffix.lower() == ending.lower() if ending else image
-                there = os.path.isfile(entry.path) if files_only else image or not is_folder
-                if fits and there and not hidden and (image or not files_only):
+                if fits and not hidden and (image or not is_folder):
                     taken.add(folder / entry.name)
                 elif not is_folder and (image or not (ending or hidden)):
                     left.add(folder / entry.name)
@@ -179,13 +180,14 @@ def find_files(root: Path, globs: list[str], files_only: bool = False) -> tuple[
 
 def _folders(folder: Path, parts: list[str], above: tuple[str, ...] = ()) -> Iterator[Path]:
     """Folders below `folder` that the parts of a glob match; a link back to a folder `above` is not followed."""
+    if not folder.is_dir():
+        return
     if not parts:
         yield folder
         return
     part, *rest = parts
     if not has_magic(part):
-        if (folder / part).is_dir():
-            yield from _folders(folder / part, rest, above)
+        yield from _folders(folder / part, rest, above)
         return
     if part == "**":
         yield from _folders(folder, rest, above)
@@ -201,8 +203,6 @@ def _entries(folder: Path) -> list[os.DirEntry]:
     try:
         with os.scandir(folder) as entries:
             return list(entries)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
     except OSError as error:
         raise UserError(f"cannot list {show_name(folder)}: {reason(error)}") from None
 
@@ -246,19 +246,16 @@ def _gta5(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:
                 f"{len(missing)} of the {len(images)} images that {split} lists for split={cfg.split} are not below "
                 f"{cfg.root}, the first is {missing[0]}"
             )
-    return images, lambda image: Path("labels") / f"{image.stem}.png"
+    return images, _label_by("labels/{stem}.png")
 
 
 def _synthia(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:
-    return ["RGB/*.png"], lambda image: Path("GT/LABELS") / f"{image.stem}.png"
+    return ["RGB/*.png"], _label_by("GT/LABELS/{stem}.png")
 
 
 def _cityscapes(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:
-    def label_of(image: Path) -> Path:
-        stem = image.stem.removesuffix("_leftImg8bit")
-        return Path("gtFine", cfg.split, image.parent.name, f"{stem}_gtFine_labelIds.png")
-
-    return [f"leftImg8bit/{cfg.split}/*/*_leftImg8bit.png"], label_of
+    label = _label_by(f"gtFine/{cfg.split}/{{parent}}/{{stem}}_gtFine_labelIds.png", "_leftImg8bit")
+    return [f"leftImg8bit/{cfg.split}/*/*_leftImg8bit.png"], label
 
 
 def _folder(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path] | None]:
@@ -268,12 +265,17 @@ def _folder(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path] | Non
         fields = {"?"}
     if not fields <= {"dir", "parent", "stem"}:
         raise UserError(f"labels: {cfg.labels!r} may hold {{dir}}, {{parent}} and {{stem}} alone")
+    return cfg.images, _label_by(cfg.labels, cfg.strip) if cfg.labels else None
+
+
+def _label_by(template: str, strip: str = "") -> Callable[[Path], Path]:
+    """Gives the path of an image's label for that of the image, both below the root."""
 
     def label_of(image: Path) -> Path:
-        stem = image.stem.removesuffix(cfg.strip)
-        return Path(cfg.labels.format(dir=image.parent.as_posix(), parent=image.parent.name, stem=stem))
+        stem = image.stem.removesuffix(strip)
+        return Path(template.format(dir=image.parent.as_posix(), parent=image.parent.name, stem=stem))
 
-    return cfg.images, label_of if cfg.labels else None
+    return label_of
 
 
 _LAYOUTS = {"gta5": _gta5, "synthia": _synthia, "cityscapes": _cityscapes, "folder": _folder}
@@ -294,8 +296,8 @@ class SegmentationDataset(Dataset):
             UserError; a draw gives the next sample that can be used, with the entry {UNREADABLE: why}.
         notes: lines for the log: files that were not taken, what looks odd in the labels.
 
-    An item is asked for as `index`, or as `(index, draw)` by the endless sampler, and is a dict:
-        image: uint8 (3, H, W); label: uint8 (H, W) of train ids, all `IGNORE` where there is none; index: int.
+    An item is asked for as `index`, or as `(index, draw)` by the endless stream of draws, and is a dict:
+        image: uint8 (3, H, W); label: uint8 (H, W) of train ids, where there is one; index: int.
     """
 
     def __init__(
@@ -314,51 +316,46 @@ class SegmentationDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
-        if not isinstance(key, tuple):
-            return self._sample_or_problem(key, 0)
-        (index, draw), problem = key, None
-        for step in range(ATTEMPTS):
-            item = self._sample_or_problem((index + step) % len(self), draw)
-            problem = problem or item.get(UNREADABLE)
-            if UNREADABLE not in item:
+        drawn, problem = isinstance(key, tuple), None
+        index, draw = key if drawn else (key, 0)
+        for step in range(ATTEMPTS if drawn else 1):
+            try:
+                item = self._sample((index + step) % len(self), draw)
                 return item | {UNREADABLE: problem} if problem else item
-        raise UserError(f"{ATTEMPTS} samples in a row cannot be used; {problem}")
-
-    def _sample_or_problem(self, index: int, draw: int) -> dict:
-        try:
-            return self._sample(index, draw)
-        except UserError as error:
-            if not self.skips:
-                raise
-            return {UNREADABLE: str(error)}
+            except UserError as error:
+                if not self.skips:
+                    raise
+                problem = problem or str(error)
+        if drawn:
+            raise UserError(f"{ATTEMPTS} samples in a row cannot be used; {problem}")
+        return {UNREADABLE: problem}
 
     def _sample(self, index: int, draw: int) -> dict:
-        sample, label = self.samples[index], None
+        sample = self.samples[index]
 
         def crop_of(size: tuple[int, int]) -> Crop:  # the same at every call
             return self.transform(self.size or size, np.random.default_rng([self.seed, draw, 1]))
 
+        # Some GTA5 labels differ in size from their image: each is brought to the common size, or cropped, by itself.
+        hw = self.size[::-1]
         if self.transform:
             picture = read_picture(sample.image, lambda size: crop_of(size).depth)
-            size = picture.size
+            image = crop_of(picture.size).of_image(picture)
         else:
-            image = read_image(sample.image)
-            size = (image.shape[2], image.shape[1])
-        ids = None if sample.label is None else read_label_ids(sample.label)
-        if ids is not None:
-            self.refuse_unlike_sizes(sample, size, ids.shape[::-1])
-        train_ids = functools.partial(self.train_ids, sample.label)
-        # Some GTA5 labels differ in size from their image: each is brought to the common size, or cropped, by itself.
-        if self.transform:
-            crop = crop_of(size)
-            image, label = crop.of_image(picture), None if ids is None else crop.of_label(ids, train_ids)
-        else:
-            label = None if ids is None else torch.from_numpy(train_ids(ids))
-            if self.size:
-                hw = self.size[::-1]
-                image, label = F.resize(image, hw, antialias=True), label if ids is None else resize_label(label, hw)
+            picture = read_picture(sample.image)
+            image = F.pil_to_tensor(picture)
+            image = F.resize(image, hw, antialias=True) if hw else image
         item = {"image": image, "index": index}
-        return item if label is None else item | {"label": label}
+        if sample.label is None:
+            return item
+        ids, train_ids = read_label_ids(sample.label), functools.partial(self.train_ids, sample.label)
+        self.refuse_unlike_sizes(sample, picture.size, ids.shape[::-1])
+        if self.transform:
+            label = crop_of(picture.size).of_label(ids, train_ids)
+        else:
+            label = torch.from_numpy(train_ids(ids))
+            label = resize_label(label, hw) if hw else label
+        return item | {"label": label}
 
     def refuse_unlike_sizes(self, sample: Sample, size: tuple[int, int], label_size: tuple[int, int]) -> None:
         """UserError if image and label, of two (width, height), differ in size and are not brought to one."""

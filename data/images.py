@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
 from utils.config import UserError
 
@@ -97,10 +97,20 @@ def _layout(picture: Image.Image) -> tuple[str, int | None]:
     return options[0], options[1] if decoder.startswith("ppm") and len(options) > 1 else None
 
 
-def stored_as(path: Path) -> str:
-    """How a file stores its pixels in Pillow's words, e.g. L;2 for grey of two bits; UserError as for the readers."""
+def stored_as(path: Path) -> tuple[str, dict[int, tuple[int, ...]]]:
+    """How a file stores its pixels, in Pillow's words, e.g. L;2 for grey of two bits; UserError as for the readers.
+
+    With it {index: (r, g, b)} of what a picture with a colour palette uses; {} of others.
+    """
     with _named("file", path):
-        return _layout(_open(path)[0])[0]
+        picture, _ = _open(path)
+        layout, _ = _layout(picture)
+        if picture.mode != "P":
+            return layout, {}
+        used, flat = np.flatnonzero(picture.histogram()), picture.getpalette("RGB")
+        colours = [*zip(flat[::3], flat[1::3], flat[2::3])]
+        grey = all(r == g == b for r, g, b in colours)
+        return layout, {} if grey else {int(i): colours[i] for i in used if i < len(colours)}
 
 
 @contextlib.contextmanager
@@ -148,16 +158,16 @@ def read_picture(path: Path, depth: Callable[[tuple[int, int]], float] | None = 
                 return png.decode("RGB", rows).crop((0, 0, *picture.size))
         layout, _ = _layout(picture)
         picture.load()
-        picture = _upright(_eight_bits(picture, layout, png))
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
+        upright = _turned(_eight_bits(picture, layout, png), picture)
+        return upright if upright.mode == "RGB" else upright.convert("RGB")
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    """By the EXIF orientation; as it is where the entry cannot be read. Pillow's own call rewrites all of the EXIF."""
+def _turned(picture: Image.Image, original: Image.Image) -> Image.Image:
+    """Upright by the original's EXIF orientation, if that can be read. Pillow's own call rewrites all of the EXIF."""
     try:
-        turn = _TURN.get(picture.getexif().get(ExifTags.Base.Orientation))
+        turn = _TURN.get(original.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # of many kinds
-        return picture
+        turn = None
     return picture if turn is None else picture.transpose(turn)
 
 
@@ -168,28 +178,22 @@ def _eight_bits(picture: Image.Image, layout: str, png: _Png | None) -> Image.Im
     if picture.mode.startswith("I"):
         if getattr(picture, "tag_v2", {}).get(262) == 0:  # PhotometricInterpretation: white is zero
             raise ValueError("grey of more than 8 bits that is stored inverted")
-        values, exif = np.asarray(picture), picture.getexif()
+        values = np.asarray(picture)
         least, most = int(values.min()), int(values.max())
         sixteen = picture.mode.startswith("I;16") or picture.format in ("PNG", "PPM")
         if least < 0 or (most > 255 and not sixteen):
             raise ValueError(f"numbers of {least} to {most}, of which none is known to be white: save 8 or 16 bits")
-        picture = Image.fromarray((values >> 8 if most > 255 else values).astype(np.uint8))
-        picture.getexif().update(exif)
-    elif layout.endswith((";16B", ";16L", ";16N")) and not np.asarray(picture.convert("RGB")).any():
+        return Image.fromarray((values >> 8 if most > 255 else values).astype(np.uint8))
+    if layout.endswith((";16B", ";16L", ";16N")) and not np.asarray(picture.convert("RGB")).any():
         if not (png and png.deep):
             raise ValueError("colours of 16 bits that hold no value above 255: save 8 bits")
-        picture = png.decode(f"{png.deep};16L")  # read as little-endian: the lower 8 bits
+        return png.decode(f"{png.deep};16L")  # read as little-endian: the lower 8 bits
     return picture
 
 
 def read_image(path: Path) -> Tensor:
     """`read_picture` as uint8 (3, H, W)."""
-    return pixels(read_picture(path))
-
-
-def pixels(picture: Image.Image) -> Tensor:
-    """uint8 (3, H, W) of an RGB picture."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return F.pil_to_tensor(read_picture(path))
 
 
 def read_label_ids(path: Path) -> np.ndarray:
@@ -252,15 +256,3 @@ def _ids_of_palette(index: np.ndarray, picture: Image.Image) -> np.ndarray:
     raise ValueError(
         "its palette is grey, so that ids may be its indices or its greys: save it as grey or with a colour palette"
     )
-
-
-def used_palette(path: Path) -> dict[int, tuple[int, ...]]:
-    """{index: (r, g, b)} of what a colour palette picture uses; {} of others. Raises UserError as the readers."""
-    with _named("label", path):
-        picture, _ = _open(path)
-        if picture.mode != "P":
-            return {}
-        used, flat = np.flatnonzero(picture.histogram()), picture.getpalette("RGB")
-        colours = [*zip(flat[::3], flat[1::3], flat[2::3])]
-        grey = all(r == g == b for r, g, b in colours)
-        return {} if grey else {int(i): colours[i] for i in used if i < len(colours)}

@@ -8,13 +8,12 @@ import multiprocessing.queues
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data.datasets import UNREADABLE, SegmentationDataset
 from utils.config import UserError
@@ -33,8 +32,10 @@ _REMEDIES = {
 _torchs_handler: Callable | None = None
 
 
-class EndlessSampler(Sampler):
-    """Endless (index, draw) pairs, a new permutation each epoch.
+def endless_draws(
+    length: int, seed: int, start: int = 0, batch: int = 1, part: range = range(1)
+) -> Iterator[tuple[int, int]]:
+    """Endless (index, draw) pairs, a new permutation of the indices each epoch.
 
     Every image comes once an epoch; a batch may join the end of one epoch and the start of the next, so none
     is dropped. `draw` counts the samples from the start of training.
@@ -43,18 +44,13 @@ class EndlessSampler(Sampler):
         start: the first draw.
         batch, part: of each `batch` draws, those that are given, all by default.
     """
-
-    def __init__(self, length: int, seed: int, start: int = 0, batch: int = 1, part: range = range(1)):
-        self.length, self.seed, self.start, self.batch, self.part = length, seed, start, batch, part
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        draw = self.start
-        while True:
-            epoch, offset = divmod(draw, self.length)
-            for index in np.random.default_rng([self.seed, epoch]).permutation(self.length)[offset:]:
-                if draw % self.batch in self.part:
-                    yield int(index), draw
-                draw += 1
+    draw = start
+    while True:
+        epoch, offset = divmod(draw, length)
+        for index in np.random.default_rng([seed, epoch]).permutation(length)[offset:]:
+            if draw % batch in part:
+                yield int(index), draw
+            draw += 1
 
 
 def training_batches(
@@ -73,8 +69,8 @@ def training_batches(
     Where `dataset.skips`, the batch's entry `UNREADABLE` lists why samples were replaced. Raises as `iterate`.
     """
     part = part or range(batch_size)
-    sampler = EndlessSampler(len(dataset), dataset.seed, start_step * batch_size, batch_size, part)
-    return iterate(_loader(dataset, len(part), workers, sampler, pin_memory=pin, collate_fn=_collate))
+    draws = endless_draws(len(dataset), dataset.seed, start_step * batch_size, batch_size, part)
+    return iterate(_loader(dataset, len(part), workers, draws, pin_memory=pin, collate_fn=_collate))
 
 
 def _collate(samples: list[dict]) -> dict:
@@ -137,33 +133,28 @@ def _explained_batches(batches: Iterator, processes: set) -> Iterator:
     except (OSError, EOFError, RuntimeError, MemoryError) as error:
         if isinstance(error, EOFError | OSError):
             time.sleep(1)  # the signal that a process has ended, which may be on its way, says why
-        _leave_ended_processes()
+        _ignore_ended_processes()
         raise _explained(error, [process.exitcode for process in processes]) from None
 
 
 def _explain_ended_processes() -> None:
     """Make torch's handler of SIGCHLD, which raises where a loader process has failed, raise a UserError, once."""
     global _torchs_handler
-    if threading.current_thread() is threading.main_thread():
-        handler = signal.getsignal(signal.SIGCHLD)
-        if callable(handler) and handler is not _child_ended:
-            _torchs_handler = handler
-        if _torchs_handler:
-            signal.signal(signal.SIGCHLD, _child_ended)
+    _torchs_handler = _torchs_handler or signal.getsignal(signal.SIGCHLD)
+    signal.signal(signal.SIGCHLD, _child_ended)
 
 
 def _child_ended(number: int, frame: object) -> None:
     try:
         _torchs_handler(number, frame)
     except RuntimeError as error:
-        _leave_ended_processes()
+        _ignore_ended_processes()
         raise _explained(error) from None
 
 
-def _leave_ended_processes() -> None:
-    """Stop listening: while a run ends by an error, its other loader processes may fail too."""
-    if threading.current_thread() is threading.main_thread() and _torchs_handler:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+def _ignore_ended_processes() -> None:
+    """While a run ends by an error, its other loader processes may fail too."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _cause(error: BaseException, exit_codes: Sequence[int | None] = ()) -> str:
@@ -211,7 +202,12 @@ def _loader(dataset: Dataset | Sequence, batch_size: int, workers: int, sampler,
 
 def _start_worker(parent: int, worker: int) -> None:
     torch.set_num_threads(1)  # workers are parallel already
-    _leave_signals_to(parent)
+    # A Ctrl-C or SIGTERM to the whole group is for the trainer: its last step needs a batch, then it ends the workers.
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if os.getppid() != parent:  # torch's worker ends when its parent is gone, unless it was gone before
+        os._exit(1)
     # A thread hands the batches over. Where it fails, Python drops the batch, for which the parent would wait for ever.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: _end_worker(error))
     sys.excepthook = lambda kind, error, trace: _end_worker(error)  # of the thread that shares open files
@@ -219,18 +215,6 @@ def _start_worker(parent: int, worker: int) -> None:
 
 def _end_worker(error: BaseException) -> None:
     os._exit(_EXIT_CODES.get(_cause(error), _EXIT_CODES["ended"]))
-
-
-def _leave_signals_to(parent: int) -> None:
-    """In a loader process: ignore a Ctrl-C or SIGTERM to the whole group, since the last step needs its batch.
-
-    torch's worker ends when its parent is gone, unless it was gone before the worker began, which is checked here.
-    """
-    if os.getppid() != parent:
-        os._exit(1)
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's own way to end them
 
 
 def spread(length: int, count: int) -> list[int]:

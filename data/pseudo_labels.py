@@ -17,7 +17,6 @@ import shutil
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.datasets import Sample, SegmentationDataset, mark_unknown
+from data.datasets import Sample, SegmentationDataset, mark_unknown, refuse_double_names
 from data.taxonomy import IGNORE, ClassSet
 from utils.config import UserError
 
@@ -64,20 +63,6 @@ def clear(folder: Path) -> None:
     (folder / MANIFEST).unlink(missing_ok=True)  # first: a half-deleted folder must count as unfinished
     for kind in ("labels", "confidence"):
         shutil.rmtree(folder / kind, ignore_errors=True)
-
-
-def refuse_double_names(samples: list[Sample]) -> None:
-    """UserError if two images differ in their endings alone: their pseudo labels would be one file."""
-    first: dict[str, Path] = {}
-    for sample in samples:
-        if (other := first.setdefault(sample.name, sample.image)) != sample.image:
-            raise UserError(f"{other} and {sample.image} would share one pseudo label: rename one of them")
-
-
-def read_png(path: Path) -> np.ndarray:
-    """The uint8 (H, W) array that `write_png` saved."""
-    with Image.open(path) as picture:
-        return np.array(picture)
 
 
 def confidence_levels(confidence: Tensor, threshold: float) -> Tensor:
@@ -121,18 +106,16 @@ def thresholds_of(limits: np.ndarray, threshold: float) -> list[float]:
     ]
 
 
-def drop_unsure(folder: Path, name: str, limits: np.ndarray) -> None:
-    """Set the pixels of one label to `IGNORE` whose confidence level is below the limit of their class, int (K,)."""
-    path = label_path(folder, name)
-    labels = read_png(path)
-    labels[read_png(confidence_path(folder, name)) < limits[labels]] = IGNORE
-    write_png(path, labels)
+def drop_unsure(folder: Path, names: Iterable[str], limits: np.ndarray) -> None:
+    """Set the pixels of labels to `IGNORE` whose confidence level is below the limit of their class, int (K,)."""
 
+    def drop(name: str) -> None:
+        labels, levels = (np.array(Image.open(path(folder, name))) for path in (label_path, confidence_path))
+        labels[levels < limits[labels]] = IGNORE
+        write_png(label_path(folder, name), labels)
 
-def drop_all_unsure(folder: Path, names: Iterable[str], limits: np.ndarray) -> None:
-    """`drop_unsure` for several labels, a few at a time."""
     with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(partial(drop_unsure, folder, limits=limits), sorted(names)))  # raises what a call raised
+        list(pool.map(drop, sorted(names)))  # raises what a call raised
 
 
 def statistics(
@@ -143,7 +126,8 @@ def statistics(
     Args:
         histogram, limits: see `level_limits`.
         names: of the classes.
-        threshold: `pseudo.threshold`; highest: the highest confidence of all pixels.
+        threshold: `pseudo.threshold`.
+        highest: the highest confidence of all pixels.
 
     Raises:
         UserError: no pixel is kept.
@@ -223,15 +207,13 @@ def attach(target: SegmentationDataset, folder: Path, classes: ClassSet) -> None
         raise UserError(f"the pseudo labels in {folder} are of other classes; {again}")
     refuse_double_names(target.samples)
     left_out = set(manifest.get("left_out", []))
-    samples = [s for s in target.samples if s.name not in left_out]
-    missing = [s.name for s in samples if not _is_there(label_path(folder, s.name))]
+    samples = [
+        dataclasses.replace(s, label=label_path(folder, s.name)) for s in target.samples if s.name not in left_out
+    ]
+    missing = [s.name for s in samples if not (s.label.is_file() and s.label.stat().st_size)]
     if missing:
         raise UserError(
             f"{len(missing)} of {len(samples)} pseudo labels are missing in {folder}, first {missing[0]}; {again}"
         )
-    target.samples = [dataclasses.replace(s, label=label_path(folder, s.name)) for s in samples]
+    target.samples = samples
     target.lookup_table = mark_unknown(np.arange(2**16).astype(np.uint8), {*range(len(classes)), IGNORE})  # train ids
-
-
-def _is_there(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0

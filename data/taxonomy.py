@@ -8,6 +8,7 @@ which names are learnt and in which order. Whatever has no train id is `IGNORE`.
 
 from __future__ import annotations
 
+import colorsys
 import difflib
 from dataclasses import dataclass, field
 
@@ -19,60 +20,35 @@ from utils.config.keys import DataConfig
 IGNORE = 255
 UNKNOWN = 254  # stands for label ids that a dataset cannot hold; samples with it are refused
 
-# (name, Cityscapes label id, official colour), in train-id order.
+# (name, Cityscapes label id, SYNTHIA label id, official colour), in train-id order.
 _CITYSCAPES = (
-    ("road", 7, (128, 64, 128)),
-    ("sidewalk", 8, (244, 35, 232)),
-    ("building", 11, (70, 70, 70)),
-    ("wall", 12, (102, 102, 156)),
-    ("fence", 13, (190, 153, 153)),
-    ("pole", 17, (153, 153, 153)),
-    ("traffic light", 19, (250, 170, 30)),
-    ("traffic sign", 20, (220, 220, 0)),
-    ("vegetation", 21, (107, 142, 35)),
-    ("terrain", 22, (152, 251, 152)),
-    ("sky", 23, (70, 130, 180)),
-    ("person", 24, (220, 20, 60)),
-    ("rider", 25, (255, 0, 0)),
-    ("car", 26, (0, 0, 142)),
-    ("truck", 27, (0, 0, 70)),
-    ("bus", 28, (0, 60, 100)),
-    ("train", 31, (0, 80, 100)),
-    ("motorcycle", 32, (0, 0, 230)),
-    ("bicycle", 33, (119, 11, 32)),
+    ("road", 7, 3, (128, 64, 128)),
+    ("sidewalk", 8, 4, (244, 35, 232)),
+    ("building", 11, 2, (70, 70, 70)),
+    ("wall", 12, 21, (102, 102, 156)),
+    ("fence", 13, 5, (190, 153, 153)),
+    ("pole", 17, 7, (153, 153, 153)),
+    ("traffic light", 19, 15, (250, 170, 30)),
+    ("traffic sign", 20, 9, (220, 220, 0)),
+    ("vegetation", 21, 6, (107, 142, 35)),
+    ("terrain", 22, 16, (152, 251, 152)),
+    ("sky", 23, 1, (70, 130, 180)),
+    ("person", 24, 10, (220, 20, 60)),
+    ("rider", 25, 17, (255, 0, 0)),
+    ("car", 26, 8, (0, 0, 142)),
+    ("truck", 27, 18, (0, 0, 70)),
+    ("bus", 28, 19, (0, 60, 100)),
+    ("train", 31, 20, (0, 80, 100)),
+    ("motorcycle", 32, 12, (0, 0, 230)),
+    ("bicycle", 33, 11, (119, 11, 32)),
 )
-CITYSCAPES_NAMES = tuple(name for name, _, _ in _CITYSCAPES)
-CITYSCAPES_LABEL_IDS = tuple(label_id for _, label_id, _ in _CITYSCAPES)
-CITYSCAPES_PALETTE = tuple(colour for _, _, colour in _CITYSCAPES)
-
-# SYNTHIA label id -> Cityscapes train id; 0, 13, 14 and 22 are void.
-SYNTHIA_TO_TRAIN = {
-    3: 0,
-    4: 1,
-    2: 2,
-    21: 3,
-    5: 4,
-    7: 5,
-    15: 6,
-    9: 7,
-    6: 8,
-    16: 9,
-    1: 10,
-    10: 11,
-    17: 12,
-    8: 13,
-    18: 14,
-    19: 15,
-    20: 16,
-    12: 17,
-    11: 18,
-}
+CITYSCAPES_NAMES, CITYSCAPES_LABEL_IDS, SYNTHIA_LABEL_IDS, CITYSCAPES_PALETTE = zip(*_CITYSCAPES)
 
 # What a label id on disk stands for, by dataset format.
 ID_TO_NAME = {
     "cityscapes": dict(zip(CITYSCAPES_LABEL_IDS, CITYSCAPES_NAMES)),
     "gta5": dict(zip(CITYSCAPES_LABEL_IDS, CITYSCAPES_NAMES)),
-    "synthia": {i: CITYSCAPES_NAMES[t] for i, t in SYNTHIA_TO_TRAIN.items()},
+    "synthia": dict(zip(SYNTHIA_LABEL_IDS, CITYSCAPES_NAMES)),
 }
 
 # Every label id that may occur, void ones included; 255 is Cityscapes' -1.
@@ -81,10 +57,6 @@ KNOWN_IDS = {
     "gta5": {*range(35), 255},
     "synthia": set(range(23)),
 }
-
-# SYNTHIA is scored on 16 classes, and older work on 13 of them ("mIoU*").
-_NOT_IN_16 = ("terrain", "truck", "train")
-_NOT_IN_13 = _NOT_IN_16 + ("wall", "fence", "pole")
 
 
 @dataclass(frozen=True)
@@ -125,17 +97,15 @@ class ClassSet:
         return table if table.max() > 255 else table.astype(np.uint8)
 
 
-def _cityscapes_subset(leave_out: tuple[str, ...], subsets: dict | None = None) -> ClassSet:
-    kept = [(name, colour) for name, _, colour in _CITYSCAPES if name not in leave_out]
-    names, palette = zip(*kept)
-    return ClassSet(names, palette, subsets or {})
-
-
-_SIXTEEN = _cityscapes_subset(_NOT_IN_16).names
-_THIRTEEN = _cityscapes_subset(_NOT_IN_13).names
+# SYNTHIA is scored on 16 classes, and older work on 13 of them ("mIoU*").
+_SIXTEEN = tuple(name for name in CITYSCAPES_NAMES if name not in ("terrain", "truck", "train"))
+_THIRTEEN = tuple(name for name in _SIXTEEN if name not in ("wall", "fence", "pole"))
+_COLOUR = dict(zip(CITYSCAPES_NAMES, CITYSCAPES_PALETTE))
 CLASS_SETS = {
-    "cityscapes19": _cityscapes_subset(()),
-    "cityscapes16": _cityscapes_subset(_NOT_IN_16, {"miou16": _SIXTEEN, "miou13": _THIRTEEN}),
+    "cityscapes19": ClassSet(CITYSCAPES_NAMES, CITYSCAPES_PALETTE),
+    "cityscapes16": ClassSet(
+        _SIXTEEN, tuple(_COLOUR[name] for name in _SIXTEEN), {"miou16": _SIXTEEN, "miou13": _THIRTEEN}
+    ),
 }
 
 
@@ -144,8 +114,6 @@ def custom_class_set(names: list[str], palette: list[list[int]]) -> ClassSet:
 
     Raises ValueError if a name occurs twice, the palette's length differs, or a colour is not three bytes.
     """
-    import colorsys
-
     doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:
         raise ValueError(f"data.class_names holds {doubles[0]!r} twice")

@@ -22,20 +22,13 @@ from utils.config.keys import DataConfig
 
 @dataclass(frozen=True)
 class Crop:
-    """Parameters of a crop of a scaled and mirrored image. Only the cropped region is resampled.
+    """Parameters of a crop of a scaled and mirrored image. Only the cropped region is resampled."""
 
-    Attributes:
-        scaled: (width, height) of the whole image after scaling.
-        left, top: of the part, in whole pixels of the scaled image.
-        size: (width, height) of the crop. Where the scaled image is smaller, the rest lies at the right and below.
-        flip: whether the crop is mirrored.
-    """
-
-    scaled: tuple[int, int]
-    left: int
+    scaled: tuple[int, int]  # (width, height) of the whole image after scaling
+    left: int  # whole pixels of the scaled image, as top
     top: int
-    size: tuple[int, int]
-    flip: bool
+    size: tuple[int, int]  # (width, height) of the crop; beyond a smaller image, the rest lies at the right and below
+    flip: bool  # whether the crop is mirrored
 
     @property
     def covered(self) -> tuple[int, int]:
@@ -59,7 +52,7 @@ class Crop:
         if self.flip:
             part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         out = torch.zeros(3, *self.size[::-1], dtype=torch.uint8)
-        out[:, :height, :width] = torch.from_numpy(np.array(part)).permute(2, 0, 1)
+        out[:, :height, :width] = F.pil_to_tensor(part)
         return out
 
     def of_label(self, ids: np.ndarray, train_ids: Callable[[np.ndarray], np.ndarray]) -> Tensor:

@@ -66,7 +66,7 @@ def build_model(
     variant = {"bn_clr": True} if bn_clr else {}
     output_stride = output_stride or default_stride(arch, backbone)
     dilations = released_dilations(arch, output_stride) if dilations is None else list(dilations)
-    model = ARCHITECTURES[arch](num_classes, backbone, output_stride, dropout, dilations=dilations, **variant)
+    model = ARCHITECTURES[arch](num_classes, backbone, output_stride, dropout, dilations, **variant)
     model.output_stride, model.dilations = output_stride, dilations
     if normalization != "auto":
         model.mean, model.std = NORMALIZATIONS[normalization]

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
 
 from models.backbone import build_backbone
 from models.initialization import as_pbal, as_proda
@@ -45,12 +47,10 @@ class ASPP(nn.Module):
         super().__init__()
         width = FEATURE_CHANNELS
 
-        def norm_relu(conv: nn.Conv2d) -> nn.Sequential:
-            return nn.Sequential(conv, nn.GroupNorm(GROUPS, width), nn.ReLU(inplace=True))
-
+        options = {"norm_layer": functools.partial(nn.GroupNorm, GROUPS), "bias": True}
         self.bn_clr = nn.BatchNorm2d(in_channels) if bn_clr else nn.Identity()
-        self.branches = nn.ModuleList([norm_relu(nn.Conv2d(in_channels, width, 1))])
-        self.branches.extend(norm_relu(nn.Conv2d(in_channels, width, 3, padding=d, dilation=d)) for d in dilations)
+        self.branches = nn.ModuleList([Conv2dNormActivation(in_channels, width, 1, **options)])
+        self.branches.extend(Conv2dNormActivation(in_channels, width, 3, dilation=d, **options) for d in dilations)
         channels = width * len(self.branches)
         self.bottleneck = nn.Sequential(
             SqueezeExcitation(channels), nn.Conv2d(channels, width, 3, padding=1), nn.GroupNorm(GROUPS, width)
@@ -62,23 +62,18 @@ class ASPP(nn.Module):
         return self.bottleneck(torch.cat([branch(x) for branch in self.branches], 1))
 
 
-def _conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 1, dilation: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(in_channels, out_channels, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
-
-
 class ASPPDecoder(nn.Module):
     """ASPP with image pooling, then a decoder that joins it with the first stage's output at stride 4."""
 
     def __init__(self, in_channels: int, low_channels: int, dilations: Sequence[int]):
         super().__init__()
         width = FEATURE_CHANNELS
-        self.branches = nn.ModuleList([_conv_bn_relu(in_channels, width)])
-        self.branches.extend(_conv_bn_relu(in_channels, width, 3, d) for d in dilations)
-        self.pooled = _conv_bn_relu(in_channels, width)
-        self.project = _conv_bn_relu(width * (len(self.branches) + 1), width)
-        self.low = _conv_bn_relu(low_channels, LOW_CHANNELS)
-        self.fuse = _conv_bn_relu(width + LOW_CHANNELS, width, 3)
+        self.branches = nn.ModuleList([Conv2dNormActivation(in_channels, width, 1)])
+        self.branches.extend(Conv2dNormActivation(in_channels, width, 3, dilation=d) for d in dilations)
+        self.pooled = Conv2dNormActivation(in_channels, width, 1)
+        self.project = Conv2dNormActivation(width * (len(self.branches) + 1), width, 1)
+        self.low = Conv2dNormActivation(low_channels, LOW_CHANNELS, 1)
+        self.fuse = Conv2dNormActivation(width + LOW_CHANNELS, width, 3)
 
     def forward(self, maps: dict[str, Tensor]) -> Tensor:
         """The backbone's maps -> (N, 256, h, w) at the resolution of "low"."""
@@ -95,12 +90,10 @@ class DeepLab(nn.Module):
         backbone: see `models.backbone`.
         classifier: 1x1 convolution; its weight holds the prototypes.
         mean, std: input statistics that the weights expect, for images in [0, 1].
-        initialize: sets the initial weights of a layer outside the backbone; see `models.initialization`.
-        class_names: in train-id order, where `load_model`'s file holds them, else None.
     """
 
-    initialize: Callable[[nn.Module], None]
-    class_names: list[str] | None = None
+    initialize: Callable[[nn.Module], None]  # of one layer outside the backbone; see `models.initialization`
+    class_names: list[str] | None = None  # in train-id order, where `load_model`'s file holds them
 
     def __init__(self, backbone: nn.Module, head: nn.Module, dropout: nn.Module, classifier: nn.Conv2d):
         super().__init__()
@@ -121,13 +114,7 @@ class DeepLab(nn.Module):
 class DeepLabV2(DeepLab):
     """ProDA's DeepLabV2, the default: Caffe-style ResNet, GroupNorm head, classifier without bias; h ~ H / stride.
 
-    Args:
-        num_classes: K.
-        backbone: see `models.backbone.build_backbone`.
-        output_stride: 8 (as released) or 16.
-        dropout: probability of dropping a whole feature channel before the classifier.
-        dilations: of ASPP's 3x3 convolutions, in pixels of the backbone's output.
-        bn_clr: the variant for SimCLR weights.
+    Arguments are those of `build_model`. Dropout drops whole channels of the feature.
     """
 
     arch = "deeplabv2"
@@ -136,12 +123,11 @@ class DeepLabV2(DeepLab):
     def __init__(
         self,
         num_classes: int,
-        backbone: str = "resnet101",
-        output_stride: int = 8,
-        dropout: float = 0.1,
-        bn_clr: bool = False,
-        *,
+        backbone: str,
+        output_stride: int,
+        dropout: float,
         dilations: Sequence[int],
+        bn_clr: bool = False,
     ):
         net = build_backbone(backbone, output_stride, caffe=True)
         head = ASPP(net.channels, dilations, bn_clr)
@@ -151,25 +137,14 @@ class DeepLabV2(DeepLab):
 class DeepLabPBAL(DeepLab):
     """The network of PBAL's release: ASPP and decoder with BatchNorm, classifier with bias; h ~ H / 4.
 
-    Args:
-        num_classes, backbone: as for `DeepLabV2`.
-        output_stride: of the backbone, 16 (as released) or 8; the last stage's blocks have dilations 2, 4, 8 at 16.
-        dropout: probability of dropping a value of the feature before the classifier.
-        dilations: as for `DeepLabV2`.
+    Arguments are those of `build_model`. Dropout drops single values of the feature. At output stride 16, the blocks of
+    the ResNet's last stage have dilations 2, 4, 8.
     """
 
     arch = "deeplab_pbal"
     initialize = staticmethod(as_pbal)
 
-    def __init__(
-        self,
-        num_classes: int,
-        backbone: str = "resnet101",
-        output_stride: int = 16,
-        dropout: float = 0.1,
-        *,
-        dilations: Sequence[int],
-    ):
+    def __init__(self, num_classes: int, backbone: str, output_stride: int, dropout: float, dilations: Sequence[int]):
         finer = 16 // output_stride
         net = build_backbone(backbone, output_stride, last_dilations=tuple(d * finer for d in (2, 4, 8)))
         head = ASPPDecoder(net.channels, net.low_channels, dilations)

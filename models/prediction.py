@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
@@ -29,8 +28,12 @@ def predict(model: nn.Module, image: Image.Image | str | Path | Tensor) -> Tenso
         ValueError: not an 8-bit image, or a tensor of another shape or type.
         OSError: the file cannot be read.
     """
-    if not isinstance(image, Tensor):
-        image = _pixels(image)
+    if isinstance(image, str | Path):
+        image = Image.open(image)
+    if isinstance(image, Image.Image):
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"an 8-bit image is needed, not mode {image.mode}")
+        image = F.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
     if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
         raise ValueError(f"uint8 (3, H, W) is needed, not {image.dtype} {tuple(image.shape)}")
     height, width = image.shape[1:]
@@ -39,13 +42,3 @@ def predict(model: nn.Module, image: Image.Image | str | Path | Tensor) -> Tenso
         logits = model(F.normalize(x, list(model.mean), list(model.std)))["logits"].float()
     tall = upsample(logits, (height, logits.shape[3]))
     return torch.cat([upsample(part, (part.shape[2], width))[0].argmax(0).byte() for part in tall.split(ROWS, 2)]).cpu()
-
-
-def _pixels(image: Image.Image | str | Path) -> Tensor:
-    """A PIL image, or the file that holds it, as upright RGB, uint8 (3, H, W)."""
-    if not isinstance(image, Image.Image):
-        with Image.open(image) as picture:
-            return _pixels(picture)
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"an 8-bit image is needed, not mode {image.mode}")
-    return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB"))).permute(2, 0, 1)

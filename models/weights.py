@@ -26,7 +26,7 @@ import re
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from typing import NamedTuple
 from urllib.error import URLError
 
 import numpy as np
@@ -89,27 +89,16 @@ class WeightError(ValueError):
 
 @dataclass
 class WeightFile:
-    """A weight file under our names.
+    """A weight file under our names."""
 
-    Attributes:
-        path: where it was read.
-        format: its name for people.
-        state: the network's tensors by our keys; of a backbone for timm, by the file's own.
-        settings: what the file says of its network, by the keys of the config section `model`.
-        backbone_alone: the file has no head; the settings are then advice.
-        class_names: of our own checkpoints, else None.
-        networks: states of further networks (the discriminator).
-        running_statistics: BatchNorm's running statistics, where `state` holds those of the target.
-    """
-
-    path: Path
-    format: str
-    state: dict[str, Tensor]
-    settings: dict = field(default_factory=dict)
-    backbone_alone: bool = False
-    class_names: list[str] | None = None
-    networks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    running_statistics: dict[str, Tensor] = field(default_factory=dict)
+    path: Path  # where it was read
+    format: str  # its name for people
+    state: dict[str, Tensor]  # the network's tensors by our keys; of a backbone for timm, by the file's own
+    settings: dict = field(default_factory=dict)  # what the file says of its network, by the keys of section `model`
+    backbone_alone: bool = False  # the file has no head; the settings are then advice
+    class_names: list[str] | None = None  # of our own checkpoints
+    networks: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # states of others: the discriminator
+    running_statistics: dict[str, Tensor] = field(default_factory=dict)  # BatchNorm's, where `state` has the target's
 
     @property
     def num_classes(self) -> int | None:
@@ -130,10 +119,15 @@ def read_checkpoint(path: str | Path) -> dict:
     path = Path(path).absolute()
     if not path.is_file():
         raise WeightError(f"no weights at {path}")
-    read = _timm().models.load_state_dict if path.suffix == ".safetensors" else None
+    safetensors = path.suffix == ".safetensors"
+    if safetensors:
+        try:
+            timm = import_timm()
+        except ValueError as error:
+            raise WeightError(str(error)) from None
     try:
-        if read:
-            return read(str(path))
+        if safetensors:
+            return timm.models.load_state_dict(str(path))
         with torch.serialization.safe_globals(_PLAIN_TYPES):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -149,14 +143,6 @@ def read_checkpoint(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise WeightError(f"{path} holds {type(content).__name__}, not a dict of weights")
     return content
-
-
-def _timm(name: str = "") -> ModuleType:
-    """`import_timm` with WeightError."""
-    try:
-        return import_timm(name)
-    except ValueError as error:
-        raise WeightError(str(error)) from None
 
 
 def read_weights(path: str | Path) -> WeightFile:
@@ -178,15 +164,14 @@ def identify(path: Path, content: dict) -> WeightFile:
         settings = {"arch": "deeplabv2", "backbone": "resnet101", "output_stride": 8}
         settings |= {"dilations": [6, 12, 18, 24], "bn_clr": "head.bn_clr.weight" in state, "normalization": "none"}
         return WeightFile(path, "ProDA", state, settings, networks=_discriminator(path, content))
+    without_fc = {key: value for key, value in state.items() if not key.startswith("fc.")}
     if "conv1.weight" in state and "layer1.0.conv1.weight" in state:
         told = {"normalization": "imagenet"} if _of_imagenet(content, state) else {}
         kind = "ImageNet ResNet" if told else "ResNet"
-        return WeightFile(path, kind, _rename(_without_fc(state), _RESNET), told, backbone_alone=True)
+        return WeightFile(path, kind, _rename(without_fc, _RESNET), told, backbone_alone=True)
     if "net.0.0.weight" in state:
-        state = _without_fc(state)
-        return WeightFile(
-            path, "SimCLRv2", _rename(state, _simclr_names(state)), dict(SIMCLR_SETTINGS), backbone_alone=True
-        )
+        renamed = _rename(without_fc, _simclr_names(without_fc))
+        return WeightFile(path, "SimCLRv2", renamed, dict(SIMCLR_SETTINGS), backbone_alone=True)
     if "_conv_stem.weight" in state and not any("._se_" in key for key in state):
         return WeightFile(path, "EfficientNet-Lite", state, {"normalization": "half"}, backbone_alone=True)
     if any(value.ndim == 4 and value.shape[1] == 3 for value in state.values()):
@@ -247,10 +232,6 @@ def _discriminator(path: Path, content: dict) -> dict[str, dict[str, Tensor]]:
     return {"discriminator": _tensors(path, entry)} if isinstance(entry, dict) else {}
 
 
-def _without_fc(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v for k, v in state.items() if not k.startswith("fc.")}
-
-
 def _rename(state: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Tensor]:
     """Keys under other prefixes; one that begins with none of them stays as it is."""
     renamed = {}
@@ -276,19 +257,12 @@ def _some(keys: list[str], at_most: int = 6) -> str:
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
-@dataclass
-class Loaded:
-    """What `load_weights` did.
+class Loaded(NamedTuple):
+    """What `load_weights` did."""
 
-    Attributes:
-        format: the file's.
-        matched: number of tensors taken.
-        missing: keys of the model that keep their initial values.
-    """
-
-    format: str
-    matched: int
-    missing: list[str]
+    format: str  # the file's
+    matched: int  # number of tensors taken
+    missing: list[str]  # keys of the model that keep their initial values
 
     def __str__(self) -> str:
         rest = f", {len(self.missing)} of the model keep their initial values" if self.missing else ""
@@ -366,7 +340,7 @@ def _for_timm(file: WeightFile, own: dict[str, Tensor], name: str) -> dict[str, 
     ours = {key.removeprefix("backbone.net.").removeprefix("model.").replace(".", "_"): key for key in own}
     if not any(key.replace(".", "_") in ours for key in state):
         return _by_order(file, own)
-    timm = _timm(name)
+    timm = import_timm()
     known = timm.get_pretrained_cfg(name)
     names = known.classifier if known else ()
     heads = ((names,) if isinstance(names, str) else tuple(names or ())) + ("head", "fc", "classifier")
@@ -461,7 +435,7 @@ def _timm_weights(name: str, folder: Path, way: str) -> Path:
 
     timm looks in its caches (HF_HOME, TORCH_HOME) and then on the Hub or its mirror (HF_ENDPOINT).
     """
-    timm = _timm(name)
+    timm = import_timm()
     known = timm.get_pretrained_cfg(name)
     stem = f"{known.architecture}.{known.tag}" if known and known.tag else name
     for ending in (".safetensors", ".pth", ".bin"):

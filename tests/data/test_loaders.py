@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from data.datasets import build_dataset
-from data.loaders import EndlessSampler, training_batches, whole_images
+from data.loaders import endless_draws, training_batches, whole_images
 from data.taxonomy import CLASS_SETS
 from data.transforms import RandomScaleCropFlip
 from utils.config import ROOT
@@ -30,17 +30,17 @@ def take(stream, count):
 
 
 def test_every_index_once_an_epoch():
-    draws = take(EndlessSampler(7, seed=1), 21)
+    draws = take(endless_draws(7, seed=1), 21)
     assert [draw for _, draw in draws] == list(range(21))
     epochs = [[index for index, _ in draws[i : i + 7]] for i in (0, 7, 14)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert take(EndlessSampler(7, seed=2), 7) != draws[:7]
+    assert take(endless_draws(7, seed=2), 7) != draws[:7]
 
 
 @pytest.mark.parametrize("start", [1, 6, 7, 10, 14])
 def test_starting_further_on_is_skipping(start):
-    assert take(EndlessSampler(7, 1, start), 10) == take(EndlessSampler(7, 1), start + 10)[start:]
+    assert take(endless_draws(7, 1, start), 10) == take(endless_draws(7, 1), start + 10)[start:]
 
 
 def test_batches_do_not_depend_on_workers_or_on_where_they_start(dataset):

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.io import decode_image
 
 from data import toy, toy_scene
-from data.taxonomy import CITYSCAPES_LABEL_IDS, CITYSCAPES_PALETTE, SYNTHIA_TO_TRAIN
+from data.taxonomy import CITYSCAPES_LABEL_IDS, CITYSCAPES_PALETTE, SYNTHIA_LABEL_IDS
 
 # An independent reader of 16-bit colour; torchvision announces its end.
 DECODED = pytest.mark.filterwarnings("ignore:The image decoding")
@@ -58,9 +58,8 @@ def test_synthia_layout(root):
     labels = [decode_image(str(path), mode="UNCHANGED").numpy() for path in labels]
     assert labels[0].dtype == np.uint16 and labels[0].shape == (3, *Image.open(images[0]).size[::-1])
     assert all((label[2] == 0).all() for label in labels)
-    assert all(set(np.unique(label[0])) <= {0, *SYNTHIA_TO_TRAIN} for label in labels)
-    synthia_id = {train_id: synthia_id for synthia_id, train_id in SYNTHIA_TO_TRAIN.items()}
-    check_shares(class_shares([label[0] for label in labels], [synthia_id[k] for k in range(19)]))
+    assert all(set(np.unique(label[0])) <= {0, *SYNTHIA_LABEL_IDS} for label in labels)
+    check_shares(class_shares([label[0] for label in labels], SYNTHIA_LABEL_IDS))
 
 
 def test_cityscapes_layout(root):
