@@ -41,7 +41,7 @@ def main(cfg: Config) -> dict:
     """Evaluate `checkpoint`; returns what is written to metrics.json, for `test.images` what was predicted."""
     device = choose_device(cfg)
     if (cfg.run_dir / "checkpoints").exists():
-        raise UserError(f"{show_path(cfg.run_dir)} is a training run: choose another name= for its test")
+        raise UserError(f"{cfg.run_dir} is a training run: choose another name= for its test")
     prepare_data(cfg)
     recompute = cfg.batchnorm.statistics == "target"
     section, images = getattr(cfg.data, cfg.test.dataset), cfg.test.images

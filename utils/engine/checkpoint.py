@@ -194,12 +194,12 @@ class RunFiles:
         raise UserError(f"{'; '.join(problems)}; train.restart=true begins anew")
 
 
-def refuse_changed_upstream(upstream: dict[str, str], name: str) -> None:
-    """UserError if a file that run `name` was started from, {path: hash}, has been made anew since."""
+def refuse_changed_upstream(upstream: dict[str, str], run: Path) -> None:
+    """UserError if a file that a run was started from, {path: hash}, has been made anew since."""
     for path, digest in upstream.items():
         if Path(path).is_file() and file_hash(Path(path)) != digest:
             raise UserError(
-                f"{name} was started from {path}, which has been made anew since: they no longer belong together; "
+                f"{run} was started from {path}, which has been made anew since: they no longer belong together; "
                 "begin anew with train.restart=true, or give this run a name="
             )
 

@@ -188,7 +188,7 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
     if files.there() and not cfg.train.restart:
         saved, start = files.read()
         refuse_other_experiment(saved["config"], cfg)
-        checkpoint.refuse_changed_upstream(saved.get("upstream", {}), show_path(cfg.run_dir))
+        checkpoint.refuse_changed_upstream(saved.get("upstream", {}), cfg.run_dir)
         if cfg.train.precision == "auto":  # a resumed run keeps its precision, on another device too
             cfg = copy.deepcopy(cfg)
             cfg.train.precision = saved["config"]["train"]["precision"]
@@ -272,7 +272,7 @@ def refuse_other_experiment(saved: dict, cfg: Config) -> None:
     if changed:
         listed = ", ".join(f"{k}: {old.get(k)} -> {new[k]}" for k in changed[:4])
         raise UserError(
-            f"{show_path(cfg.run_dir)} holds another experiment ({listed}{', …' if len(changed) > 4 else ''}); "
+            f"{cfg.run_dir} holds another experiment ({listed}{', …' if len(changed) > 4 else ''}); "
             "give this one a name=, or begin anew with train.restart=true"
         )
 

@@ -18,7 +18,6 @@ from models import statistics_kept
 from utils.config import Config, UserError, to_dict
 from utils.config.keys import MAX_SKIPPED
 from utils.engine import checkpoint, distributed
-from utils.engine.log import show_path
 from utils.evaluation.prediction import autocast
 
 
@@ -145,7 +144,7 @@ class GuardedStep:
         content = numbers | batch | {"step": iteration, "networks": networks, "config": to_dict(self.cfg)}
         checkpoint.save_checkpoint(self.file, content)
         self.skipped += 1
-        message = f"{name} is {value} in step {iteration}; batch, networks and config are in {show_path(self.file)}"
+        message = f"{name} is {value} in step {iteration}; batch, networks and config are in {self.file}"
         if t.on_nonfinite == "stop":
             raise UserError(f"{message}; nothing was updated; a lower train.lr, or train.on_nonfinite=skip, may help")
         if self.skipped > MAX_SKIPPED:
