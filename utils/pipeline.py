@@ -49,10 +49,10 @@ from utils.engine.command_line import run_words, warn_of_idle_gpus
 from utils.engine.log import show_path
 from utils.engine.loop import Backward, Stage, fit
 from utils.engine.setup import check_inputs, checked_config, choose_device, load_network, refuse_unusable_backbone
-from utils.evaluation.metrics import mean_over
+from utils.evaluation.metrics import mean_over, text_table
 from utils.evaluation.pictures import Gallery, save_panel
 from utils.evaluation.prediction import evaluate
-from utils.report.page import write_report
+from utils.report.page import score_table, write_report
 
 # (stage, its script, its config, what sets it apart), in order.
 STEPS = (
@@ -149,9 +149,8 @@ def add_controls(rows: dict[str, dict], configs: dict[str, Config], tests: Confi
         print(f"== {BOUND}", flush=True)
         rows |= stage_rows(BOUND, BOUND, cfg, fit(cfg, LabelledBound), tests)
         rows[BOUND]["steps"] = steps[stage]
-        for base in ("source_only_target_bn", CONTROL):
-            for name, row in rows.items():
-                row[f"gap_closed_from_{base}"] = gap_closed(rows, name, base)
+        for name, row in rows.items():
+            row[f"gap_closed_from_{CONTROL}"] = gap_closed(rows, name)
 
 
 def rounds_of(cfg: Config) -> list[Config]:
@@ -197,13 +196,13 @@ def bound_config(configs: dict[str, Config]) -> Config | None:
     return cfg
 
 
-def gap_closed(rows: dict[str, dict], stage: str, base: str) -> float | None:
-    """Share in percent of the way from row `base` to `labelled_bound` that a stage has gone, all with target BatchNorm.
+def gap_closed(rows: dict[str, dict], stage: str) -> float | None:
+    """Share in percent of the way from the control to the bound that a stage has gone, all with target BatchNorm.
 
-    None where the bound is not above the base.
+    None where the bound is not above the control.
     """
-    start, end, here = (rows[name]["miou_target_bn"] for name in (base, BOUND, stage))
-    return 100 * (here - start) / (end - start) if end > start and stage != base else None
+    start, end, here = (rows[name]["miou_target_bn"] for name in (CONTROL, BOUND, stage))
+    return 100 * (here - start) / (end - start) if end > start and stage != CONTROL else None
 
 
 # ---------------------------------------------------------------------------------------------------------- scores
@@ -244,43 +243,10 @@ def _test(tests: Config, run_name: str, statistics: str) -> dict:
     return test.main(cfg)
 
 
-COLUMNS = {  # of the table, where any row has them: title, key of the row, digits
-    "steps": ("steps", 0),
-    "target BN": ("miou_target_bn", 1),
-    "control": ("control_miou_target_bn", 1),
-    "gain": ("gain_over_control", 1),
-    "of the gap": ("gap_closed_from_source_only_long", 0),
-    "running BN": ("miou_running", 1),
-    "mIoU": ("miou", 1),
-    "16 classes": ("miou16", 1),
-    "13 classes": ("miou13", 1),
-    f"rarest {RAREST}": ("miou_rarest", 1),
-    "best": ("best_miou", 1),
-    "over own": ("over_own", 1),
-}
-NOTES = {
-    "control": "control: the source alone for as many steps; gain: over it, both under target BN",
-    "of the gap": f"of the gap: share in percent of the way from {CONTROL} to {BOUND}, under target BN",
-    "mIoU": "mIoU and what follows: under the BatchNorm statistics that the stage validates with; last checkpoints, "
-    "except for best, the highest on the validation labels",
-}
-
-
-def _cell(value: float | dict | None, digits: int) -> str:
-    if isinstance(value, dict):
-        return f"{value['mean']:.{digits}f}" + (f" ± {value['std']:.{digits}f}" if digits else "")
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
 def format_summary(rows: dict[str, dict]) -> str:
     """The table of mIoU by stage."""
-    known = {key for row in rows.values() for key, value in row.items() if value is not None}
-    columns = {title: column for title, column in COLUMNS.items() if column[0] in known}
-    width = max(24, *map(len, rows))
-    lines = [f"{'mIoU in percent':{width}}" + "".join(f"{title:>12}" for title in columns)]
-    for stage, row in rows.items():
-        lines.append(f"{stage:{width}}" + "".join(f"{_cell(row.get(key), n):>12}" for key, n in columns.values()))
-    return "\n".join([*lines, *(note for title, note in NOTES.items() if title in columns)])
+    columns, cells, notes = score_table(rows)
+    return "\n".join([text_table(["mIoU in percent", *columns], cells), *notes])
 
 
 def _panel(cfg: Config, runs: dict[str, str], statistics: str, path: Path) -> None:
@@ -335,11 +301,11 @@ def run_seeds(overrides: list[str], seeds: list[int], control: bool = True, boun
 
 
 def over_seeds(summaries: list[dict]) -> dict:
-    """The same nested numbers from several seeds -> {"mean": …, "std": …} in place of each; std is the sample's."""
+    """The same nested rows from several seeds, {"mean": …, "std": …} in place of each float; std is the sample's."""
     first = summaries[0]
     if isinstance(first, dict):
         return {key: over_seeds([s[key] for s in summaries]) for key in first if all(key in s for s in summaries)}
-    if not all(isinstance(value, int | float) for value in summaries):
+    if not all(isinstance(value, float) for value in summaries):
         return first if all(value == first for value in summaries) else None
     return {"mean": mean(summaries), "std": stdev(summaries) if len(summaries) > 1 else 0.0}
 

@@ -43,14 +43,14 @@ def test_no_bound_without_target_labels(benchmarks, capsys):
 
 
 def test_share_of_the_gap():
-    rows = {"long": {"miou_target_bn": 40.0}, "pst": {"miou_target_bn": 46.0}, "bpl": {"miou_target_bn": 38.0}}
+    rows = {CONTROL: {"miou_target_bn": 40.0}, "pst": {"miou_target_bn": 46.0}, "bpl": {"miou_target_bn": 38.0}}
     rows[BOUND] = {"miou_target_bn": 50.0}
-    assert gap_closed(rows, "pst", "long") == 60
-    assert gap_closed(rows, "bpl", "long") == -20
-    assert gap_closed(rows, BOUND, "long") == 100
-    assert gap_closed(rows, "long", "long") is None
+    assert gap_closed(rows, "pst") == 60
+    assert gap_closed(rows, "bpl") == -20
+    assert gap_closed(rows, BOUND) == 100
+    assert gap_closed(rows, CONTROL) is None
     rows[BOUND]["miou_target_bn"] = 40.0
-    assert gap_closed(rows, "pst", "long") is None
+    assert gap_closed(rows, "pst") is None
 
 
 def test_controls_by_the_pipeline(benchmarks, tmp_path, monkeypatch, capsys):

@@ -87,15 +87,20 @@ def text_table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def _percent(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def cell(value: float | dict | None, digits: int = 1) -> str:
+    """A number of a table, whole numbers without digits, or {"mean", "std"} over seeds; "-" for None."""
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        return f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f}"
+    return str(value) if isinstance(value, int) else f"{value:.{digits}f}"
 
 
 def table(columns: dict[str, dict], classes: ClassSet) -> str:
     """Scores side by side: a row per class, then the averages, a column per entry of `columns`."""
-    rows = [[name, *(_percent(s["iou"][name], 1) for s in columns.values())] for name in classes.names]
+    rows = [[name, *(cell(s["iou"][name]) for s in columns.values())] for name in classes.names]
     averages = {"mIoU": "miou", **{key: key for key in classes.subsets}, "pixel accuracy": "pixel_accuracy"}
-    rows += [[title, *(_percent(s[key], 1) for s in columns.values())] for title, key in averages.items()]
+    rows += [[title, *(cell(s[key]) for s in columns.values())] for title, key in averages.items()]
     notes = dict.fromkeys(note for s in columns.values() if (note := left_out_note(s)))
     return "\n".join([text_table(["IoU in percent", *columns], rows), *notes])
 
@@ -103,10 +108,10 @@ def table(columns: dict[str, dict], classes: ClassSet) -> str:
 def class_table(scores: dict, classes: ClassSet) -> str:
     """IoU, accuracy and pixels of each class, then their averages and the sum of pixels."""
     pixels = scores["pixels"]
-    rows = [[n, _percent(scores["iou"][n], 2), _percent(scores["accuracy"][n], 2), str(pixels[n])] for n in pixels]
-    rows.append(["mean", _percent(scores["miou"], 2), _percent(scores["macc"], 2), str(sum(pixels.values()))])
-    rows += [[key, _percent(scores[key], 2), "", ""] for key in classes.subsets]
-    rows.append(["pixel accuracy", "", _percent(scores["pixel_accuracy"], 2), ""])
+    rows = [[n, cell(scores["iou"][n], 2), cell(scores["accuracy"][n], 2), cell(pixels[n])] for n in pixels]
+    rows.append(["mean", cell(scores["miou"], 2), cell(scores["macc"], 2), str(sum(pixels.values()))])
+    rows += [[key, cell(scores[key], 2), "", ""] for key in classes.subsets]
+    rows.append(["pixel accuracy", "", cell(scores["pixel_accuracy"], 2), ""])
     return "\n".join(filter(None, [text_table(["percent", "IoU", "accuracy", "pixels"], rows), left_out_note(scores)]))
 
 

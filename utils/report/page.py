@@ -20,7 +20,7 @@ from utils.config import UserError
 from utils.config.keys import TRAINING_STAGES
 from utils.engine.checkpoint import atomic_write
 from utils.engine.distributed import is_main
-from utils.evaluation.metrics import left_out_note
+from utils.evaluation.metrics import cell, left_out_note
 from utils.report.charts import Line, heat_map, legend, line_chart, picture, table
 
 # Rows of summary.json and first folders of runs, in order: title and colour on the page.
@@ -36,24 +36,26 @@ STAGES = {
 }
 OTHER_COLOURS = ("#4f8f8b", "#b8527e", "#7a8a2e", "#c0643a")
 ABLATION = "ablation"  # folder of the runs that `utils.ablate` makes, beside a benchmark's own
-COLUMNS = {  # of the table of scores, where any row has them
-    "mIoU": "miou",
+COLUMNS = {  # of a table of stages, where any row has them: title and key of the row
+    "steps": "steps",
+    "target BN": "miou_target_bn",
     "control": "control_miou_target_bn",
     "gain": "gain_over_control",
+    "of the gap": "gap_closed_from_source_only_long",
+    "running BN": "miou_running",
+    "mIoU": "miou",
     "16 classes": "miou16",
     "13 classes": "miou13",
-    "rarest classes": "miou_rarest",
+    "rarest": "miou_rarest",
     "pixel accuracy": "pixel_accuracy",
-    "running BN": "miou_running",
-    "target BN": "miou_target_bn",
     "best": "best_miou",
-    "gap closed from target BN": "gap_closed_from_source_only_target_bn",
-    "gap closed from long": "gap_closed_from_source_only_long",
+    "over own": "over_own",
 }
 NOTES = {  # on columns
     "control": "Control: the source alone for as many steps; gain: over it, both under target BN.",
-    "best": "The best checkpoint was chosen by the labels that it is scored on.",
-    "gap closed from long": "Gap closed: share of the way from that control to the network with target labels.",
+    "of the gap": "Of the gap: share in percent of the way from source_only_long to labelled_bound, under target BN.",
+    "best": "mIoU and what follows: under the BatchNorm statistics that the stage validates with; last checkpoints, "
+    "except for best, the highest on the validation labels.",
 }
 
 
@@ -138,11 +140,11 @@ def _details(title: str, body: str, is_open: bool = False) -> str:
     return f"<details{' open' * is_open}><summary>{escape(title)}</summary>{body}</details>"
 
 
-def _cell(value: object) -> str:
-    """A number, or mean and deviation over seeds."""
-    if isinstance(value, dict) and "std" in value:
-        return f"{value['mean']:.1f} ± {value['std']:.1f}"
-    return f"{value:.1f}" if isinstance(value, int | float) else "–"
+def score_table(rows: dict[str, dict]) -> tuple[list[str], list[list[str]], list[str]]:
+    """Head and cells of a table of scores, a row for each of `rows`, and the notes on its columns."""
+    columns = {title: key for title, key in COLUMNS.items() if any(row.get(key) is not None for row in rows.values())}
+    cells = [[name, *(cell(row.get(key)) for key in columns.values())] for name, row in rows.items()]
+    return list(columns), cells, [note for title, note in NOTES.items() if title in columns]
 
 
 def _scores(title: str, rows: dict[str, dict], lead: str = "In percent.", more: str = "") -> str:
@@ -150,19 +152,15 @@ def _scores(title: str, rows: dict[str, dict], lead: str = "In percent.", more: 
     rows = {name: row for name, row in rows.items() if row.get("miou") is not None}
     if not rows:
         return ""
-    columns = {title: key for title, key in COLUMNS.items() if any(row.get(key) is not None for row in rows.values())}
-    averages = table(
-        ["", *columns], [[name, *(_cell(row.get(key)) for key in columns.values())] for name, row in rows.items()]
-    )
+    columns, averages, notes = score_table(rows)
     by_row = {name: row["iou"] for name, row in rows.items() if row.get("iou")}
     classes = dict.fromkeys(name for iou in by_row.values() for name in iou)
-    cells = [[name, *(_cell(iou.get(name)) for iou in by_row.values())] for name in classes]
+    cells = [[name, *(cell(iou.get(name)) for iou in by_row.values())] for name in classes]
     by_class = f"<h3>IoU by class</h3>{table(['', *by_row], cells)}" if cells else ""
     rarest = next((row["rarest"] for row in rows.values() if row.get("rarest")), None)
-    notes = [lead, *(note for title, note in NOTES.items() if title in columns)]
     notes += [f"Rarest classes: {', '.join(rarest)}."] if rarest else []
     notes += dict.fromkeys(f"{note}." for row in rows.values() if row.get("iou") and (note := left_out_note(row)))
-    return _section(title, averages + by_class + more, escape(" ".join(notes)))
+    return _section(title, table(["", *columns], averages) + by_class + more, escape(" ".join([lead, *notes])))
 
 
 class _Page:
