@@ -42,7 +42,7 @@ from utils.engine.setup import (
 )
 from utils.engine.step import GuardedStep
 from utils.evaluation.batchnorm import batchnorm_statistics, recompute_batchnorm, set_batchnorm_statistics
-from utils.evaluation.metrics import left_out_note, table
+from utils.evaluation.metrics import class_table, left_out_note
 from utils.evaluation.pictures import Gallery
 from utils.evaluation.prediction import evaluate
 
@@ -443,8 +443,7 @@ class Run:
         notes = [f"best {self.best['miou']:.2f} at step {self.best['iteration']}", left_out_note(scores)]
         self.log.info(f"step {step}: mIoU {scores['miou']:.2f} ({'; '.join(filter(None, notes))})")
         if step == cfg.train.iterations:
-            self.log.info(table({"last": self.last_scores, "best on val": self.best}, classes))
-            self.log.info("best on val: chosen by the labels of data.val that it is measured on; last: by none")
+            self.log.info(class_table(scores, classes))
         return better
 
     def leave(self, stop: Interruption) -> None:

@@ -96,15 +96,6 @@ def cell(value: float | dict | None, digits: int = 1) -> str:
     return str(value) if isinstance(value, int) else f"{value:.{digits}f}"
 
 
-def table(columns: dict[str, dict], classes: ClassSet) -> str:
-    """Scores side by side: a row per class, then the averages, a column per entry of `columns`."""
-    rows = [[name, *(cell(s["iou"][name]) for s in columns.values())] for name in classes.names]
-    averages = {"mIoU": "miou", **{key: key for key in classes.subsets}, "pixel accuracy": "pixel_accuracy"}
-    rows += [[title, *(cell(s[key]) for s in columns.values())] for title, key in averages.items()]
-    notes = dict.fromkeys(note for s in columns.values() if (note := left_out_note(s)))
-    return "\n".join([text_table(["IoU in percent", *columns], rows), *notes])
-
-
 def class_table(scores: dict, classes: ClassSet) -> str:
     """IoU, accuracy and pixels of each class, then their averages and the sum of pixels."""
     pixels = scores["pixels"]
