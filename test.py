@@ -26,7 +26,7 @@ from utils.engine.command_line import run_cli
 from utils.engine.log import open_log, show_path
 from utils.engine.setup import check_inputs, choose_device, load_network, prepare_data, resolve_auto
 from utils.evaluation.export import Exporter
-from utils.evaluation.metrics import class_table, confusion_table
+from utils.evaluation.metrics import class_table
 from utils.evaluation.pictures import Gallery, Worst
 from utils.evaluation.prediction import evaluate, predictions
 from utils.report.page import write_report
@@ -87,7 +87,6 @@ def main(cfg: Config) -> dict:
             pictures.save(log.folder / "panels" / f"{name}.png")
     result |= scores | {"worst": list(worst.scores.values())}
     checkpoint.write_json(log.folder / "metrics.json", result)
-    log.info(confusion_table(scores, classes))
     log.info("\n".join(["worst images:", *(f"mIoU {w['miou']:6.2f}  {w['image']}" for w in result["worst"])]))
     log.info(class_table(scores, classes))
     write_report(log.folder)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.taxonomy import CLASS_SETS, IGNORE, custom_class_set
-from utils.evaluation.metrics import ConfusionMatrix, class_table, confusion_table, left_out_note
+from utils.evaluation.metrics import ConfusionMatrix, class_table, left_out_note
 
 THREE = custom_class_set(["a", "b", "c"], [])
 
@@ -68,12 +68,3 @@ def test_class_table_names_iou_accuracy_and_pixels():
     assert rows["sky"] == ["-", "-", "0"] and rows["mean"] == ["50.00", "75.00", "3"]
     assert rows["miou16"] == rows["miou13"] == ["50.00"] and rows["pixel accuracy"] == ["66.67"]
     assert lines[-1].startswith("mIoU over 2 of 16 classes")
-
-
-def test_confusion_table_shows_what_becomes_of_a_class():
-    scores = confusion_of(THREE, ([0, 0, 2, 1], [0, 0, 0, 1])).scores(THREE)
-    assert [line.split() for line in confusion_table(scores, THREE).splitlines()[1:]] == [
-        ["a", "0", "67", ".", "33"],
-        ["b", "1", ".", "100", "."],
-        ["c", "2", ".", ".", "."],
-    ]

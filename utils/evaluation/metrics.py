@@ -104,12 +104,3 @@ def class_table(scores: dict, classes: ClassSet) -> str:
     rows += [[key, cell(scores[key], 2), "", ""] for key in classes.subsets]
     rows.append(["pixel accuracy", "", cell(scores["pixel_accuracy"], 2), ""])
     return "\n".join(filter(None, [text_table(["percent", "IoU", "accuracy", "pixels"], rows), left_out_note(scores)]))
-
-
-def confusion_table(scores: dict, classes: ClassSet) -> str:
-    """Predictions of each class's pixels, in percent: a row per true class, a column per predicted train id."""
-    rows = []
-    for k, (name, counts) in enumerate(zip(classes.names, scores["confusion"])):
-        total = sum(counts)
-        rows.append([name, str(k), *(f"{100 * c / total:.0f}" if 200 * c >= total > 0 else "." for c in counts)])
-    return text_table(["% of true class", "", *map(str, range(len(classes)))], rows)
