@@ -65,12 +65,8 @@ def leaves_folder(path: str) -> bool:
 class DatasetConfig:
     format: Literal["gta5", "synthia", "cityscapes", "folder"] = opt("gta5", "layout and label ids on disk")
     root: str = opt("data/GTA5", "folder of the dataset", path=os.path.isdir)
-    split: str = opt(
-        "all", "cityscapes: train | val | test; gta5: all, or train | val | test of split.mat; else unused"
-    )
-    size: list[int] = opt(
-        [], "[width, height] that images and labels are brought to when read; [] keeps each as it is", least=1
-    )
+    split: str = opt("all", "cityscapes: train | val | test; gta5: all, or those of split.mat; else unused")
+    size: list[int] = opt([], "[width, height] that images and labels are brought to; [] keeps their own", least=1)
     images: list[str] = opt([], "folder: globs below root, e.g. ['images/*.jpg']")
     labels: str = opt("", "folder: label of an image, from {dir} {parent} {stem}, e.g. 'labels/{stem}.png'; '' = none")
     strip: str = opt("", "folder: ending cut from an image's stem before {stem} is filled in")
@@ -95,9 +91,7 @@ class DataConfig:
         "cityscapes19", "which classes are learnt; auto (test.py alone) = as many as the checkpoint has"
     )
     class_names: list[str] = opt([], "custom: class names in train-id order")
-    palette: list[list[int]] = opt(
-        [], "custom: one [r, g, b] per class; [] spreads colours over the hue circle", most=255
-    )
+    palette: list[list[int]] = opt([], "custom: one [r, g, b] per class; [] = around the hue circle", most=255)
     source: DatasetConfig = opt(None, "labelled domain", stages=TRAIN_OR_TEST)
     target: DatasetConfig = opt(None, "domain adapted to; its labels are never read in training")
     val: DatasetConfig = opt(None, "labelled split of the target domain, for measuring only", stages=TRAIN_OR_TEST)
@@ -105,14 +99,9 @@ class DataConfig:
         2200, "width in px that scale 1 stands for (as released); 0 = the image's own width", stages=TRAINING_STAGES
     )
     scale: list[float] = opt(
-        [0.5, 1.5],
-        "uniform range of the random resize, aspect kept (as released)",
-        least=TINY,
-        stages=TRAINING_STAGES,
+        [0.5, 1.5], "range of the random resize, aspect kept (as released)", least=TINY, stages=TRAINING_STAGES
     )
-    crop: list[int] = opt(
-        [896, 512], "[width, height] of training crops (as released)", least=32, stages=TRAINING_STAGES
-    )
+    crop: list[int] = opt([896, 512], "[width, height] of crops (as released)", least=32, stages=TRAINING_STAGES)
     hflip: float = opt(0.5, "probability of mirroring (as released)", most=1, stages=TRAINING_STAGES)
     jitter: bool = opt(True, "colour jitter in the strong view; without it, strong = weak", stages=JITTERED)
     jitter_hue: float = opt(0.2, "strong view: hue shift, uniform in +-this (as released)", most=0.5, stages=JITTERED)
@@ -123,15 +112,10 @@ class DataConfig:
         [2, 10], "strong view: number and magnitude of operations (ProDA)", most=10, stages=("distill",)
     )
     cutout: float = opt(
-        0.333,
-        "strong view: side of the hole over the crop's short side; 0 = no hole (ProDA)",
-        most=1,
-        stages=("distill",),
+        0.333, "strong view: side of the hole over the crop's short side; 0 = none (ProDA)", most=1, stages=("distill",)
     )
     strong_geometry: bool = opt(
-        True,
-        "distillation's strong view: also mirror, rotation, shear and translation (ProDA)",
-        stages=("distill",),
+        True, "strong view: also mirror, rotation, shear and translation (ProDA)", stages=("distill",)
     )
     workers: int = opt(4, "loader processes per domain and training process; 0 = the training process loads")
     on_error: Literal["stop", "skip"] = opt(
@@ -166,9 +150,7 @@ class ModelConfig:
     arch: Literal["auto", "deeplabv2", "deeplab_pbal"] = opt(
         "auto", "segmentation architecture; deeplabv2 by default; deeplab_pbal is that of PBAL's published checkpoints"
     )
-    backbone: str = opt(
-        "auto", "resnet18 | resnet34 | resnet50 | resnet101 | resnet152 | timm/NAME; resnet101 by default"
-    )
+    backbone: str = opt("auto", f"{' | '.join(RESNETS)} | timm/NAME; {DEFAULT_BACKBONE} by default")
     output_stride: Literal["auto", 8, 14, 16, 32] = opt(
         "auto",
         "input pixels per pixel of the backbone's output; 8 by default, deeplab_pbal 16 (as released), or timm's "
@@ -188,7 +170,7 @@ class ModelConfig:
     )
     dropout: float = opt(
         0.1,
-        "probability of dropping a feature channel before the classifier; deeplab_pbal: a single value (as released)",
+        "dropped share of feature channels; deeplab_pbal: of values (as released)",
         most=0.99,
         stages=TRAINING_STAGES,
     )
@@ -199,12 +181,10 @@ class ModelConfig:
         path=os.path.isfile,
     )
     published: list[str] = opt(
-        [], "files of pretrain_model/ that are tried where the run named by init or checkpoint is absent"
+        [], "files of pretrain_model/ to try where the run named by init or checkpoint is absent"
     )
     init_discriminator: Literal["checkpoint", "new"] = opt(
-        "checkpoint",
-        "discriminator of the file that init names: go on with it where it fits, or begin a new one",
-        stages=("warmup", "bpl"),
+        "checkpoint", "discriminator: that of the file that init names, where it fits, or a new one", stages=ADVERSARIAL
     )
 
     def validate(self, key: str) -> None:
@@ -221,19 +201,13 @@ class ModelConfig:
 
 @dataclass
 class LossConfig:
-    adversarial: float = opt(
-        0.01, "weight of output-space alignment (as released); 0 = no adversary", stages=ADVERSARIAL
-    )
+    adversarial: float = opt(0.01, "weight of output-space alignment (as released); 0 = none", stages=ADVERSARIAL)
     gan: Literal["bce", "ls"] = opt(
         "bce", "adversary: binary cross-entropy (as released) | least squares (ProDA)", stages=ADVERSARIAL
     )
-    bidirectional: float = opt(
-        0.1, "weight of each of the two prototype terms (as released); 0 = warm-up", stages=("bpl",)
-    )
+    bidirectional: float = opt(0.1, "weight of each prototype term (as released); 0 = warm-up", stages=("bpl",))
     directions: Literal["both", "s2t", "t2s"] = opt(
-        "both",
-        "s2t: every pixel distributes itself over the classes; t2s: every class over the pixels",
-        stages=("bpl",),
+        "both", "s2t: every pixel spreads itself over the classes; t2s: every class over the pixels", stages=("bpl",)
     )
     pseudo_ce: float = opt(1.0, "weight of cross-entropy on pseudo labels (as released)", stages=("pst", "distill"))
     contrast: float = opt(1.0, "weight of prototypical contrast, each domain (as released)", stages=("pst",))
@@ -270,15 +244,12 @@ class TrainConfig:
     batch_target: int = opt(4, "target crops a step, of all processes together (as released)", least=1)
     precision: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = opt(
         "auto",
-        "of the forward passes; losses are float32. auto = bfloat16 on GPUs and CPUs that compute in it, float16 with "
-        "loss scaling on older GPUs, float32 on other CPUs; tf32 = float32 with TF32 products on GPUs",
+        "of the forward passes. auto = bfloat16 on GPUs and CPUs that compute in it, float16 with loss scaling on "
+        "other GPUs, float32 on other CPUs; tf32 = float32 with TF32 products on GPUs",
         stages=STAGES,
     )
     accumulate: int = opt(
-        1,
-        "parts that each batch is split into, to save memory: gradients are averaged and cross-entropy is exact, but "
-        "BatchNorm, and BPL's softmax over pixels, see one part at a time",
-        least=1,
+        1, "parts of each batch, to save memory; BatchNorm and BPL's softmax over pixels see one at a time", least=1
     )
     checkpointing: bool = opt(
         False, "compute the backbone's activations again in the backward pass: much less memory, a third more time"
@@ -314,8 +285,8 @@ class TrainConfig:
 class BatchNormConfig:
     statistics: Literal["running", "target", "saved"] = opt(
         "running",
-        "running = as released; target = recomputed on unlabelled target training images before validation, pseudo "
-        "labels and saving; saved = what the checkpoint holds (not in training)",
+        "running = as released; target = recomputed on unlabelled target training images before each use; saved = what "
+        "the checkpoint holds (not in training)",
     )
     images: int = opt(256, "target images that statistics are recomputed on; 0 = all")
 
@@ -341,15 +312,11 @@ class PseudoConfig:
 @dataclass
 class DistillConfig:
     resolution: Literal["full", "quarter"] = opt(
-        "quarter",
-        "where the student is compared with labels and teacher: full = labels' size and feature size | quarter = a "
-        "quarter of the crop for both (ProDA)",
+        "quarter", "of the target's losses: full = labels' and features' own | quarter = a quarter of the crop (ProDA)"
     )
     rounds: list[int] = opt([1, 2], "rounds to run; round 2 learns from round 1's result (ProDA)", least=1, most=2)
     init_round1: str = opt(
-        "simclr",
-        "round 1 starts from: simclr (ProDA) | imagenet | scratch | teacher | a run's name | a file",
-        path=os.path.isfile,
+        "simclr", "round 1's start: simclr (ProDA) | imagenet | scratch | teacher | a run | a file", path=os.path.isfile
     )
 
     def validate(self, key: str) -> None:
@@ -360,31 +327,22 @@ class DistillConfig:
 
 @dataclass
 class TestConfig:
-    dataset: Literal["val", "source", "target"] = opt(
-        "val", "labelled dataset of the benchmark that is scored", stages=("test",)
-    )
+    dataset: Literal["val", "source", "target"] = opt("val", "labelled dataset that is scored", stages=("test",))
     images: str = opt(
         "",
-        "predict these instead, without labels: an image, a folder or a glob, e.g. 'photos/**/*.jpg'",
+        "predict these without labels: an image, folder or glob, e.g. 'photos/**/*.jpg'",
         stages=("test",),
         path=os.path.exists,
     )
-    export: bool = opt(
-        False, "write the prediction of every image into predictions/; always with test.images", stages=("test",)
-    )
+    export: bool = opt(False, "write every prediction into predictions/; always with test.images", stages=("test",))
     flip: bool = opt(False, "average with the prediction of the mirrored image", stages=TRAIN_OR_TEST)
     scales: list[float] = opt(
         [1.0], "average over the image resized by these; [0.5] predicts at half size", least=TINY, stages=TRAIN_OR_TEST
     )
     window: list[int] = opt(
-        [],
-        "sliding window [width, height]; [] = the whole image (as in the literature)",
-        least=32,
-        stages=TRAIN_OR_TEST,
+        [], "sliding window [width, height]; [] = the whole image (usual)", least=32, stages=TRAIN_OR_TEST
     )
-    overlap: float = opt(
-        0.5, "least share of a sliding window that its neighbour sees too", most=0.9, stages=TRAIN_OR_TEST
-    )
+    overlap: float = opt(0.5, "least share of a window that its neighbour sees too", most=0.9, stages=TRAIN_OR_TEST)
     batch: int = opt(1, "images predicted at once, in validation and pseudo labels too", least=1)
     panels: int = opt(8, "images drawn into panels/, and as many of the worst", stages=("test",))
 
