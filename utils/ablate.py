@@ -20,8 +20,9 @@ from pathlib import Path
 import yaml
 
 from utils.config import ROOT, Config, ConfigError, all_keys, find_path, read_yaml
+from utils.config.keys import require
 from utils.engine import checkpoint
-from utils.engine.command_line import run_words
+from utils.engine.command_line import run_words, split_words
 from utils.engine.log import show_path
 from utils.engine.loop import refuse_other_experiment
 from utils.engine.setup import check_inputs, checked_config
@@ -53,24 +54,23 @@ def read_variants(path: Path) -> dict[str, list[str]]:
     """
     rows = {}
     for stage, variants in read_yaml(path).items():
-        if stage not in STAGES:
-            raise ConfigError(f"{path}: {stage!r} is no stage with variants; they are {', '.join(STAGES)}")
-        if not isinstance(variants, dict) or not variants:
-            raise ConfigError(f"{path}: {stage} must hold variants, as in `{{no_adversary: [loss.adversarial=0]}}`")
+        require(stage in STAGES, f"{path}: {stage!r} is no stage with variants; they are {', '.join(STAGES)}")
+        example = "`{no_adversary: [loss.adversarial=0]}`"
+        require(isinstance(variants, dict) and variants, f"{path}: {stage} must hold variants, as in {example}")
         rows[stage] = []
         for name, own in variants.items():
             where = f"{path}: {stage}/{name}"
-            if not (isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name)):
-                raise ConfigError(f"{where}: a variant is named by letters, digits, '_', '-' and '.'")
-            if not (isinstance(own, list) and all(isinstance(o, str) for o in own)):
-                raise ConfigError(f"{where} must hold a list of key=value, not {own!r}")
-            if stage != "pst" and any(o.startswith("pseudo.") for o in own):
-                raise ConfigError(f"{where}: {stage} learns from no pseudo labels; the keys pseudo.* are for pst")
-            if shared := [o for o in own if o.partition("=")[0] in SHARED]:
-                raise ConfigError(f"{where}: {shared[0]} cannot differ between variants; give it on the command line")
+            named = isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name)
+            require(named, f"{where}: a variant is named by letters, digits, '_', '-' and '.'")
+            words = isinstance(own, list) and all(isinstance(o, str) for o in own)
+            require(words, f"{where} must hold a list of key=value, not {own!r}")
+            for word in own:
+                learns = stage == "pst" or not word.startswith("pseudo.")
+                require(learns, f"{where}: {stage} learns from no pseudo labels; the keys pseudo.* are for pst")
+                differs = word.partition("=")[0] not in SHARED
+                require(differs, f"{where}: {word} cannot differ between variants; give it on the command line")
             rows[f"{stage}/{name}"] = own
-    if not rows:
-        raise ConfigError(f"{path} holds no variants")
+    require(rows, f"{path} holds no variants")
     return rows
 
 
@@ -175,13 +175,11 @@ def main() -> None:
     """Command line."""
 
     def call(words: list[str]) -> None:
-        files = [o.removeprefix("variants=") for o in words if o.startswith("variants=")]
-        overrides, controls, seeds = own_keys([o for o in words if not o.startswith("variants=")])
-        if any(o.startswith("seed=") for o in overrides):
-            raise ConfigError("seed= is given; seeds=0,1,2 says which to run")
-        if controls is not None:
-            raise ConfigError("controls= is for utils.pipeline, which trains them")
-        run(overrides, seeds or SEEDS, Path(find_path(files[-1])).absolute() if files else VARIANTS)
+        own, words = split_words(words, ("variants",))
+        overrides, controls, seeds = own_keys(words)
+        require(not any(o.startswith("seed=") for o in overrides), "seed= is given; seeds=0,1,2 says which to run")
+        require(controls is None, "controls= is for utils.pipeline, which trains them")
+        run(overrides, seeds or SEEDS, Path(find_path(own.get("variants", str(VARIANTS)))).absolute())
 
     run_words(call, __doc__)
 

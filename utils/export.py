@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from data.datasets import build_dataset
 from data.taxonomy import class_set
 from models import upsample
-from utils.config import ROOT, ConfigError, UserError
+from utils.config import ROOT, UserError
+from utils.config.keys import require
 from utils.engine import checkpoint
-from utils.engine.command_line import run_words
+from utils.engine.command_line import run_words, split_words
 from utils.engine.setup import checked_config, load_network, prepare_data
 
 ENDINGS = {"onnx": ".onnx", "torchscript": ".pt", "pt2": ".pt2"}
@@ -122,17 +123,13 @@ def run(words: list[str]) -> Path:
         ConfigError: a word that cannot be meant.
         UserError: no such checkpoint; what the format needs is not installed; it cannot hold this network.
     """
-    own = {"format": "", "output": "labels", "file": ""}
-    given = dict(word.split("=", 1) for word in words if word.split("=")[0] in own and "=" in word)
-    own |= given
-    if own["format"] not in ENDINGS:
-        raise ConfigError(f"format={own['format']} is not one of {' | '.join(ENDINGS)}")
-    if own["output"] not in OUTPUTS:
-        raise ConfigError(f"output={own['output']} is not one of {' | '.join(OUTPUTS)}")
+    own, others = split_words(words, ("format", "output", "file"))
+    form, output = own.get("format", ""), own.get("output", "labels")
+    require(form in ENDINGS, f"format={form} is not one of {' | '.join(ENDINGS)}")
+    require(output in OUTPUTS, f"output={output} is not one of {' | '.join(OUTPUTS)}")
     missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
-    if own["format"] == "onnx" and missing:
+    if form == "onnx" and missing:
         raise UserError(f"format=onnx needs {' and '.join(missing)}: pip install -r utils/requirements-onnx.txt")
-    others = [word for word in words if word.split("=")[0] not in own]
     cfg, target, device = checked_config(ROOT / "configs/test_from_gta_to_city.yml", others), None, torch.device("cpu")
     weights = checkpoint.find_checkpoint(cfg, cfg.checkpoint, cfg.model.published)
     if cfg.batchnorm.statistics == "target":
@@ -140,32 +137,30 @@ def run(words: list[str]) -> Path:
         target = build_dataset(cfg.data.target, class_set(cfg.data), with_labels=False)
     model, message = load_network(cfg, weights, device, target)
     print(message)
-    network = Deployed(model, own["output"]).eval().requires_grad_(False)
-    path = Path(own["file"] or weights.with_suffix(ENDINGS[own["format"]]).name)
+    network = Deployed(model, output).eval().requires_grad_(False)
+    path = Path(own.get("file") or weights.with_suffix(ENDINGS[form]).name)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f"network{ENDINGS[own['format']]}"
+        file = Path(folder) / f"network{ENDINGS[form]}"
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")  # TorchScript is deprecated, but asked for
                 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-                exported = export(network, own["format"], file)
+                exported = export(network, form, file)
         except Exception as error:  # of many kinds
             reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise UserError(
-                f"format={own['format']} cannot hold this network for images of any size: {reason}"
-            ) from None
+            raise UserError(f"format={form} cannot hold this network for images of any size: {reason}") from None
         if exported:
             difference = largest_difference(network, exported)
             if not difference <= TOLERANCE:
                 raise UserError(
-                    f"format={own['format']} computes other {own['output']} than the network, by up to "
+                    f"format={form} computes other {output} than the network, by up to "
                     f"{difference:.1e} in probability; {path} is not written"
                 )
             print(f"checked: probabilities differ by at most {difference:.1e}")
         else:
             print("not checked: ONNX Runtime is missing (pip install -r utils/requirements-onnx.txt)")
         checkpoint.atomic_write(path, lambda temporary: shutil.copyfile(file, temporary))
-    print(f"{path}: {own['output']} of {len(model.classifier.weight)} classes")
+    print(f"{path}: {output} of {len(model.classifier.weight)} classes")
     return path
 
 

@@ -43,9 +43,9 @@ from data.taxonomy import IGNORE, ClassSet, class_set
 from loss import segmentation_loss
 from models import upsample
 from utils.config import ROOT, Config, ConfigError, UserError
-from utils.config.keys import TRAINING_STAGES
+from utils.config.keys import TRAINING_STAGES, require
 from utils.engine import checkpoint, distributed
-from utils.engine.command_line import run_words, warn_of_idle_gpus
+from utils.engine.command_line import run_words, split_words, warn_of_idle_gpus
 from utils.engine.log import show_path
 from utils.engine.loop import Backward, Stage, fit
 from utils.engine.setup import check_inputs, checked_config, choose_device, load_network, refuse_unusable_backbone
@@ -312,23 +312,18 @@ def over_seeds(summaries: list[dict]) -> dict:
 
 def own_keys(overrides: list[str]) -> tuple[list[str], bool | None, list[int]]:
     """The overrides without the pipeline's own keys, and the values of these: controls (None if not given), seeds."""
-    own = dict(o.split("=", 1) for o in overrides if o.startswith(("controls=", "seeds=")))
-    others = [o for o in overrides if o.partition("=")[0] not in own]
-    controls = {"true": True, "false": False, None: None}.get(own.get("controls"), "")
-    if controls == "":
-        raise ConfigError(f"controls={own['controls']!r} has the wrong type: true or false is needed")
+    own, others = split_words(overrides, ("controls", "seeds"))
+    controls, numbers = own.get("controls"), own.get("seeds")
+    require(controls in ("true", "false", None), f"controls={controls!r} has the wrong type: true or false is needed")
     try:
-        seeds = [int(seed) for seed in own["seeds"].strip("[]").split(",")] if "seeds" in own else []
+        seeds = [] if numbers is None else [int(seed) for seed in numbers.strip("[]").split(",")]
     except ValueError:
-        raise ConfigError(f"seeds={own['seeds']!r} has the wrong type: seeds=0,1,2 is needed") from None
-    if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"seeds={own['seeds']!r} names a seed twice")
+        raise ConfigError(f"seeds={numbers!r} has the wrong type: seeds=0,1,2 is needed") from None
+    require(len(set(seeds)) == len(seeds), f"seeds={numbers!r} names a seed twice")
     given = {o.partition("=")[0] for o in others}
-    if "name" in given:
-        raise ConfigError("name= would be the one folder of all stages; runs= keeps pipelines apart")
-    if seeds and "seed" in given:
-        raise ConfigError("seed= and seeds= are given; seeds= says all")
-    return others, controls, seeds
+    require("name" not in given, "name= would be the one folder of all stages; runs= keeps pipelines apart")
+    require(not seeds or "seed" not in given, "seed= and seeds= are given; seeds= says all")
+    return others, controls and controls == "true", seeds
 
 
 def main() -> None:

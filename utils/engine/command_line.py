@@ -65,6 +65,13 @@ def run_words(call: Callable[[list[str]], Any], usage: str, words: str = "key=va
     guarded(lambda: call(args.words), args.debug)
 
 
+def split_words(words: list[str], own: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+    """The values of a command's `own` keys among `key=value` words, and all other words."""
+    pairs = [word.partition("=") for word in words]
+    mine = {key: value for key, equals, value in pairs if equals and key in own}
+    return mine, [word for word, (key, equals, _) in zip(words, pairs) if not (equals and key in own)]
+
+
 def _parser(usage: str, **options: Any) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
     parser.add_argument("--debug", action="store_true", help="show tracebacks of the user's mistakes too")
