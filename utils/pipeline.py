@@ -30,7 +30,6 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import mean, stdev
 
-import numpy as np
 from torch import Tensor
 
 import distill
@@ -39,12 +38,13 @@ import test
 import train_bpl
 import train_pst
 from data.datasets import build_dataset, list_samples
-from data.taxonomy import IGNORE, ClassSet, class_set
+from data.loaders import spread
+from data.taxonomy import ClassSet, class_set
 from loss import segmentation_loss
 from models import upsample
 from utils.config import ROOT, Config, ConfigError, UserError
 from utils.config.keys import TRAINING_STAGES, require
-from utils.engine import checkpoint, distributed
+from utils.engine import checkpoint
 from utils.engine.command_line import run_words, split_words, warn_of_idle_gpus
 from utils.engine.log import show_path
 from utils.engine.loop import Backward, Stage, fit
@@ -66,6 +66,7 @@ STEPS = (
 TESTS = ROOT / "configs" / "test_from_gta_to_city.yml"
 CONTROL, BOUND = "source_only_long", "labelled_bound"
 RAREST = 6  # classes that the tail score averages over
+PICTURES = 5  # rows of the panel
 
 
 def load_stages(overrides: list[str]) -> dict[str, Config]:
@@ -250,32 +251,22 @@ def format_summary(rows: dict[str, dict]) -> str:
 
 
 def _panel(cfg: Config, runs: dict[str, str], statistics: str, path: Path) -> None:
-    """image | each stage | truth, of five images: from the one that gained most pixels over all stages to the one that
-    lost most. Source only is shown under the BatchNorm statistics of the stages after it: what differs is learnt."""
+    """image | each stage | truth, of images spread over the validation split. Source only is shown under the BatchNorm
+    statistics of the stages after it: what differs is learnt."""
     cfg, device, classes = copy.deepcopy(cfg), choose_device(cfg), class_set(cfg.data)
-    cfg.which, models = "last", []
+    cfg.which, shown = "last", []
     target = build_dataset(cfg.data.target, classes, with_labels=False)
+    val = build_dataset(cfg.data.val, classes)
+    val.samples = [val.samples[i] for i in spread(len(val), PICTURES)]
     for stage, run_name in runs.items():
         cfg.batchnorm.statistics = statistics if stage == "source_only" else "saved"
-        models.append(load_network(cfg, checkpoint.find_checkpoint(cfg, run_name), device, target)[0])
-    val = build_dataset(cfg.data.val, classes)
-    gains = np.zeros(len(val))
-    for model, sign in ((models[0], -1), (models[-1], 1)):
-
-        def count(index: int, image: Tensor, prediction: Tensor, label: Tensor, sign: int = sign) -> None:
-            gains[index] += sign * ((prediction == label).sum() / (label != IGNORE).sum().clamp(min=1)).item()
-
-        evaluate(model, val, classes, cfg, device, count)
-    ranked = np.argsort(-sum(distributed.gathered(gains)), kind="stable")
-    chosen = ranked[np.linspace(0, len(val) - 1, min(5, len(val))).round().astype(int)]
-    val.samples = [val.samples[i] for i in chosen]
-    galleries = [Gallery(range(len(val)), classes) for _ in models]
-    for model, gallery in zip(models, galleries):
+        model, _ = load_network(cfg, checkpoint.find_checkpoint(cfg, run_name), device, target)
+        gallery = Gallery(range(len(val)), classes)
         evaluate(model, val, classes, cfg, device, gallery)
+        shown.append(gallery.shown)
     rows = []
-    for i in range(len(val)):
-        image, _, truth = galleries[0].shown[i]
-        rows.append([image, *(gallery.shown[i][1] for gallery in galleries), truth])
+    for i, (image, _, truth) in shown[0].items():
+        rows.append([image, *(pictures[i][1] for pictures in shown), truth])
     save_panel(path, rows, ["image", *(name.replace("_", " ") for name in runs), "truth"])
 
 
