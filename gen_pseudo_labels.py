@@ -59,8 +59,7 @@ def main(cfg: Config) -> dict:
         limits = store.level_limits(histogram, cfg.pseudo.threshold, cfg.pseudo.selection, cfg.pseudo.keep)
         statistics = store.statistics(histogram, limits, class_set(cfg.data).names, cfg.pseudo.threshold, highest)
         store.drop_unsure(cfg.run_dir, own, limits)
-        if hasattr(os, "sync"):
-            os.sync()  # all labels are on the disk before the manifest says so
+        os.sync()  # all labels are on the disk before the manifest says so
         distributed.wait()
         manifest = wanted | statistics | {"weights": show_path(weights), "left_out": left_out, "config": to_dict(cfg)}
         checkpoint.write_json(cfg.run_dir / store.MANIFEST, manifest)

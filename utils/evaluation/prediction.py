@@ -55,20 +55,13 @@ def normalized(images: Tensor, model: nn.Module) -> Tensor:
 
 
 class View(NamedTuple):
-    """The network's output for one part of the images.
+    """The network's output for one part of the images."""
 
-    Attributes:
-        maps: logits, or probabilities after `softmax_first`, float32 (N, K, h, w).
-        rows, columns: the part of the images that the network saw.
-        mirrored: whether it saw that part mirrored.
-        weight: float32 (H, W), the view's share in the mean at each pixel.
-    """
-
-    maps: Tensor
-    rows: slice
+    maps: Tensor  # logits, or probabilities after `softmax_first`, float32 (N, K, h, w)
+    rows: slice  # of the images, that the network saw
     columns: slice
-    mirrored: bool
-    weight: Tensor
+    mirrored: bool  # whether it saw them mirrored
+    weight: Tensor  # float32 (H, W), the view's share in the mean at each pixel
 
 
 def forward_views(
@@ -140,11 +133,7 @@ def _upsampled_rows(maps: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice
 
 
 def mean_probabilities(views: list[View], i: int, softmax_first: bool = False) -> Tensor:
-    """Class probabilities of image `i` at image size, float32 (K, H, W): the mean over the views.
-
-    Args:
-        softmax_first: as given to `forward_views`.
-    """
+    """Class probabilities of image `i` at image size, float32 (K, H, W): the mean over the views."""
     total = views[0].weight.new_zeros(views[0].maps.shape[1], *views[0].weight.shape)
     for view in views:
         part, weight = total[:, view.rows, view.columns], view.weight[view.rows, view.columns]
