@@ -1,13 +1,12 @@
 """A run, or all stages of a benchmark, as one page: report.html, complete in itself, without scripts or network.
 
-It shows what a run folder holds: metrics.jsonl, metrics.json, config.yml and panels/; of a benchmark also
-summary.json, seeds.json and panel.png. Missing or damaged files leave a gap.
+It shows what a run folder holds: metrics.json, config.yml and panels/; of a benchmark also summary.json, seeds.json
+and panel.png. Missing or damaged files leave a gap. TensorBoard has the curves.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -21,20 +20,18 @@ from utils.config.keys import TRAINING_STAGES
 from utils.engine.checkpoint import atomic_write
 from utils.engine.distributed import is_main
 from utils.evaluation.metrics import cell, left_out_note
-from utils.report.charts import Line, heat_map, legend, line_chart, picture, table
+from utils.report.markup import heat_map, legend, picture, table
 
-# Rows of summary.json and first folders of runs, in order: title and colour on the page.
-STAGES = {
-    "source_only": ("source only", "#8a94a3"),
-    "source_only_target_bn": ("source only, target BN", "#5b6675"),
-    "warmup": ("warm-up", "#d08a00"),
-    "bpl": ("BPL", "#0d9a6c"),
-    "pst": ("PST", "#1f6fc4"),
-    "distill": ("distilled", "#8e4fb8"),
-    "source_only_long": ("source only, long", "#a0784f"),
-    "labelled_bound": ("with target labels", "#d1495b"),
+STAGES = {  # rows of summary.json and first folders of runs, in order: title on the page
+    "source_only": "source only",
+    "source_only_target_bn": "source only, target BN",
+    "warmup": "warm-up",
+    "bpl": "BPL",
+    "pst": "PST",
+    "distill": "distilled",
+    "source_only_long": "source only, long",
+    "labelled_bound": "with target labels",
 }
-OTHER_COLOURS = ("#4f8f8b", "#b8527e", "#7a8a2e", "#c0643a")
 ABLATION = "ablation"  # folder of the runs that `utils.ablate` makes, beside a benchmark's own
 COLUMNS = {  # of a table of stages, where any row has them: title and key of the row
     "steps": "steps",
@@ -66,14 +63,7 @@ class Run:
     name: str
     folder: Path
     config: dict
-    entries: list[dict]  # of metrics.jsonl
     scores: dict[str, dict]  # "last" and "best" of training, or "test"
-
-    def curves(self) -> Iterator[tuple[str, int, float]]:
-        """(name, step, value) of every loss and mIoU that was logged."""
-        for entry in self.entries:
-            values = entry.get("loss", {}) if entry.get("group") == "train" else {"mIoU": entry.get("miou")}
-            yield from ((name, entry["step"], value) for name, value in values.items() if value is not None)
 
 
 def read_mapping(path: Path, parse=json.loads) -> dict:
@@ -85,23 +75,11 @@ def read_mapping(path: Path, parse=json.loads) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def _entries(path: Path) -> list[dict]:
-    if not path.is_file():
-        return []
-    entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:  # cut short by a kill
-            continue
-    return [e for e in entries if isinstance(e, dict) and "step" in e]
-
-
 def _read_run(folder: Path, name: str = "") -> Run:
     config, metrics = read_mapping(folder / "config.yml", yaml.safe_load), read_mapping(folder / "metrics.json")
     name = name or str(config.get("name") or config.get("stage") or folder.name)
     scores = {"test": metrics} if "miou" in metrics else {k: v for k, v in metrics.items() if isinstance(v, dict)}
-    return Run(name, folder, config, _entries(folder / "metrics.jsonl"), scores)
+    return Run(name, folder, config, scores)
 
 
 def _place(name: str) -> tuple[int, str]:
@@ -128,7 +106,7 @@ def title_of(name: str) -> str:
     """'distill/round2' -> 'distilled, round 2'."""
     first, *rest = name.split("/")
     rest = [r.replace("round", "round ").replace("_", " ") for r in rest]
-    return ", ".join([STAGES[first][0] if first in STAGES else first.replace("_", " "), *rest])
+    return ", ".join([STAGES[first] if first in STAGES else first.replace("_", " "), *rest])
 
 
 def _section(title: str, body: str, lead: str = "") -> str:
@@ -203,7 +181,7 @@ class _Page:
         body = "" if self.alone else picture(self.folder / "panel.png", "image, prediction of each stage, truth")
         for run in self.runs if not body else ():
             files = sorted((run.folder / "panels").glob("*.png"))
-            for file in files[-1:] if run.entries else files:  # of training, the last step's
+            for file in files if "test" in run.scores else files[-1:]:  # of training, the last step's
                 title = f"{title_of(run.name)}, {file.stem.lstrip('0')}"
                 drawn = picture(file, f"{title}: image, prediction, truth")
                 body += f"<h3>{escape(title)}</h3>{drawn}" if drawn else ""
@@ -216,24 +194,6 @@ class _Page:
         except (KeyError, TypeError, ValueError):  # a damaged config.yml
             return ""
         return legend([(n, "rgb({}, {}, {})".format(*colour)) for n, colour in zip(classes.names, classes.palette)])
-
-    def curves(self) -> str:
-        starts, offset, colours = [], 0, {}
-        lines: dict[str, dict[str, list]] = {"mIoU": {}}  # chart -> run -> points
-        for i, run in enumerate(run for run in self.runs if run.entries):
-            name = run.name.split("/")[0]
-            colours[run.name] = STAGES[name][1] if name in STAGES else OTHER_COLOURS[i % len(OTHER_COLOURS)]
-            starts.append(offset)
-            for term, step, value in run.curves():
-                lines.setdefault(term, {}).setdefault(run.name, []).append((offset + step, value))
-            offset += max(entry["step"] for entry in run.entries)
-        label = "step" if self.alone else "step, stages one after another"
-        charts = ""
-        for term, by_run in lines.items():
-            curves = [Line(title_of(name), colours[name], points) for name, points in by_run.items()]
-            charts += line_chart(term.replace("_", " "), curves, label, starts) if curves else ""
-        names = "" if self.alone else legend([(title_of(name), colour) for name, colour in colours.items()])
-        return _section("Training", f'{names}<div class="charts">{charts}</div>' if charts else "")
 
     def confusion(self) -> str:
         maps = {}
@@ -256,7 +216,7 @@ class _Page:
 
     def html(self) -> str:
         style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-        parts = (self.head, self.seeds, self.scores, self.panels, self.curves, self.confusion, self.configs)
+        parts = (self.head, self.seeds, self.scores, self.panels, self.confusion, self.configs)
         return (
             f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>PBAL: {escape(self.folder.name)}'
             '</title><meta name="viewport" content="width=device-width, initial-scale=1">'
