@@ -43,15 +43,13 @@ def main(cfg: Config) -> dict:
     if (cfg.run_dir / "checkpoints").exists():
         raise UserError(f"{cfg.run_dir} is a training run: choose another name= for its test")
     prepare_data(cfg)
-    recompute = cfg.batchnorm.statistics == "target"
     section, images = getattr(cfg.data, cfg.test.dataset), cfg.test.images
-    dataset, weights, target = check_inputs(
+    dataset, weights = check_inputs(
         lambda: SegmentationDataset(find_images(images)) if images else build_dataset(section, class_set(cfg.data)),
         lambda: checkpoint.find_checkpoint(cfg, cfg.checkpoint, cfg.model.published),
-        lambda: build_dataset(cfg.data.target, class_set(cfg.data), with_labels=False) if recompute else None,
     )
     file = read_weights(weights)
-    model, message = load_network(cfg, file, device, target)
+    model, message = load_network(cfg, file, device)
     cfg = resolve_auto(cfg, file)
     classes = class_set(cfg.data)
     if not images:

@@ -114,12 +114,11 @@ def run(overrides: list[str]) -> dict:
         raise UserError(f"{folder} holds no run with checkpoints/{cfg.which}.pth")
     prepare_data(cfg)
     val = build_dataset(cfg.data.val, classes)
-    target = build_dataset(cfg.data.target, classes, False) if cfg.batchnorm.statistics == "target" else None
     shutil.rmtree(folder / "embed", ignore_errors=True)
     numbers = {}
     with SummaryWriter(folder / "embed") as board:
         for name, file in files.items():
-            model, _ = load_network(cfg, file, device, target)
+            model, _ = load_network(cfg, file, device)
             if (number := len(model.classifier.weight)) != len(classes):
                 raise UserError(f"{file} knows {number} classes, the benchmark has {len(classes)}: see data.class_set")
             centres, sample = measure(model, val, classes, cfg, device)

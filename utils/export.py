@@ -25,8 +25,6 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from data.datasets import build_dataset
-from data.taxonomy import class_set
 from models import upsample
 from utils.config import ROOT, UserError
 from utils.config.keys import require
@@ -130,12 +128,11 @@ def run(words: list[str]) -> Path:
     missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if form == "onnx" and missing:
         raise UserError(f"format=onnx needs {' and '.join(missing)}: pip install -r utils/requirements-onnx.txt")
-    cfg, target, device = checked_config(ROOT / "configs/test_from_gta_to_city.yml", others), None, torch.device("cpu")
+    cfg = checked_config(ROOT / "configs/test_from_gta_to_city.yml", others)
     weights = checkpoint.find_checkpoint(cfg, cfg.checkpoint, cfg.model.published)
     if cfg.batchnorm.statistics == "target":
         prepare_data(cfg)
-        target = build_dataset(cfg.data.target, class_set(cfg.data), with_labels=False)
-    model, message = load_network(cfg, weights, device, target)
+    model, message = load_network(cfg, weights, torch.device("cpu"))
     print(message)
     network = Deployed(model, output).eval().requires_grad_(False)
     path = Path(own.get("file") or weights.with_suffix(ENDINGS[form]).name)

@@ -255,12 +255,11 @@ def _panel(cfg: Config, runs: dict[str, str], statistics: str, path: Path) -> No
     statistics of the stages after it: what differs is learnt."""
     cfg, device, classes = copy.deepcopy(cfg), choose_device(cfg), class_set(cfg.data)
     cfg.which, shown = "last", []
-    target = build_dataset(cfg.data.target, classes, with_labels=False)
     val = build_dataset(cfg.data.val, classes)
     val.samples = [val.samples[i] for i in spread(len(val), PICTURES)]
     for stage, run_name in runs.items():
         cfg.batchnorm.statistics = statistics if stage == "source_only" else "saved"
-        model, _ = load_network(cfg, checkpoint.find_checkpoint(cfg, run_name), device, target)
+        model, _ = load_network(cfg, checkpoint.find_checkpoint(cfg, run_name), device)
         gallery = Gallery(range(len(val)), classes)
         evaluate(model, val, classes, cfg, device, gallery)
         shown.append(gallery.shown)

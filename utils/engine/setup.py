@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from data import toy
-from data.datasets import SegmentationDataset
+from data.datasets import SegmentationDataset, build_dataset
 from data.taxonomy import CLASS_SETS, check_classes, class_set
 from models import WeightError, WeightFile, build_model, read_weights, released_dilations
 from models.backbone import check_backbone
@@ -190,7 +190,7 @@ def load_network(
     Args:
         cfg: the network's configuration; `auto` follows the file.
         weights: a file of any known format.
-        target: unlabelled target training images, for statistics=target.
+        target: unlabelled target training images, for statistics=target; by default, those that `cfg` names.
 
     Returns:
         The network, and a line that says what was loaded.
@@ -207,6 +207,8 @@ def load_network(
     if cfg.batchnorm.statistics == "running":
         set_batchnorm_statistics(model, file.running_statistics)
     elif cfg.batchnorm.statistics == "target":
+        if target is None:
+            target = build_dataset(cfg.data.target, class_set(cfg.data), with_labels=False)
         recompute_batchnorm(model, target, cfg, device)
     return model.eval(), message
 
