@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
 import json
@@ -11,7 +10,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -128,28 +127,19 @@ class RunLog:
 
 
 class Meter:
-    """Images per second of training alone, and the time that the remaining steps take at this pace."""
+    """Speed of training alone, and the time that the remaining steps take at this pace."""
 
     def __init__(self, images_per_step: int):
-        self.images_per_step, self.steps, self.started = images_per_step, 0, time.monotonic()
+        self.images_per_step = images_per_step
 
-    def step(self) -> None:
-        """Count a step."""
-        self.steps += 1
+    def start(self, step: int) -> None:
+        """Measure from the end of `step` on."""
+        self.step, self.started = step, time.monotonic()
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out the time of the block."""
-        pause = time.monotonic()
-        yield
-        self.started += time.monotonic() - pause
-
-    def read(self, steps_left: int) -> tuple[float, str]:
-        """(images per second, h:mm:ss left) since the last call."""
-        seconds, steps = time.monotonic() - self.started, max(1, self.steps)
-        self.steps, self.started = 0, time.monotonic()
-        left = datetime.timedelta(seconds=round(steps_left * seconds / steps))
-        return steps * self.images_per_step / max(seconds, 1e-9), str(left)
+    def read(self, step: int, last: int) -> tuple[float, str]:
+        """(images per second since the start, h:mm:ss from `step` to the `last` one)."""
+        pace = (time.monotonic() - self.started) / max(1, step - self.step)  # seconds a step
+        return self.images_per_step / max(pace, 1e-9), str(datetime.timedelta(seconds=round((last - step) * pace)))
 
 
 class NoLog:

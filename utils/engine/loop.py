@@ -127,6 +127,7 @@ def fit(cfg: Config, stage_type: type[Stage]) -> dict:
         t, trained = run.cfg.train, False
         # Closing the batches ends the loader processes.
         with Interruption() as stop, contextlib.closing(run.batches()) as batches, run.progress_bar() as bar:
+            run.meter.start(run.iteration)
             while run.iteration < t.iterations:
                 source, target = _next(batches, stop)
                 if stop.came():
@@ -137,16 +138,15 @@ def fit(cfg: Config, stage_type: type[Stage]) -> dict:
                 run.stage.before_step(run.iteration)
                 if message := run.step(run.stage.step, source, target, run.iteration):
                     run.log.info(message)
-                run.meter.step()
                 bar.update()
                 trained = True
                 validates = run.iteration % t.val_every == 0 or run.iteration == t.iterations
                 saves = validates or run.iteration % t.save_every == 0
                 if saves or run.iteration % t.log_every == 0:
                     run.log_step(rates, bar)
-                if saves:
-                    with run.meter.paused():
+                    if saves:
                         run.save(validates)
+                    run.meter.start(run.iteration)
             if stop.came():  # during the last save
                 run.leave(stop)
         return run.finish(trained)
@@ -375,7 +375,7 @@ class Run:
         for found in distributed.gathered(sorted(self.unreadable)):
             self.count_unreadable(found)
         means, lr = self.step.take_means(), next(iter(rates.values()))
-        speed, left = self.meter.read(self.cfg.train.iterations - self.iteration)
+        speed, left = self.meter.read(self.iteration, self.cfg.train.iterations)
         faults = {"skipped_steps": self.step.skipped, "float16_overflows": self.step.overflows}
         faults["unreadable_files"] = len(self.unreadable)
         entry = means | {"lr": lr, "images_per_second": speed} | {k: v for k, v in faults.items() if v}
