@@ -109,15 +109,12 @@ class RunLog:
     def sync(self) -> dict[str, int]:
         """Write everything to the disk; returns the lengths of log.txt and metrics.jsonl in bytes."""
         lengths = {}
-        try:
-            if "board" in self.__dict__:
-                self.board.flush()
-            for path in (self.text_file, self.metrics_file):
-                with open(path, "ab") as file:
-                    os.fsync(file.fileno())
-                    lengths[path.name] = file.tell()
-        except OSError as error:
-            raise _cannot_write(self.folder, error) from None
+        if "board" in self.__dict__:
+            self.board.flush()
+        for path in (self.text_file, self.metrics_file):
+            with open(path, "ab") as file:
+                os.fsync(file.fileno())
+                lengths[path.name] = file.tell()
         return lengths
 
     def close(self) -> None:
@@ -176,11 +173,7 @@ def _append(path: Path, line: str) -> None:
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{line}\n")
     except OSError as error:
-        raise _cannot_write(path, error) from None
-
-
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror}; the last checkpoint is kept")
+        raise UserError(f"cannot write {path}: {error.strerror}; the last checkpoint is kept") from None
 
 
 def show_path(path: Path) -> str:
