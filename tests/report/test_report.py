@@ -202,5 +202,11 @@ def test_paths_that_are_not_utf8(folder):
 
 
 def test_heat_map_counts_in_percent_of_the_truth():
-    markup = heat_map(np.array([[3, 1], [0, 0]]), ["a", "b"], "confusion")
-    assert re.findall(r"<title>([^<]+)</title>", markup) == ["a taken for a: 75.0 %", "a taken for b: 25.0 %"]
+    markup = heat_map(np.array([[3, 1], [0, 0]]), ["a", "b"])
+    cells = re.findall(r'title="([^"]+)" style="--share:(\d+)%"[^>]*>(\d*)<', markup)
+    assert cells == [
+        ("a taken for a: 75.0 %", "75", "75"),
+        ("a taken for b: 25.0 %", "25", "25"),
+        ("b taken for a: 0.0 %", "0", ""),
+        ("b taken for b: 0.0 %", "0", ""),
+    ]

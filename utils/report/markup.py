@@ -11,40 +11,28 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-CELL = 26  # side of a heat map's cell in px
 PICTURE_WIDTH = 1680  # px that pictures are shrunk to
 LEGIBLE_WIDTH = 860  # least px of a wide picture; on a phone it scrolls in its box
 
 
-def heat_map(counts: np.ndarray, names: Sequence[str], title: str) -> str:
-    """SVG of a confusion matrix: rows are true classes, each in percent of its own pixels; under 0.5 % is left blank.
+def heat_map(counts: np.ndarray, names: Sequence[str]) -> str:
+    """Table of a confusion matrix: rows are true classes, each in percent of its own pixels; under 0.5 % is left blank.
 
     Args:
         counts: (K, K), truth by prediction.
         names: K class names.
     """
     share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    margin = 16 + round(6.6 * max(map(len, names)))  # px that the longest name takes, with room
-    size = CELL * len(names)
-    width = margin + size + 8
-    parts = [f'<rect class="sheet" x="{margin}" y="{margin}" width="{size}" height="{size}"/>']
-    for k, name in enumerate(names):
-        centre = margin + CELL * k + CELL / 2
-        parts.append(f'<text x="{margin - 7}" y="{centre + 4}" text-anchor="end">{escape(name)}</text>')
-        parts.append(f'<text transform="translate({centre + 4} {margin - 7}) rotate(-90)">{escape(name)}</text>')
-    for i, j in zip(*np.nonzero(share >= 0.5)):
-        left, top, value = margin + CELL * j, margin + CELL * i, share[i, j]
-        label = escape(f"{names[i]} taken for {names[j]}: {value:.1f} %")
-        parts.append(
-            f'<g><title>{label}</title><rect x="{left}" y="{top}" width="{CELL}" height="{CELL}" '
-            f'fill="var(--heat)" fill-opacity="{0.06 + 0.94 * value / 100:.2f}"/>'
-            f'<text class="{"on" if value > 45 else "off"}" '
-            f'x="{left + CELL / 2}" y="{top + CELL / 2 + 3.5}" text-anchor="middle">{value:.0f}</text></g>'
-        )
-    return (
-        f'<div class="scroll" tabindex="0"><svg class="heat" width="{width}" height="{width}" '
-        f'viewBox="0 0 {width} {width}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></div>'
-    )
+    head = "".join(f'<th scope="col"><span>{escape(name)}</span></th>' for name in names)
+    body = ""
+    for truth, row in zip(names, share):
+        body += f'<tr><th scope="row">{escape(truth)}</th>'
+        for name, value in zip(names, row):
+            label, shown = escape(f"{truth} taken for {name}: {value:.1f} %"), f"{value:.0f}" if value >= 0.5 else ""
+            kind = ' class="on"' if value > 45 else ""
+            body += f'<td title="{label}" style="--share:{value:.0f}%"{kind}>{shown}</td>'
+        body += "</tr>"
+    return f'<div class="scroll" tabindex="0"><table class="heat"><tr><td></td>{head}</tr>{body}</table></div>'
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

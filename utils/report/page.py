@@ -201,7 +201,7 @@ class _Page:
             scores = next(iter(run.scores.values()), {})
             if scores.get("confusion") and scores.get("iou"):
                 counts = np.array(scores["confusion"], float)
-                maps[run.name] = heat_map(counts, list(scores["iou"]), f"Confusion matrix, {title_of(run.name)}")
+                maps[run.name] = heat_map(counts, list(scores["iou"]))
         stages = [name for name in maps if name.split("/")[0] in TRAINING_STAGES] or list(maps)
         lead = "Rows are true classes, columns predictions, in % of the true class's pixels."
         return _section("Confusion", "".join(_details(title_of(n), m, n == stages[-1]) for n, m in maps.items()), lead)
