@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -446,13 +446,13 @@ class Run:
             self.log.info(class_table(scores, classes))
         return better
 
-    def leave(self, stop: Interruption) -> None:
+    def leave(self, stop: Interruption) -> NoReturn:
         """Save, and end as a signal asks."""
         if self.saved_at != self.iteration:
             self.log.info(f"{stop.name} after step {self.iteration}: saved; the same command resumes there")
             self.save(validates=False)
         self.log.close()
-        stop.obey()
+        raise SystemExit(128 + stop.signal)  # the conventional status
 
     def finish(self, trained: bool) -> dict:
         """Write metrics.json and return what it holds; `trained` is whether any step was made since the start."""

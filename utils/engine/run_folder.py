@@ -122,8 +122,3 @@ class Interruption:
     def name(self) -> str:
         """Of the signal that came."""
         return signal.Signals(self.signal).name
-
-    def obey(self) -> None:
-        """Leave with the conventional status, 128 + the signal's number, if one came."""
-        if self.signal:
-            raise SystemExit(128 + self.signal)
