@@ -24,9 +24,6 @@ def test_a_run_in_tensorboard(configure, tmp_path):
     assert values["validation/mIoU"][-1] == pytest.approx(result["last"]["miou"], rel=1e-5)
     assert values["learning rate/head"] == pytest.approx([10 * v for v in values["learning rate/backbone"]], rel=1e-5)
     assert [e.step for e in board.Images("val/panel")] == [1, 2]  # one at each validation
-    assert values["final/mIoU last"] == pytest.approx([result["last"]["miou"]], rel=1e-5)
-    plugins = board.Tags()
-    assert board.SummaryMetadata("_hparams_/session_start_info").plugin_data.plugin_name == "hparams", plugins
     assert (cfg.run_dir / "report.html").is_file()
 
 

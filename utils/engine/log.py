@@ -19,7 +19,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils.config import ROOT, Config, UserError, flatten, to_dict, to_yaml
+from utils.config import ROOT, Config, UserError, to_dict, to_yaml
 from utils.engine import distributed
 from utils.engine.checkpoint import atomic_write, plain
 
@@ -34,7 +34,6 @@ PLAIN_NAMES = {
     "pixels": None,  # the same at every validation
     "iteration": None,
 }
-HPARAMS = ("model.", "loss.", "train.", "batchnorm.", "pseudo.", "distill.")
 
 
 def git_sha() -> str:
@@ -91,16 +90,6 @@ class RunLog:
             for sub, number in value.items() if isinstance(value, dict) else [("", value)]:
                 if name and isinstance(number, float | int):
                     self.board.add_scalar("/".join(filter(None, (name, sub))), number, step)
-
-    def hparams(self, cfg: Config, result: dict) -> None:
-        """What a run was trained with beside what it reached, for TensorBoard's table of runs."""
-        chosen = {"benchmark": cfg.benchmark_name, "stage": cfg.stage, "seed": cfg.seed}
-        for key, value in flatten(to_dict(cfg)).items():
-            if key.startswith(HPARAMS):
-                chosen[key] = value if isinstance(value, bool | float | int) else str(value)
-        reached = {f"final/mIoU {kind}": result[kind]["miou"] for kind in ("last", "best") if result[kind]}
-        # Into this run's folder, not one of its own; at the last step, so that a resumed run replaces it.
-        self.board.add_hparams(chosen, reached, run_name=".", global_step=result["last"]["iteration"])
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """uint8 (H, W, 3) into TensorBoard."""

@@ -463,7 +463,5 @@ class Run:
         chosen_by = f"mIoU on data.val, {len(self.data.val)} images"
         result = {"last": self.last_scores, "best": self.best, "best_chosen_by": chosen_by}
         checkpoint.write_json(self.folder / "metrics.json", result)
-        if trained:
-            self.log.hparams(self.cfg, result)
         self.log.close()
         return result
