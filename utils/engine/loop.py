@@ -124,7 +124,9 @@ def fit(cfg: Config, stage_type: type[Stage]) -> dict:
     """
     with run_lock(cfg.run_dir):
         run = _set_up(cfg, stage_type)
-        t, trained = run.cfg.train, False
+        t = run.cfg.train
+        if run.iteration >= t.iterations:
+            run.log.info(f"{show_path(run.folder)} is complete; train.restart=true begins anew")
         # Closing the batches ends the loader processes.
         with Interruption() as stop, contextlib.closing(run.batches()) as batches, run.progress_bar() as bar:
             run.meter.start(run.iteration)
@@ -139,7 +141,6 @@ def fit(cfg: Config, stage_type: type[Stage]) -> dict:
                 if message := run.step(run.stage.step, source, target, run.iteration):
                     run.log.info(message)
                 bar.update()
-                trained = True
                 validates = run.iteration % t.val_every == 0 or run.iteration == t.iterations
                 saves = validates or run.iteration % t.save_every == 0
                 if saves or run.iteration % t.log_every == 0:
@@ -149,7 +150,7 @@ def fit(cfg: Config, stage_type: type[Stage]) -> dict:
                     run.meter.start(run.iteration)
             if stop.came():  # during the last save
                 run.leave(stop)
-        return run.finish(trained)
+        return run.finish()
 
 
 def _next(batches: Iterator, stop: Interruption) -> tuple[dict, dict]:
@@ -454,12 +455,10 @@ class Run:
         self.log.close()
         raise SystemExit(128 + stop.signal)  # the conventional status
 
-    def finish(self, trained: bool) -> dict:
-        """Write metrics.json and return what it holds; `trained` is whether any step was made since the start."""
+    def finish(self) -> dict:
+        """Write metrics.json and return what it holds."""
         if self.last_scores is None or self.last_scores["iteration"] != self.iteration:
             self.save(validates=True)  # train.iterations has been lowered since
-        if not trained:
-            self.log.info(f"{show_path(self.folder)} is complete; train.restart=true begins anew")
         chosen_by = f"mIoU on data.val, {len(self.data.val)} images"
         result = {"last": self.last_scores, "best": self.best, "best_chosen_by": chosen_by}
         checkpoint.write_json(self.folder / "metrics.json", result)
