@@ -61,7 +61,9 @@ def main(cfg: Config) -> dict:
         store.drop_unsure(cfg.run_dir, own, limits)
         os.sync()  # all labels are on the disk before the manifest says so
         distributed.wait()
-        manifest = wanted | statistics | {"weights": show_path(weights), "left_out": left_out, "config": to_dict(cfg)}
+        manifest = (
+            wanted | statistics | {"weights": str(weights.resolve()), "left_out": left_out, "config": to_dict(cfg)}
+        )
         checkpoint.write_json(cfg.run_dir / store.MANIFEST, manifest)
         distributed.wait()
         print(store.table(statistics["classes"]))

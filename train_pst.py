@@ -15,6 +15,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from data.transforms import class_mix
 from loss import prototype_contrast_loss, segmentation_loss
@@ -76,8 +77,7 @@ class OnlinePST(PST):
     def before_step(self, iteration: int) -> None:
         """θ' = a θ' + (1 - a) θ with a = min(1 - 1/t, pseudo.ema) in step t: a copy at first."""
         ema = min(1 - 1 / iteration, self.cfg.pseudo.ema)
-        for average, current in zip(self.teacher.parameters(), self.model.parameters()):
-            average.lerp_(current, 1 - ema)
+        get_ema_multi_avg_fn(ema)([*self.teacher.parameters()], [*self.model.parameters()], None)  # in few kernels
         if iteration == 1:  # from then on, its own passes over target images keep its BatchNorm statistics
             for average, current in zip(self.teacher.buffers(), self.model.buffers()):
                 average.copy_(current)

@@ -164,7 +164,8 @@ def test_each_stage_starts_from_the_one_before(finished):
         assert 0 < change < 0.5  # two steps further on, not anew
     for number, teacher in ((1, "pst"), (2, "distill/round1")):
         manifest = json.loads((finished.folder / f"distill/round{number}_pseudo_labels/manifest.json").read_text())
-        assert f"{teacher}/checkpoints/last.pth" in manifest["weights"]
+        # Whole: staleness is noticed from any working directory.
+        assert manifest["weights"] == str((finished.folder / teacher / "checkpoints/last.pth").resolve())
     assert "a new discriminator begins" in (finished.folder / "bpl" / "log.txt").read_text(encoding="utf-8")
 
 
@@ -532,6 +533,15 @@ def test_restart_begins_anew(configure, runs):
     assert yaml.safe_load((folder / "config.yml").read_text(encoding="utf-8"))["seed"] == 1
     assert [entry["step"] for entry in lines_of(folder)] == [1, 2, 2]
     assert read(folder / "checkpoints" / "last.pth")["config"]["seed"] == 1
+
+
+def test_restart_leaves_no_checkpoint_of_the_old_run(tmp_path):
+    files = checkpoint.RunFiles(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("last", "previous", "best", "not_finite", "teacher"):
+        files.of(name).touch()
+    files.clear()
+    assert not list(tmp_path.rglob("*.pth"))
 
 
 def test_target_statistics_stand_in_the_checkpoint_and_running_ones_beside(configure, runs):

@@ -163,7 +163,7 @@ class RunFiles:
 
     def clear(self) -> None:
         """Delete them, so that a run that begins anew and is killed early does not resume the old one."""
-        for path in (self.last, self.previous, self.best, self.not_finite):
+        for path in (self.last, self.previous, self.best, self.not_finite, self.of("teacher")):
             path.unlink(missing_ok=True)
 
     def save(self, state: dict) -> None:
