@@ -4,8 +4,8 @@
     python distill.py benchmark=synthia_to_cityscapes
     python distill.py distill.rounds=[2]                                   the second round alone
 
-A student learns from source labels, from fresh pseudo labels of its teacher and from the teacher's softmax. Round 1:
-the teacher is the PST model. Round 2: teacher and start are round 1's result.
+A student learns from source labels, from pseudo labels that its teacher makes before the round, and from the teacher's
+softmax. In round 1 the teacher is the PST model. In round 2 teacher and start are round 1's result.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from utils.report.page import write_report
 class Distillation(Stage):
     """L = CE(z_s, y_s) + CE(z_t, ŷ_t) + KL(teacher || student), target in a strong view, source as it is.
 
-    CE's mean is over the pixels that cutout leaves; of a batch in parts, each part goes by its own share of them.
+    CE's mean is over the pixels that cutout leaves.
     """
 
     uses_pseudo_labels = True
@@ -42,10 +42,10 @@ class Distillation(Stage):
         super().__init__(cfg, device)
         teacher = teacher_config(cfg)
         self.teacher, _ = load_network(teacher, checkpoint.find_checkpoint(teacher, teacher.checkpoint), device)
-        self.teacher.requires_grad_(False)
+        self.teacher.requires_grad_(False)  # it stays in eval mode and is never saved: not among `networks`
 
     def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
-        weight = self.cfg.loss
+        options = self.cfg.loss
         size = source["image"].shape[2:]
         logits = self.model(self.views.weak(source["image"]))["logits"]
         ce = segmentation_loss(upsample(logits.float(), size), source["label"], source.get("normalizer"))
@@ -63,11 +63,11 @@ class Distillation(Stage):
                 F.interpolate(label[:, None].byte(), quarter, mode="nearest")[:, 0],
             )
         normalizer = target.get("normalizer")
-        if normalizer is not None:  # of whole labels: without the hole, and at this size, there are fewer pixels
+        if normalizer is not None:  # it counts labels before cutout and at full size: take the share that is left
             normalizer = normalizer * (label != IGNORE).sum() / (target["label"] != IGNORE).sum().clamp(min=1)
         ce = segmentation_loss(upsample(student, label.shape[1:]), label, normalizer)
-        kl = distillation_loss(student, upsample(teacher_logits.float(), student.shape[2:]), weight.distill_form)
-        backward(weight.pseudo_ce * ce + weight.distill * kl, ce_target=ce, distill=kl)
+        kl = distillation_loss(student, upsample(teacher_logits.float(), student.shape[2:]), options.distill_form)
+        backward(options.pseudo_ce * ce + options.distill * kl, ce_target=ce, distill=kl)
 
 
 def teacher_config(cfg: Config) -> Config:

@@ -3,10 +3,10 @@
     python train_bpl.py                                                    BPL, GTA5 -> Cityscapes
     python train_bpl.py benchmark=synthia_to_cityscapes                    BPL, SYNTHIA -> Cityscapes
     python train_bpl.py --config configs/stage0_warmup.yml                 warm-up: source + adversary
-    python train_bpl.py --config configs/stage0_warmup.yml name=source_only loss.adversarial=0
+    python train_bpl.py --config configs/stage0_warmup.yml name=source_only loss.adversarial=0    source alone
 
-The model learns from labelled source images, fools a discriminator of softmax maps on target images, and moves
-target features towards the classifier's prototypes, pixel by pixel and class by class.
+The model learns from labelled source images. It makes its softmax maps of target images look like those of the source
+to a discriminator. It moves target features towards the classifier's prototypes, pixel by pixel and class by class.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class BPL(Stage):
             )
 
     def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
-        weight = self.cfg.loss
+        options = self.cfg.loss
         logits_s = self.model(self.views.strong(source["image"]))["logits"]
         size = source["image"].shape[2:]
         ce = segmentation_loss(upsample(logits_s.float(), size), source["label"], source.get("normalizer"))
@@ -56,22 +56,22 @@ class BPL(Stage):
         if self.discriminator:
             maps_t = upsample(out_t["logits"].float(), size).softmax(1)
             self.discriminator.requires_grad_(False)  # it only judges here
-            terms["adversarial"] = generator_loss(self.discriminator(maps_t), weight.gan)
-            total = total + weight.adversarial * terms["adversarial"]
-        if weight.bidirectional:
+            terms["adversarial"] = generator_loss(self.discriminator(maps_t), options.gan)
+            total = total + options.adversarial * terms["adversarial"]
+        if options.bidirectional:
             prototypes = classifier_prototypes(self.model.classifier)
             s2t, t2s = bidirectional_prototype_loss(
                 out_t["feat"], out_t["logits"], prototypes, distributed.merge_softmax_means()
             )
             terms |= {"s2t": s2t, "t2s": t2s}
-            total = total + weight.bidirectional * {"both": s2t + t2s, "s2t": s2t, "t2s": t2s}[weight.directions]
+            total = total + options.bidirectional * {"both": s2t + t2s, "s2t": s2t, "t2s": t2s}[options.directions]
         backward(total, **terms)
 
         if self.discriminator:
             self.discriminator.requires_grad_(True)
             maps_s = upsample(logits_s.float(), size).softmax(1)
             judged = (self.discriminator(maps) for maps in (maps_s, maps_t.detach()))
-            d_loss = discriminator_loss(*judged, weight.gan)
+            d_loss = discriminator_loss(*judged, options.gan)
             backward(d_loss, discriminator=d_loss)
 
 

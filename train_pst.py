@@ -2,7 +2,7 @@
 
     python gen_pseudo_labels.py && python train_pst.py                     GTA5 -> Cityscapes
     python train_pst.py benchmark=synthia_to_cityscapes
-    python train_pst.py --config configs/stage2_PST_online.yml             labels made afresh at every step
+    python train_pst.py --config configs/stage2_PST_online.yml name=pst_online    labels made afresh at every step
 
 The model learns from source labels and from pseudo labels of target images, and contrasts the features of both
 against the classifier's prototypes, through a projection G where loss.projection names one. Online pseudo labels are
@@ -46,23 +46,23 @@ class PST(Stage):
 
     def _learn(self, domain: str, batch: dict[str, Tensor], ce_weight: float, backward: Backward) -> None:
         """One domain's losses; nothing of its graph is left when the other's begins."""
-        weight, labels = self.cfg.loss, batch["label"]
+        options, labels = self.cfg.loss, batch["label"]
         out = self.model(self.views.strong(batch["image"]))
         logits = upsample(out["logits"].float(), labels.shape[1:])
         ce = segmentation_loss(logits, labels, batch.get("normalizer"), batch.get("weight"))
-        feat, prototypes = out["feat"], classifier_prototypes(self.model.classifier, not weight.prototype_gradient)
+        feat, prototypes = out["feat"], classifier_prototypes(self.model.classifier, not options.prototype_gradient)
         if self.projection:
             feat, prototypes = self.projection(feat, prototypes)
-        contrast = prototype_contrast_loss(feat, labels, prototypes, weight.temperature)
-        backward(ce_weight * ce + weight.contrast * contrast, **{f"ce_{domain}": ce, f"contrast_{domain}": contrast})
+        contrast = prototype_contrast_loss(feat, labels, prototypes, options.temperature)
+        backward(ce_weight * ce + options.contrast * contrast, **{f"ce_{domain}": ce, f"contrast_{domain}": contrast})
 
 
 class OnlinePST(PST):
     """PST with labels made at every step by a teacher, the exponential moving average of the model.
 
     As in DACS: the teacher labels the weak view; half the classes of a source image are pasted onto the target image
-    with their labels; the model learns from the strong view of the mix. Every pixel counts: those of the target by the
-    share of the image's pixels of which the teacher is sure.
+    with their labels; the model learns from the strong view of the mix. Pasted pixels weigh 1, target pixels the share
+    of their image where the teacher's confidence is above `pseudo.confidence`.
     """
 
     uses_pseudo_labels = False
@@ -78,7 +78,7 @@ class OnlinePST(PST):
         """θ' = a θ' + (1 - a) θ with a = min(1 - 1/t, pseudo.ema) in step t: a copy at first."""
         ema = min(1 - 1 / iteration, self.cfg.pseudo.ema)
         get_ema_multi_avg_fn(ema)([*self.teacher.parameters()], [*self.model.parameters()], None)  # in few kernels
-        if iteration == 1:  # from then on, its own passes over target images keep its BatchNorm statistics
+        if iteration == 1:  # afterwards it keeps its own BatchNorm statistics: it labels in train mode
             for average, current in zip(self.teacher.buffers(), self.model.buffers()):
                 average.copy_(current)
 

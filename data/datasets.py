@@ -107,7 +107,7 @@ def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
         samples.append(Sample(image, label if with_labels else None, relative.with_suffix("").as_posix()))
     orphans = []
     if with_labels and cfg.format != "folder":  # a folder may hold more labels than its globs name images
-        # The label of a glob is the glob of the labels.
+        # The rule that gives an image's label, applied to the images' glob, gives the labels' glob.
         found, _ = find_files(root, [label_of(Path(pattern)).as_posix() for pattern in globs])
         orphans = [path for path in found if path not in labels]
     return Listing(samples, orphans, _note(root, [path for path in left if path not in labels]))
@@ -148,9 +148,11 @@ def find_files(root: Path, globs: list[str]) -> tuple[list[Path], list[Path]]:
     """(images below `root` that globs match, what lies beside them and is not taken), both sorted.
 
     Linked folders are entered. A glob's ending, such as .jpg, matches in upper and lower case; a glob without one takes
-    `IMAGE_ENDINGS`. Not taken are hidden images, images that the glob would match with another ending, and, where it
-    has no ending, all other files. Folders and broken links that are named like images are taken, since reading them
-    fails by name.
+    `IMAGE_ENDINGS`. Folders and broken links that are named like images are taken, since reading them fails by name.
+    Not taken are
+        - hidden images,
+        - images that the glob would match if they had its ending,
+        - all other files, if the glob has no ending.
     """
     taken, left = set(), set()
     for pattern in globs:

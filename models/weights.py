@@ -93,12 +93,12 @@ class WeightFile:
 
     path: Path  # where it was read
     format: str  # its name for people
-    state: dict[str, Tensor]  # the network's tensors by our keys; of a backbone for timm, by the file's own
+    state: dict[str, Tensor]  # the network's tensors by our keys; of a timm backbone, by the file's
     settings: dict = field(default_factory=dict)  # what the file says of its network, by the keys of section `model`
     backbone_alone: bool = False  # the file has no head; the settings are then advice
     class_names: list[str] | None = None  # of our own checkpoints
     networks: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # states of others: the discriminator
-    running_statistics: dict[str, Tensor] = field(default_factory=dict)  # BatchNorm's, where `state` has the target's
+    running_statistics: dict[str, Tensor] = field(default_factory=dict)  # of BatchNorm, if `state` has the target's
 
     @property
     def num_classes(self) -> int | None:

@@ -175,7 +175,8 @@ def step_of(cfg: Config, device: torch.device, form: str) -> Callable[[], object
     """A call that makes one step of BPL.
 
     Args:
-        form: "here", "graphs" (compiled, replayed as CUDA graphs), or "released": float32, contiguous, one backward pass of the sum of all losses.
+        form: "here"; "graphs": compiled, replayed as CUDA graphs; "released": float32, contiguous, one backward pass
+            of the sum of all losses.
     """
     stage, (source, target) = train_bpl.BPL(cfg, device), batches(cfg, device)
     if form == "graphs":

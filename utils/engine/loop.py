@@ -27,7 +27,7 @@ from data.transforms import RandomScaleCropFlip, Views
 from models import parameter_groups, read_weights
 from models.weights import identify
 from utils.config import Config, UserError, all_keys, default_config, flatten, to_dict
-from utils.config.keys import MAX_SKIPPED, TRAINING_STAGES, TestConfig
+from utils.config.keys import MAX_SKIPPED, TRAINING_STAGES, TestConfig, TrainConfig
 from utils.engine import checkpoint, distributed
 from utils.engine.log import Meter, open_log, peak_memory, progress, show_path
 from utils.engine.run_folder import Interruption, run_lock
@@ -67,10 +67,9 @@ class Stage:
 
     Attributes:
         model: the network that is adapted, evaluated and saved.
-        networks: every network that is trained, by name; `model` is one of them.
+        networks: every network that is saved to be resumed, by name; `model` is one of them.
         optimizers: by name; their learning rates follow the poly schedule.
-        teachers: networks that are not trained themselves, but validated and saved like the model; by name, and among
-            `networks` too.
+        teachers: those of `networks` that no optimizer updates, but that are validated and saved like the model.
         views: inputs from uint8 images.
         uses_pseudo_labels: whether target batches carry the labels of the run that `pseudo_labels=` names.
         uses_target_labels: whether target batches carry true labels; for the upper bound alone.
@@ -99,11 +98,12 @@ class Stage:
         """Called once before each step, the first of which is 1; its batch may come in parts."""
 
     def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
-        """One step's losses.
+        """Compute one step's losses and call `backward` for them.
 
         Args:
-            source: image uint8 (N, 3, H, W), label uint8 (N, H, W), on the device.
-            target: image, and label where the stage uses pseudo labels.
+            source: image uint8 (N, 3, H, W), label uint8 (N, H, W), on the device; with it normalizer, see
+                `segmentation_loss`.
+            target: image; label and normalizer where the stage uses labels of the target.
             backward: `backward(total, **terms)` adds the gradient of `total` and logs the terms. Call it as soon as
                 a loss is known: its graph is freed at once.
         """
@@ -120,7 +120,7 @@ def fit(cfg: Config, stage_type: type[Stage]) -> dict:
         ConfigError: the network that model.backbone names cannot be built.
         UserError: data or weights are missing, the run folder is in use or holds another experiment, a loss is not
             finite, the disk is full.
-        SystemExit: Ctrl-C (130) or SIGTERM (143), after the current step and a save.
+        SystemExit: Ctrl-C (130), SIGTERM (143) or SIGHUP (129), after the current step and a save.
     """
     with run_lock(cfg.run_dir):
         run = _set_up(cfg, stage_type)
@@ -135,8 +135,7 @@ def fit(cfg: Config, stage_type: type[Stage]) -> dict:
                 if stop.came():
                     run.leave(stop)
                 run.iteration += 1
-                rise = min(1, run.iteration / max(1, t.warmup_steps))
-                rates = _set_learning_rates(run.stage, rise * (1 - run.iteration / t.horizon) ** POWER)
+                rates = _set_learning_rates(run.stage, poly_schedule(run.iteration, t))
                 run.stage.before_step(run.iteration)
                 if message := run.step(run.stage.step, source, target, run.iteration):
                     run.log.info(message)
@@ -161,6 +160,13 @@ def _next(batches: Iterator, stop: Interruption) -> tuple[dict, dict]:
         if stop.signal:
             return {}, {}
         raise
+
+
+def poly_schedule(iteration: int, train: TrainConfig) -> float:
+    """Share of the initial learning rates in a step, the first of which is 1: (1 - iteration / horizon)^0.9, as
+    released, after a linear rise over `warmup_steps` steps."""
+    rise = min(1, iteration / max(1, train.warmup_steps))
+    return rise * (1 - iteration / train.horizon) ** POWER
 
 
 def _set_learning_rates(stage: Stage, factor: float) -> dict[str, float]:
@@ -409,7 +415,8 @@ class Run:
 
     @contextlib.contextmanager
     def _inference_statistics(self, network: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """Inside, the BatchNorm statistics that `batchnorm.statistics` names; gives the running ones, then put back."""
+        """Inside, the network has the BatchNorm statistics that `batchnorm.statistics` names. Gives the running ones,
+        which it has again afterwards."""
         running = batchnorm_statistics(network)
         if self.cfg.batchnorm.statistics == "target":
             recompute_batchnorm(network, self.data.target, self.cfg, self.stage.device)

@@ -25,7 +25,7 @@ from utils.evaluation.prediction import default_precision
 
 
 def checked_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
-    """`utils.config.load_config`, with what class lists and the number of processes rule out checked too.
+    """`utils.config.load_config`; class lists are checked too, and that batches divide by the number of processes.
 
     Raises:
         ConfigError: as there; an id map or class set that cannot be meant; a batch that does not divide.
@@ -92,7 +92,7 @@ def resolve_auto(cfg: Config, file: WeightFile | None = None) -> Config:
     cfg = copy.deepcopy(cfg)
     m, told = cfg.model, dict(file.settings) if file else {}
     if file and file.backbone_alone:
-        # A file found under its published name is what the name says.
+        # With these two words, the file is the published one: its input statistics are known.
         told |= {"simclr": SIMCLR_SETTINGS, "imagenet": {"normalization": "auto"}}.get(m.init, {})
         if m.arch == "deeplab_pbal":
             told.pop("bn_clr", None)  # the variant is deeplabv2's

@@ -176,7 +176,7 @@ class GuardedStep:
 
 
 def _split(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
-    """The batch in equal parts; what the labelled pixels of each count by is the same for all, in every process."""
+    """The batch in equal parts. All parts of all processes have one `normalizer`: their mean of labelled pixels."""
     if not batch:
         return [batch] * parts
     chunks = {key: value.chunk(parts) for key, value in batch.items()}
