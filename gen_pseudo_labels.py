@@ -61,9 +61,8 @@ def main(cfg: Config) -> dict:
         store.drop_unsure(cfg.run_dir, own, limits)
         os.sync()  # all labels are on the disk before the manifest says so
         distributed.wait()
-        manifest = (
-            wanted | statistics | {"weights": str(weights.resolve()), "left_out": left_out, "config": to_dict(cfg)}
-        )
+        made_by = os.path.relpath(weights, cfg.run_dir)  # holds where all runs are moved together
+        manifest = wanted | statistics | {"weights": made_by, "left_out": left_out, "config": to_dict(cfg)}
         checkpoint.write_json(cfg.run_dir / store.MANIFEST, manifest)
         distributed.wait()
         print(store.table(statistics["classes"]))

@@ -288,7 +288,7 @@ def test_help_shows_the_values_that_are_used_and_the_keys_that_the_stage_reads(m
     assert "\ntrain\n  train.iterations=60000\n      steps to run (as released)\n" in out
     assert "loss.bidirectional=0.1\n" in out and "loss.contrast" not in out and "distill." not in out
     out = shown(monkeypatch, capsys, "benchmark=toy", "--help", "loss.bidirectional=0.3")
-    assert "train.iterations=300\n      steps to run (as released); default 60000\n" in out
+    assert "train.iterations=420\n      steps to run (as released); default 60000\n" in out
     assert "loss.bidirectional=0.3\n" in out and "data.source.root=data/toy/GTA5\n" in out
     warmup = ("--config", str(ROOT / "configs/stage0_warmup.yml"))
     assert "loss.bidirectional" not in shown(monkeypatch, capsys, "-h", *warmup)

@@ -248,8 +248,10 @@ def _training_set(
 def _refuse_stale(labels: Path) -> None:
     """UserError if pseudo labels are unfinished, or made by a checkpoint that has changed since."""
     manifest = pseudo_labels.read_manifest(labels)
-    weights = Path(manifest.get("weights", ""))
-    if weights.is_file() and checkpoint.file_hash(weights) != manifest.get("checkpoint"):
+    made_by = manifest.get("weights", "")
+    # Earlier code wrote the path from the working folder.
+    weights = next((p.resolve() for p in (labels / made_by, Path(made_by)) if p.is_file()), None)
+    if weights and checkpoint.file_hash(weights) != manifest.get("checkpoint"):
         raise UserError(
             f"the pseudo labels in {labels} are stale: {weights} has been trained on since; make them again with "
             "`python gen_pseudo_labels.py train.restart=true`"
