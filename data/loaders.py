@@ -8,6 +8,7 @@ import multiprocessing.queues
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -140,8 +141,13 @@ def _explained_batches(batches: Iterator, processes: set) -> Iterator:
 def _explain_ended_processes() -> None:
     """Make torch's handler of SIGCHLD, which raises where a loader process has failed, raise a UserError, once."""
     global _torchs_handler
-    _torchs_handler = _torchs_handler or signal.getsignal(signal.SIGCHLD)
-    signal.signal(signal.SIGCHLD, _child_ended)
+    if threading.current_thread() is not threading.main_thread():  # Python takes no handler from others
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    if callable(handler) and handler is not _child_ended:
+        _torchs_handler = handler
+    if _torchs_handler:
+        signal.signal(signal.SIGCHLD, _child_ended)
 
 
 def _child_ended(number: int, frame: object) -> None:
@@ -154,7 +160,8 @@ def _child_ended(number: int, frame: object) -> None:
 
 def _ignore_ended_processes() -> None:
     """While a run ends by an error, its other loader processes may fail too."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if _torchs_handler and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _cause(error: BaseException, exit_codes: Sequence[int | None] = ()) -> str:

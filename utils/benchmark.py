@@ -97,8 +97,8 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 
 def peak_memory_of(call: Callable[[], object], device: torch.device) -> int:
     """Bytes of tensors that one call has alive at once, beyond those that were there before."""
-    gc.collect()  # or what others left behind may be freed during the call, and count as less
     if device.type == "cuda":
+        gc.collect()  # or what others left behind may be freed during the call, and count as less
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()

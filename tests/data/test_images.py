@@ -173,6 +173,14 @@ def test_every_orientation(tmp_path, orientation):
     assert read[-8 if low else 8, -8 if right else 8] and read.sum() == 256
 
 
+def test_16_bit_png_is_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # by a quarter to the right
+    values = np.arange(6, dtype=np.uint16).reshape(2, 3) * 1000
+    Image.fromarray(values).save(tmp_path / "x.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png")[0], np.rot90(values >> 8, -1))
+
+
 def test_names_that_are_no_utf8(tmp_path):
     path = tmp_path / "stra\udcdfe.png"
     path.write_bytes(b"no picture")

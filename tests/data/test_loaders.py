@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -53,6 +54,12 @@ def test_batches_do_not_depend_on_workers_or_on_where_they_start(dataset):
         for a, b in zip(alone, other, strict=True):
             assert all(torch.equal(a[key], b[key]) for key in ("image", "label", "index"))
     assert torch.cat([b["index"] for b in alone])[:5].sort()[0].tolist() == list(range(5))
+
+
+def test_loader_processes_of_another_thread(dataset):
+    with ThreadPoolExecutor(1) as pool:  # where Python takes no handler of signals
+        (batch,) = pool.submit(lambda: take(training_batches(dataset, 2, workers=1), 1)).result()
+    assert torch.equal(batch["image"], take(training_batches(dataset, 2, workers=0), 1)[0]["image"])
 
 
 def test_every_draw_of_an_image_is_another_crop(dataset):

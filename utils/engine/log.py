@@ -98,12 +98,15 @@ class RunLog:
     def sync(self) -> dict[str, int]:
         """Write everything to the disk; returns the lengths of log.txt and metrics.jsonl in bytes."""
         lengths = {}
-        if "board" in self.__dict__:
-            self.board.flush()
-        for path in (self.text_file, self.metrics_file):
-            with open(path, "ab") as file:
-                os.fsync(file.fileno())
-                lengths[path.name] = file.tell()
+        try:
+            if "board" in self.__dict__:
+                self.board.flush()
+            for path in (self.text_file, self.metrics_file):
+                with open(path, "ab") as file:
+                    os.fsync(file.fileno())
+                    lengths[path.name] = file.tell()
+        except OSError as error:
+            raise _cannot_write(self.folder, error) from None
         return lengths
 
     def close(self) -> None:
@@ -162,7 +165,11 @@ def _append(path: Path, line: str) -> None:
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{line}\n")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; the last checkpoint is kept") from None
+        raise _cannot_write(path, error) from None
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path}: {error.strerror}; the last checkpoint is kept")
 
 
 def show_path(path: Path) -> str:
