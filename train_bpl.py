@@ -20,7 +20,7 @@ from models import PatchDiscriminator, classifier_prototypes, upsample
 from utils.config import Config
 from utils.engine import distributed
 from utils.engine.command_line import run_cli
-from utils.engine.loop import Backward, Stage, fit
+from utils.engine.loop import Backward, Stage, fit, fuses
 from utils.report.page import write_report
 
 
@@ -38,7 +38,7 @@ class BPL(Stage):
             self.discriminator = PatchDiscriminator(len(class_set(cfg.data))).to(device)
             self.networks["discriminator"] = self.discriminator
             self.optimizers["discriminator"] = torch.optim.Adam(
-                self.discriminator.parameters(), lr=cfg.train.lr_discriminator, betas=(0.9, 0.99), fused=True
+                self.discriminator.parameters(), lr=cfg.train.lr_discriminator, betas=(0.9, 0.99), fused=fuses(device)
             )
 
     def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:

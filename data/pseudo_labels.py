@@ -2,6 +2,7 @@
 
     <run>/labels/<image path below root>.png        train ids, IGNORE where the network was unsure
     <run>/confidence/<image path below root>.png    largest class probability, 0..255
+    <run>/second/<image path below root>.png        the second likeliest class, with pseudo.selection=pair_balanced
     <run>/manifest.json                             the checkpoint and its hash, config, thresholds and counts by class
 
 The manifest is written last: a folder without it is unfinished.
@@ -29,6 +30,7 @@ from data.taxonomy import IGNORE, ClassSet
 from utils.config import UserError
 
 MANIFEST = "manifest.json"
+KINDS = ("labels", "confidence", "second")
 THREADS = min(8, os.cpu_count() or 1)  # that write files: PNG compression runs outside of Python's lock
 
 
@@ -40,6 +42,11 @@ def label_path(folder: Path, name: str) -> Path:
 def confidence_path(folder: Path, name: str) -> Path:
     """File of the confidence of image `name`."""
     return folder / "confidence" / f"{name}.png"
+
+
+def second_path(folder: Path, name: str) -> Path:
+    """File of the second likeliest class of image `name`."""
+    return folder / "second" / f"{name}.png"
 
 
 def write_png(path: Path, array: np.ndarray) -> None:
@@ -57,11 +64,11 @@ def clear(folder: Path) -> None:
     """Delete pseudo labels, finished or not; raises UserError if the folder holds anything else."""
     if not folder.exists():
         return
-    foreign = sorted({p.name for p in folder.iterdir() if p.name[0] != "."} - {"labels", "confidence", MANIFEST})
+    foreign = sorted({p.name for p in folder.iterdir() if p.name[0] != "."} - {*KINDS, MANIFEST})
     if foreign:
         raise UserError(f"{folder} holds {foreign[0]}, which is not a pseudo label: choose another name=")
     (folder / MANIFEST).unlink(missing_ok=True)  # first: a half-deleted folder must count as unfinished
-    for kind in ("labels", "confidence"):
+    for kind in KINDS:
         shutil.rmtree(folder / kind, ignore_errors=True)
 
 
@@ -77,26 +84,28 @@ def confidence_levels(confidence: Tensor, threshold: float) -> Tensor:
 
 
 def level_limits(histogram: np.ndarray, threshold: float, selection: str, keep: float) -> np.ndarray:
-    """Least confidence level, 0..255, that a pixel of each class must have.
+    """Least confidence level, 0..255, that a pixel must have.
 
     Args:
-        histogram: int (K, 256), pixels by predicted class and level, see `confidence_levels`.
+        histogram: int (K, K, 256), pixels by likeliest class, second likeliest, and level, see `confidence_levels`.
         threshold: the constant one, in 0..1 (ProDA, CAG: 0.95).
-        selection: "constant", or "class_balanced": min(threshold, the level above which `keep` of the class's own
-            pixels lie), so that a class of low confidence does not vanish.
+        selection: "constant"; or "class_balanced": min(threshold, the level above which `keep` of the class's own
+            pixels lie), so that a class of low confidence does not vanish; or "pair_balanced": the lower one of the
+            class-balanced limits of the two likeliest classes, so that a pixel at a border stays whichever side of it
+            was guessed.
         keep: that share, in 0..1.
 
     Returns:
-        int (K,).
+        int (K, K), by likeliest and second likeliest class.
     """
-    constant = np.full(len(histogram), math.ceil(255 * threshold), np.int64)
-    if selection == "constant":
-        return constant
-    at_least = histogram[:, ::-1].cumsum(1)[:, ::-1]  # pixels with confidence >= level
-    wanted = keep * histogram.sum(1, keepdims=True)
+    constant = np.full((len(histogram), 1), math.ceil(255 * threshold), np.int64)
+    by_class = histogram.sum(1)
+    at_least = by_class[:, ::-1].cumsum(1)[:, ::-1]  # pixels with confidence >= level
+    wanted = keep * by_class.sum(1, keepdims=True)
     # The highest level that still keeps the wanted share; level 0 keeps everything.
-    own = 255 - np.argmax((at_least >= wanted)[:, ::-1], axis=1)
-    return np.minimum(constant, own)
+    own = 255 - np.argmax((at_least >= wanted)[:, ::-1], axis=1, keepdims=True)
+    own = constant if selection == "constant" else np.minimum(constant, own)
+    return np.minimum(own, own.T) if selection == "pair_balanced" else np.repeat(own, len(own), axis=1)
 
 
 def thresholds_of(limits: np.ndarray, threshold: float) -> list[float]:
@@ -107,11 +116,13 @@ def thresholds_of(limits: np.ndarray, threshold: float) -> list[float]:
 
 
 def drop_unsure(folder: Path, names: Iterable[str], limits: np.ndarray) -> None:
-    """Set the pixels of labels to `IGNORE` whose confidence level is below the limit of their class, int (K,)."""
+    """Set the pixels of labels to `IGNORE` whose confidence level is below their limit, see `level_limits`."""
 
     def drop(name: str) -> None:
         labels, levels = (np.array(Image.open(path(folder, name))) for path in (label_path, confidence_path))
-        labels[levels < limits[labels]] = IGNORE
+        file = second_path(folder, name)  # without it, limits are alike for every second class
+        second = np.array(Image.open(file)) if file.is_file() else labels
+        labels[levels < limits[labels, second]] = IGNORE
         write_png(label_path(folder, name), labels)
 
     with ThreadPoolExecutor(THREADS) as pool:
@@ -132,14 +143,14 @@ def statistics(
     Raises:
         UserError: no pixel is kept.
     """
-    predicted = histogram.sum(1)
-    kept = np.array([counts[limit:].sum() for counts, limit in zip(histogram, limits)])
+    predicted = histogram.sum((1, 2))
+    kept = (histogram * (np.arange(256) >= limits[..., None])).sum((1, 2))
     if not kept.any():
         raise UserError(
             f"no pixel of any class reaches pseudo.threshold={threshold}; the highest confidence is {highest:.6g}: "
             "lower the threshold, or take pseudo.selection=class_balanced"
         )
-    columns = zip(names, thresholds_of(limits, threshold), predicted.tolist(), kept.tolist())
+    columns = zip(names, thresholds_of(limits.diagonal(), threshold), predicted.tolist(), kept.tolist())
     by_class = {name: {"threshold": t, "predicted": p, "kept": k} for name, t, p, k in columns}
     return {"kept": kept.sum() / predicted.sum(), "classes": by_class}
 

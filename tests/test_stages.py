@@ -38,7 +38,7 @@ from utils.config import UserError, to_dict
 from utils.engine import checkpoint, loop
 from utils.engine.loop import refuse_other_experiment
 from utils.engine.setup import load_network, resolve_auto
-from utils.evaluation.prediction import default_precision, predict_labels
+from utils.evaluation.prediction import default_precision, predict_two
 
 STAGES = (
     ("warmup", train_bpl, "stage0_warmup.yml"),
@@ -117,7 +117,7 @@ def work(*args, **kwargs):
 def forbid_training(monkeypatch):
     for stage_type in (train_bpl.BPL, train_pst.PST, distill.Distillation):
         monkeypatch.setattr(stage_type, "step", work)
-    monkeypatch.setattr(gen_pseudo_labels, "predict_labels", work)
+    monkeypatch.setattr(gen_pseudo_labels, "predict_two", work)
 
 
 @pytest.mark.parametrize("run", list(TERMS))
@@ -220,7 +220,7 @@ def test_confidence_is_that_of_the_mirrored_average(finished, configure):
             Image.open(finished.folder / "pseudo_labels" / "confidence" / f"{sample.name}.png")
         ).astype(int)
         averaged, plain, after = (
-            255 * predict_labels(model, image, flip=flip, softmax_first=first, with_confidence=True)[1][0].numpy()
+            255 * predict_two(model, image, flip=flip, softmax_first=first)[2][0].numpy()
             for flip, first in ((True, True), (False, True), (True, False))
         )
         rounding = 0.51  # of a level; these networks are hardly sure of anything, so the ways are not far apart

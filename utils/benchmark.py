@@ -61,7 +61,7 @@ from utils.engine.setup import (
 )
 from utils.engine.step import GuardedStep
 from utils.evaluation.metrics import ConfusionMatrix
-from utils.evaluation.prediction import autocast, default_precision, normalized, predict_labels
+from utils.evaluation.prediction import autocast, default_precision, normalized, predict_labels, predict_two
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 CPU_CROP, CPU_BATCH = [256, 128], 2  # of a step on a CPU, in place of larger ones
@@ -338,13 +338,13 @@ def run_eval(cfg: Config, device: torch.device, repeats: int = 3) -> None:
             Image.fromarray(array.astype(np.uint8)).save(Path(folder, file))
 
     def labels(folder: str) -> None:
-        found, confidence = predict_labels(model, image, flip=True, softmax_first=True, with_confidence=True, **options)
+        found, _, confidence = predict_two(model, image, flip=True, softmax_first=True, **options)
         for file, maps in zip(files, (found, confidence_levels(confidence, 0.95))):
             write_png(Path(folder, file), maps[0].cpu().numpy())
 
     title = f"{cfg.model.backbone}, {size[1]}x{size[0]}"
     forms = {"as released": plain_evaluation, "network alone": lambda: network(image)}
-    forms |= {"here": lambda: confusion.update(predict_labels(model, image, **options)[0], label)}
+    forms |= {"here": lambda: confusion.update(predict_labels(model, image, **options), label)}
     report(f"evaluation: {title}", compare(forms, device, repeats), 1)
     with tempfile.TemporaryDirectory() as folder:
         forms = {"as released": lambda: plain_labels(folder), "here": lambda: labels(folder)}

@@ -238,3 +238,22 @@ def test_no_loss_waits_for_the_device(configure, tmp_path, monkeypatch, name):
     terms = []
     stage.step(*batches, lambda total, **named: (total.backward(), terms.extend(named)))
     assert len(terms) == {"bpl": 5, "pst": 4}[name]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_updates_do_not_depend_on_how_gradients_lie_in_memory(configure, tmp_path, optimizer):
+    """On a CPU, torch's fused optimizers take a channels-last weight's gradient for one laid out alike."""
+    after = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        words = ("loss.adversarial=0.01", f"train.optimizer={optimizer}")
+        stage = train_bpl.BPL(resolve_auto(configure("gta5_to_city", "stage0_warmup.yml", tmp_path, *words)), CPU)
+        weights = [p for network in stage.networks.values() for p in network.parameters()]
+        draws = torch.Generator().manual_seed(0)
+        for weight in weights:
+            gradient = torch.randn(weight.shape, generator=draws)
+            weight.grad = gradient.to(memory_format=layout) if weight.dim() == 4 else gradient
+        for own in stage.optimizers.values():
+            own.step()
+        after.append([weight.detach().clone() for weight in weights])
+    for one, other in zip(*after):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)

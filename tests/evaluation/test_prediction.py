@@ -20,6 +20,7 @@ from utils.evaluation.prediction import (
     forward_views,
     mean_probabilities,
     predict_labels,
+    predict_two,
     same_size_batches,
 )
 
@@ -244,30 +245,30 @@ def test_a_few_rows_at_a_time_give_what_one_upsampling_gives(size, small, layout
     logits = 3 * torch.randn(2, 19, *small, generator=torch.Generator().manual_seed(0)).to(memory_format=layout)
     images = torch.zeros(2, 3, *size, dtype=torch.uint8)
     whole = upsample(logits, size)
-    labels, nothing = predict_labels(FixedLogits(logits), images)
-    assert nothing is None and labels.dtype == torch.uint8
+    labels = predict_labels(FixedLogits(logits), images)
+    assert labels.dtype == torch.uint8
     assert (labels != whole.argmax(1)).float().mean() < 1e-4
     torch.testing.assert_close(predict(FixedLogits(logits), images), whole.softmax(1), rtol=0, atol=1e-6)
     first = upsample(logits.softmax(1), size)
     torch.testing.assert_close(predict(FixedLogits(logits), images, softmax_first=True), first, rtol=0, atol=1e-6)
-    options = {"flip": True, "with_confidence": True}
-    alone = [predict_labels(FixedLogits(logits[i : i + 1]), images[:1], **options) for i in range(2)]
-    for found, single in zip(predict_labels(FixedLogits(logits), images, **options), zip(*alone)):
+    alone = [predict_two(FixedLogits(logits[i : i + 1]), images[:1], flip=True) for i in range(2)]
+    for found, single in zip(predict_two(FixedLogits(logits), images, flip=True), zip(*alone)):
         assert torch.equal(found, torch.cat(single))  # whatever the batch
 
 
 @pytest.mark.parametrize("softmax_first", [False, True])
 def test_labels_and_confidences_are_those_of_the_averaged_probabilities(deeplab, photos, softmax_first):
     options = {"flip": True, "scales": [0.5, 1], "window": [40, 32], "softmax_first": softmax_first}
-    labels, confidence = predict_labels(deeplab, photos, **options, with_confidence=True)
-    largest, likeliest = predict(deeplab, photos, **options).max(1)
-    assert torch.equal(labels, likeliest.byte()) and torch.equal(confidence, largest)
-    assert torch.equal(predict_labels(deeplab, photos, **options)[0], labels)
+    labels, second, confidence = predict_two(deeplab, photos, **options)
+    probabilities, likeliest = predict(deeplab, photos, **options).topk(2, dim=1)
+    assert torch.equal(labels, likeliest[:, 0].byte()) and torch.equal(confidence, probabilities[:, 0])
+    assert torch.equal(second, likeliest[:, 1].byte())
+    assert torch.equal(predict_labels(deeplab, photos, **options), labels)
 
 
 def test_the_first_of_equally_likely_classes_is_taken():
     logits = torch.randint(0, 3, (1, 200, 4, 31), generator=torch.Generator().manual_seed(0)).float()
-    labels, _ = predict_labels(FixedLogits(logits), torch.zeros(1, 3, 4, 31, dtype=torch.uint8))
+    labels = predict_labels(FixedLogits(logits), torch.zeros(1, 3, 4, 31, dtype=torch.uint8))
     expected = logits[0].numpy().argmax(0)  # NumPy promises the first
     assert (labels[0].numpy() == expected).all() and expected.max() > 3
 

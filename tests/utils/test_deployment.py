@@ -10,7 +10,7 @@ from data.taxonomy import CITYSCAPES_NAMES
 from models import build_model, load_model
 from utils import export
 from utils.config import ConfigError, UserError
-from utils.evaluation.prediction import predict_labels
+from utils.evaluation.prediction import predict_two
 
 SIZES = ((1, 40, 70), (2, 61, 97))
 NETWORKS = [("deeplabv2", "resnet18"), *(("deeplab_pbal", f"timm/{n}") for n in ("test_vit", "tf_efficientnet_lite0"))]
@@ -71,7 +71,7 @@ def test_the_file_gives_what_the_network_gives(trained, tmp_path, capsys, form, 
     model, rng = load_model(checkpoint), np.random.default_rng(0)
     for number, height, width in SIZES:
         images = torch.from_numpy(rng.integers(0, 256, (number, 3, height, width), np.uint8))
-        labels, confidence = predict_labels(model, images, with_confidence=True)  # as test.py
+        labels, _, confidence = predict_two(model, images)  # as test.py
         assert len(labels.unique()) > 2
         found = read(files["labels"], form)(images)
         sure = confidence > 0.51  # elsewhere two classes may tie

@@ -143,28 +143,37 @@ def mean_probabilities(views: list[View], i: int, softmax_first: bool = False) -
     return total
 
 
-def predict_labels(
-    model: nn.Module, images: Tensor, *, softmax_first: bool = False, with_confidence: bool = False, **options: object
-) -> tuple[Tensor, Tensor | None]:
-    """The most probable class of each pixel, uint8 (N, H, W), and its probability, float32 (N, H, W), or None.
+def predict_labels(model: nn.Module, images: Tensor, **options: object) -> Tensor:
+    """The most probable class of each pixel, uint8 (N, H, W).
 
-    Arguments are those of `forward_views`. Memory beyond the forward passes: of a single view a few rows, of several
+    Options are those of `forward_views`. Memory beyond the forward passes: of a single view a few rows, of several
     K floats a pixel of one image.
     """
+    views = forward_views(model, images, **options)
+    labels = images.new_empty(len(images), *images.shape[2:])
+    for i, label in enumerate(labels):
+        if len(views) == 1:  # a softmax does not change which class is the largest
+            for rows, maps in _upsampled_rows(views[0].maps[i], label.shape):
+                label[rows] = maps.max(0).indices  # on a CPU faster than argmax
+        else:
+            label.copy_(mean_probabilities(views, i, options.get("softmax_first", False)).max(0).indices)
+    return labels
+
+
+def predict_two(
+    model: nn.Module, images: Tensor, *, softmax_first: bool = False, **options: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The two most probable classes of each pixel, uint8 (N, H, W) each, and the probability of the first, float32
+    (N, H, W). Options are those of `forward_views`."""
     views = forward_views(model, images, softmax_first=softmax_first, **options)
-    size = images.shape[2:]
-    labels = images.new_empty(len(images), *size)
-    confidence = torch.empty(labels.shape, device=images.device) if with_confidence else None
+    first, second = images.new_empty(2, len(images), *images.shape[2:])
+    confidence = torch.empty(first.shape, device=images.device)
     for i in range(len(images)):
-        if len(views) == 1 and not with_confidence:  # a softmax does not change which class is the largest
-            for rows, maps in _upsampled_rows(views[0].maps[i], size):
-                labels[i, rows] = maps.max(0).indices  # on a CPU faster than argmax
-            continue
         probabilities = mean_probabilities(views, i, softmax_first)
-        largest, labels[i] = probabilities.max(0)
-        if with_confidence:
-            confidence[i] = largest
-    return labels, confidence
+        confidence[i], largest = probabilities.max(0)
+        first[i] = largest
+        second[i] = probabilities.scatter_(0, largest[None], -1).max(0).indices
+    return first, second, confidence
 
 
 def same_size_batches(loader: DataLoader, device: torch.device) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
@@ -199,7 +208,7 @@ def predictions(
     with progress(total=len(mine), desc=title, unit="img", leave=False) as bar:
         for indices, images, labels in same_size_batches(loader, device):
             try:
-                found, _ = predict_labels(model, images, precision=cfg.train.precision, **options)
+                found = predict_labels(model, images, precision=cfg.train.precision, **options)
             except torch.OutOfMemoryError:
                 size = f"{images.shape[3]}x{images.shape[2]}"
                 raise UserError(
