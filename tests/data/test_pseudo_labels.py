@@ -56,7 +56,9 @@ def test_a_border_does_not_favour_a_side(histogram):
     limits = store.level_limits(histogram, 0.95, "pair_balanced", 0.66)
     assert (limits == limits.T).all() and (limits.diagonal() == own).all()
     assert own[0] > own[1] and limits[0, 1] == own[1]  # the sure class, beside the unsure one
-    assert (kept(histogram, limits) >= kept(histogram, store.level_limits(histogram, 0.95, "class_balanced", 0.66))).all()
+    assert (
+        kept(histogram, limits) >= kept(histogram, store.level_limits(histogram, 0.95, "class_balanced", 0.66))
+    ).all()
 
 
 @pytest.mark.parametrize("selection", ["constant", "class_balanced", "pair_balanced"])
