@@ -73,7 +73,7 @@ class Distillation(Stage):
 def teacher_config(cfg: Config) -> Config:
     """The teacher is what its file says; `model` describes the student, who may be another network."""
     cfg = copy.deepcopy(cfg)
-    cfg.model, cfg.batchnorm.statistics = ModelConfig(), "saved"
+    cfg.stage, cfg.model, cfg.batchnorm.statistics = "pseudo_labels", ModelConfig(), "saved"
     return cfg
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from data import pseudo_labels as store
 from data.check import check_samples
-from data.datasets import SegmentationDataset, build_dataset, refuse_double_names
+from data.datasets import SegmentationDataset, build_dataset
 from data.loaders import whole_images
 from data.taxonomy import class_set
 from utils.config import Config, to_dict
@@ -31,7 +31,7 @@ from utils.engine.command_line import run_cli
 from utils.engine.log import progress, show_path
 from utils.engine.run_folder import run_lock
 from utils.engine.setup import check_inputs, choose_device, load_network, prepare_data
-from utils.evaluation.prediction import predict_two, same_size_batches
+from utils.evaluation.prediction import predict_confidence, same_size_batches
 
 
 def main(cfg: Config) -> dict:
@@ -74,7 +74,6 @@ def main(cfg: Config) -> dict:
 def _target(cfg: Config) -> SegmentationDataset:
     target = build_dataset(cfg.data.target, class_set(cfg.data), with_labels=False)
     target.skips = cfg.data.on_error == "skip"
-    refuse_double_names(target.samples)
     return check_samples(target, "target", cfg)
 
 
@@ -96,39 +95,35 @@ def _predict(
     """Write the label and the confidence of every image.
 
     Returns:
-        The names of the images of this process; of all processes, int (K, K, 256) pixels by likeliest class, second
-        likeliest and confidence level, and the highest confidence.
+        The names of the images of this process; of all processes, int (K, 256) pixels by class and confidence level,
+        and the highest confidence.
     """
-    folder, classes = cfg.run_dir, len(class_set(cfg.data))
-    counts = torch.zeros(classes * classes * 256, dtype=torch.int64, device=device)
+    folder, threshold = cfg.run_dir, cfg.pseudo.threshold
+    counts = torch.zeros(len(class_set(cfg.data)) * 256, dtype=torch.int64, device=device)
     highest, own, writing = torch.zeros((), device=device), set(), []
     mine = distributed.shard_indices(len(target), cfg.test.batch)
     loader = whole_images(target, cfg.test.batch, cfg.data.workers, mine)
     with progress(total=len(mine), desc="predict", unit="img") as bar, ThreadPoolExecutor(store.THREADS) as pool:
         for indices, images, _ in same_size_batches(loader, device):
-            labels, second, confidence = predict_two(
+            labels, confidence = predict_confidence(
                 model, images, flip=True, precision=cfg.train.precision, softmax_first=True
             )
-            levels = store.confidence_levels(confidence, cfg.pseudo.threshold)
+            levels = store.confidence_levels(confidence, threshold)
             highest = torch.maximum(highest, confidence.max())
-            index = (labels.long() * classes + second) * 256 + levels
-            counts += torch.bincount(index.flatten(), minlength=len(counts))
-            files = [(store.label_path, labels), (store.confidence_path, levels)]
-            if cfg.pseudo.selection == "pair_balanced":
-                files.append((store.second_path, second))
+            counts += torch.bincount((labels.long() * 256 + levels).flatten(), minlength=len(counts))
             for done in writing:  # the files of the batch before
                 done.result()
             names = [target.samples[index].name for index in indices]
             writing = [
                 pool.submit(store.write_png, path(folder, name), array)
-                for path, maps in files
+                for path, maps in ((store.label_path, labels), (store.confidence_path, levels))
                 for name, array in zip(names, maps.cpu().numpy())
             ]
             own.update(names)
             bar.update(len(indices))
         for done in writing:
             done.result()
-    histogram = distributed.total(counts).view(classes, classes, 256).cpu().numpy()
+    histogram = distributed.total(counts).view(-1, 256).cpu().numpy()
     return own, histogram, max(distributed.gathered(highest.item()))
 
 

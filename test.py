@@ -16,6 +16,7 @@ test.export=true, predictions/ in colour, over the image, as train ids and as la
 
 from __future__ import annotations
 
+from data.check import check_samples
 from data.datasets import SegmentationDataset, build_dataset, find_images, label_ids
 from data.loaders import spread
 from data.taxonomy import class_set
@@ -53,7 +54,7 @@ def main(cfg: Config) -> dict:
     cfg = resolve_auto(cfg, file)
     classes = class_set(cfg.data)
     if not images:
-        dataset = build_dataset(section, classes)  # with the classes of the checkpoint
+        dataset = check_samples(build_dataset(section, classes), cfg.test.dataset, cfg)  # with the checkpoint's classes
     log = open_log(cfg)
     for line in (*dataset.notes, message):
         log.info(line)

@@ -8,7 +8,7 @@ from collections import Counter
 
 import numpy as np
 
-from data.datasets import Sample, SegmentationDataset, label_ids
+from data.datasets import Sample, SegmentationDataset, known_ids, label_ids
 from data.images import read_label_ids, read_picture, show_name, stored_as
 from data.loaders import spread
 from data.taxonomy import CITYSCAPES_NAMES, ID_TO_NAME, IGNORE, KNOWN_IDS, ClassSet, class_set
@@ -16,7 +16,8 @@ from utils.config import Config, UserError
 from utils.config.keys import DatasetConfig
 
 CHECKED = 8  # samples of each dataset that are looked at before training
-FEW_COLOURS = 40  # a grey or palette picture with at most so many is a label map, not a photograph
+FEW_COLOURS = 40  # a picture with at most so many is a label map, not a photograph
+FEW_BITS = {"1": 1, "L;2": 3, "L;4": 15}  # how such labels are stored: the largest id
 MOST_IGNORED = 2 / 3  # of the pixels; more cause a warning
 
 
@@ -33,8 +34,7 @@ def look_at(sample: Sample) -> dict:
         picture = read_picture(sample.image)
         found["size"] = picture.size
         found["hash"] = hashlib.blake2b(picture.tobytes(), digest_size=16).hexdigest()
-        grey = stored_as(sample.image)[0].partition(";")[0] in ("L", "P")
-        found["label_map"] = grey and picture.getcolors(FEW_COLOURS) is not None
+        found["label_map"] = len(picture.getcolors(FEW_COLOURS) or ()) > 1
     except UserError as error:
         found["problems"].append(("image cannot be read", str(error)))
     if sample.label and sample.label.exists():
@@ -66,8 +66,10 @@ class Labels:
     def add(self, sample: Sample, found: dict) -> None:
         """Take in what `look_at` found."""
         self.ids.update(found.get("ids", {}))
-        if "stored" in found:
-            self.stored.setdefault(found["stored"], sample.label)
+        stored = found.get("stored", "")
+        largest = [most for kind, most in FEW_BITS.items() if stored.startswith(kind)]
+        if stored and all(most in found["ids"] for most in largest):  # without the largest, no id can have been cut
+            self.stored.setdefault(stored, sample.label)
         for index, colour in found.get("palette", {}).items():
             first, path = self.colours.setdefault(index, (colour, sample.label))
             if first != colour and not self.other_palette:
@@ -81,10 +83,9 @@ class Labels:
         return found
 
     def unknown(self, ids: dict[int, int]) -> list[int]:
-        """The ids that the dataset cannot hold; none with an id_map, which need not name void ids."""
-        if self.cfg.id_map:
-            return []
-        return sorted(ids.keys() - KNOWN_IDS.get(self.cfg.format, {*range(len(self.classes)), IGNORE}))
+        """The ids that the dataset cannot hold."""
+        known = known_ids(self.cfg, self.classes)
+        return [] if known is None else sorted(ids.keys() - known)
 
     def faults(self) -> list[tuple[str, str]]:
         """(kind, text) of what is surely wrong: ids of another numbering, ids that were lost."""
@@ -97,7 +98,7 @@ class Labels:
             found.append(("label ids of another numbering", f"{self._ignored()}: {looks}"))
         if self.other_palette:
             found.append(("palettes differ, so that their indices are no ids", self.other_palette))
-        few = [s for s in self.stored if s.startswith(("1", "L;2", "L;4"))]
+        few = [s for s in self.stored if s.startswith(tuple(FEW_BITS))]
         others = [s for s in self.stored if s not in few]
         if few and others:
             text = f"{self.stored[few[0]]} beside {self.stored[others[0]]}: 255 may have become 1, 3 or 15"
@@ -133,6 +134,8 @@ class Labels:
         """Which numbering the ids more likely have, or what has happened to them; "" if they are as expected."""
         present, half = set(self.ids), (self.ids.total() - self.ids[IGNORE]) / 2
         learnt, unknown = self._pixels(self.learnt), self.unknown(self.ids)
+        if self.cfg.id_map and present <= self.names.keys():  # every id is meant as the user says
+            return ""
         if present == {0} and not learnt:
             return "16-bit labels that were cut to 8 bits hold 0 alone"
         if set(self.classes.names) <= set(CITYSCAPES_NAMES):
@@ -140,12 +143,12 @@ class Labels:
                 other, better = self.learnt.items() - names.items(), self._pixels(names)
                 if other and present <= known and better > max(half, learnt) and (unknown or learnt < half):
                     return f"they look like {name}"
-        body = present - {IGNORE}
-        if body == {0} and IGNORE not in self.names and len(self.classes) == 2:
+        if present == {0, IGNORE} and not self.cfg.id_map and len(self.classes) == 2:
             other = self.classes.names[1]
             return "they look like a mask of 0 and 255: name 255 in id_map"
+        body = present - {IGNORE}
         step = math.gcd(*body)
-        if step > 1 and len(body) > 2 and (unknown or not learnt or not body <= self.names.keys()):
+        if step > 1 and len(body) > 2 and (unknown or not learnt):
             return f"they are multiples of {step}, as in labels that were stretched for the eye"
         if not self.cfg.id_map and self.cfg.format == "folder" and unknown == [len(self.classes)]:
             return "they look like ids that begin at 1: name them in id_map"
@@ -172,12 +175,15 @@ _NUMBERINGS = (
 )
 
 
-def check_samples(dataset: SegmentationDataset, name: str, cfg: Config) -> SegmentationDataset:
+def check_samples(
+    dataset: SegmentationDataset, name: str, cfg: Config, pseudo_labels: bool = False
+) -> SegmentationDataset:
     """Look at `CHECKED` samples, spread evenly, and give the dataset back, with notes of what looks odd.
 
     Args:
         dataset: where it has a transform, it is trained on.
         name: source, target or val.
+        pseudo_labels: the labels are a network's train ids; an unsure network may have labelled nothing in some.
 
     Raises:
         UserError: the batch is larger than the dataset, a file is empty, a sample cannot be used, labels are of another
@@ -203,7 +209,7 @@ def check_samples(dataset: SegmentationDataset, name: str, cfg: Config) -> Segme
             continue
         sizes.append(found["size"])
         labels.add(sample, found)
-    if name != "target":  # whose pseudo labels are train ids; an unsure network may have labelled nothing in some
+    if not pseudo_labels:
         if faults := labels.faults():
             first = next(s.label for s in dataset.samples if s.label)
             kind, text = faults[0]

@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from data.images import IMAGE_ENDINGS, read_label_ids, read_picture, reason, show_name
-from data.taxonomy import ID_TO_NAME, KNOWN_IDS, UNKNOWN, ClassSet, resolve_id_map
+from data.taxonomy import ID_TO_NAME, IGNORE, KNOWN_IDS, UNKNOWN, ClassSet, resolve_id_map
 from data.transforms import Crop
 from utils.config import UserError
 from utils.config.keys import DatasetConfig
@@ -40,6 +40,7 @@ HOW_TO_GET = {
 
 UNREADABLE = "unreadable"  # entry of a sample: why it, or the one that it replaces, cannot be used
 ATTEMPTS = 10  # samples in a row that a draw may skip
+TOLERANCE = 0.1  # of an image's and a label's ratio of width to height, where `size` brings both to one
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def list_samples(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
         with_labels: False lists images alone, for domains whose labels must not be read.
 
     Raises:
-        UserError: root is missing, no image is found, labels are wanted but not described or a file is missing.
+        UserError: root is missing, no image is found, labels are wanted but not described or a file is missing, a file
+            is both image and label, or two images would have one name.
     """
     listing = pair_files(cfg, with_labels)
     missing = [s.label for s in listing if with_labels and not s.label.is_file()]
@@ -102,9 +104,14 @@ def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
     samples, labels = [], set()
     for image in images:
         relative = image.relative_to(root)
-        label = _in_any_case(root / label_of(relative)) if label_of and (with_labels or left) else None
+        label = _in_any_case(root / label_of(relative)) if label_of else None
         labels.add(label)
         samples.append(Sample(image, label if with_labels else None, relative.with_suffix("").as_posix()))
+    refuse_double_names(samples)
+    if both := sorted(labels.intersection(images)):
+        raise UserError(
+            f"{len(both)} files are both image and label, the first is {both[0]}: narrow the globs of images"
+        )
     orphans = []
     if with_labels and cfg.format != "folder":  # a folder may hold more labels than its globs name images
         # The rule that gives an image's label, applied to the images' glob, gives the labels' glob.
@@ -148,7 +155,7 @@ def find_files(root: Path, globs: list[str]) -> tuple[list[Path], list[Path]]:
     """(images below `root` that globs match, what lies beside them and is not taken), both sorted.
 
     Linked folders are entered. A glob's ending, such as .jpg, matches in upper and lower case; a glob without one takes
-    `IMAGE_ENDINGS`. Folders and broken links that are named like images are taken, since reading them fails by name.
+    `IMAGE_ENDINGS`. Folders and broken links named like images are listed: reading them later fails with their name.
     Not taken are
         - hidden images,
         - images that the glob would match if they had its ending,
@@ -238,8 +245,8 @@ def _gta5(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:
     if cfg.split != "all":
         split = Path(cfg.root) / "split.mat"
         try:
-            ids = loadmat(split)[f"{cfg.split}Ids"].ravel()
-        except (OSError, KeyError, ValueError, MatReadError) as error:
+            ids = loadmat(split)[f"{cfg.split}Ids"].ravel().astype(int)
+        except (OSError, KeyError, ValueError, TypeError, NotImplementedError, MatReadError) as error:
             raise UserError(f"cannot read split={cfg.split} from {split}: {reason(error)}") from None
         images = [f"images/{i:05d}.png" for i in ids]
         missing = [name for name in images if not (Path(cfg.root) / name).is_file()]
@@ -262,7 +269,10 @@ def _cityscapes(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:
 
 def _folder(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path] | None]:
     try:
-        fields = {name for _, name, *_ in Formatter().parse(cfg.labels) if name is not None}
+        # A format behind a name, as in {stem:05d}, is refused too.
+        fields = {
+            f"{name}{spec}{how or ''}" for _, name, spec, how in Formatter().parse(cfg.labels) if name is not None
+        }
     except ValueError:
         fields = {"?"}
     if not fields <= {"dir", "parent", "stem"}:
@@ -360,12 +370,16 @@ class SegmentationDataset(Dataset):
         return item | {"label": label}
 
     def refuse_unlike_sizes(self, sample: Sample, size: tuple[int, int], label_size: tuple[int, int]) -> None:
-        """UserError if image and label, of two (width, height), differ in size and are not brought to one."""
-        if not self.size and tuple(size) != tuple(label_size):
-            raise UserError(
-                f"{show_name(sample.image)} is {size[0]}x{size[1]}, but its label {show_name(sample.label)} is "
-                f"{label_size[0]}x{label_size[1]}; set the dataset's size to bring both to one"
-            )
+        """UserError if image and label, of two (width, height), differ in size and `size` cannot bring them to one."""
+        if tuple(size) == tuple(label_size) or (self.size and alike(size, label_size)):
+            return
+        remedy = (
+            "set the dataset's size to bring both to one" if alike(size, label_size) else "do they belong together?"
+        )
+        raise UserError(
+            f"{show_name(sample.image)} is {size[0]}x{size[1]}, but its label {show_name(sample.label)} is "
+            f"{label_size[0]}x{label_size[1]}; {remedy}"
+        )
 
     def train_ids(self, path: Path, ids: np.ndarray) -> np.ndarray:
         """uint8 train ids of label ids, which file `path` holds; UserError for one that the dataset cannot hold."""
@@ -373,6 +387,12 @@ class SegmentationDataset(Dataset):
         if (unknown := label == UNKNOWN).any():
             raise UserError(f"label {show_name(path)} holds id {ids[unknown][0]}, which is none of this dataset's")
         return label
+
+
+def alike(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two (width, height) have about one shape, as those of GTA5's images and labels."""
+    across = sorted((size[0] * other[1], other[0] * size[1]))
+    return across[1] <= (1 + TOLERANCE) * across[0]
 
 
 def mark_unknown(table: np.ndarray, known: set[int] | None) -> np.ndarray:
@@ -392,10 +412,15 @@ def label_ids(cfg: DatasetConfig, classes: ClassSet) -> dict[int, str]:
     return ID_TO_NAME.get(cfg.format) or resolve_id_map(cfg.id_map, classes)
 
 
+def known_ids(cfg: DatasetConfig, classes: ClassSet) -> set[int] | None:
+    """Every label id that a dataset may hold; None of one with an id_map, which need not name the numbers of void."""
+    return None if cfg.id_map else KNOWN_IDS.get(cfg.format, {*range(len(classes)), IGNORE})
+
+
 def build_dataset(
     cfg: DatasetConfig, classes: ClassSet, with_labels: bool = True, transform: Callable | None = None, seed: int = 0
 ) -> SegmentationDataset:
     """The dataset that a config section describes; see `SegmentationDataset`."""
-    # A folder's ids that its id_map leaves out are ignored: void has many numbers. `data.verify` names them.
-    table = mark_unknown(classes.lookup_table(label_ids(cfg, classes)), KNOWN_IDS.get(cfg.format))
+    # Ids that an id_map leaves out are ignored; `data.verify` names them.
+    table = mark_unknown(classes.lookup_table(label_ids(cfg, classes)), known_ids(cfg, classes))
     return SegmentationDataset(list_samples(cfg, with_labels), table, cfg.size, transform, seed)

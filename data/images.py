@@ -87,11 +87,15 @@ def _open(path: Path) -> tuple[Image.Image, _Png | None]:
         raise ValueError(f"not a picture of a known format ({', '.join(_FORMATS)})") from None
     if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{picture.width}x{picture.height} pixels are too many")
+    if picture.format == "BMP" and picture.mode == "1" and content[28] == 8:  # which Pillow decodes as one bit each
+        raise ValueError("a BMP of 8 bits whose palette is black and white alone: save it as PNG")
     return picture, png
 
 
 def _layout(picture: Image.Image) -> tuple[str, int | None]:
     """How the file stores pixels, by Pillow's name, and the largest value that it declares, if it does."""
+    if not picture.tile:  # WebP: no other format hides it
+        return picture.mode, None
     decoder, _, _, options = picture.tile[0]
     options = (options,) if isinstance(options, str) else options
     return options[0], options[1] if decoder.startswith("ppm") and len(options) > 1 else None
@@ -120,7 +124,7 @@ def _named(kind: str, path: Path) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, about metadata and sizes
             yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # a damaged file fails in every way there is
         if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
@@ -158,17 +162,17 @@ def read_picture(path: Path, depth: Callable[[tuple[int, int]], float] | None = 
                 return png.decode("RGB", rows).crop((0, 0, *picture.size))
         layout, _ = _layout(picture)
         picture.load()
-        upright = _turned(_eight_bits(picture, layout, png), picture)
+        upright, turn = _eight_bits(picture, layout, png), _turn_of(picture)  # Pillow's own call rewrites all EXIF
+        upright = upright if turn is None else upright.transpose(turn)
         return upright if upright.mode == "RGB" else upright.convert("RGB")
 
 
-def _turned(picture: Image.Image, original: Image.Image) -> Image.Image:
-    """Upright by the original's EXIF orientation, if that can be read. Pillow's own call rewrites all of the EXIF."""
+def _turn_of(picture: Image.Image) -> Image.Transpose | None:
+    """What brings a picture upright by its EXIF orientation, if that can be read."""
     try:
-        turn = _TURN.get(original.getexif().get(ExifTags.Base.Orientation))
+        return _TURN.get(picture.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # of many kinds
-        turn = None
-    return picture if turn is None else picture.transpose(turn)
+        return None
 
 
 def _eight_bits(picture: Image.Image, layout: str, png: _Png | None) -> Image.Image:
@@ -210,6 +214,11 @@ def read_label_ids(path: Path) -> np.ndarray:
         picture, png = _open(path)
         if picture.format not in _EXACT_FORMATS or picture.info.get("compression") in _LOSSY_TIFF:
             raise ValueError(f"{picture.format} compression does not keep ids exactly: save it as PNG")
+        if picture.format == "TIFF" and _pages_of_one_size(picture):
+            raise ValueError("it has several pages: save one as PNG")
+        layout, declared = _layout(picture)
+        if (not png or png.turned) and _turn_of(picture) is not None:
+            raise ValueError("its EXIF entry turns it, which readers of labels take or leave: save it upright")
         if png and png.deep:
             high, low = (np.asarray(png.decode(f"{png.deep};16{order}").getchannel(0)) for order in "BL")
             return high.astype(np.uint16) << 8 | low
@@ -218,7 +227,6 @@ def read_label_ids(path: Path) -> np.ndarray:
                 f"label {show_name(path)} is an 8-bit picture of mode {picture.mode}; a grey, palette or 16-bit PNG of "
                 "label ids is needed"
             )
-        layout, declared = _layout(picture)
         mode, _, option = layout.partition(";")
         if mode in ("1", "L") and "I" in option:
             raise ValueError("its greys are stored inverted: save it as PNG")
@@ -237,6 +245,16 @@ def read_label_ids(path: Path) -> np.ndarray:
         full = 65535 if picture.mode == "I" else 255
         most = declared or {"2": 3, "4": 15}.get(option[:1] if picture.mode == "L" else "", full)
         return ids if most == full or picture.mode.startswith("I;") else np.rint(ids * (most / full)).astype(ids.dtype)
+
+
+def _pages_of_one_size(picture: Image.Image) -> bool:
+    """Whether a TIFF has a second page as large as the first; a smaller one is a preview."""
+    size, several = picture.size, picture.n_frames > 1
+    if several:
+        picture.seek(1)
+        several = picture.size == size
+        picture.seek(0)
+    return several
 
 
 def _ids_of_palette(index: np.ndarray, picture: Image.Image) -> np.ndarray:

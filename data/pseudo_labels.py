@@ -2,7 +2,6 @@
 
     <run>/labels/<image path below root>.png        train ids, IGNORE where the network was unsure
     <run>/confidence/<image path below root>.png    largest class probability, 0..255
-    <run>/second/<image path below root>.png        the second likeliest class, with pseudo.selection=pair_balanced
     <run>/manifest.json                             the checkpoint and its hash, config, thresholds and counts by class
 
 The manifest is written last: a folder without it is unfinished.
@@ -25,12 +24,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.datasets import Sample, SegmentationDataset, mark_unknown, refuse_double_names
+from data.datasets import Sample, SegmentationDataset, mark_unknown
 from data.taxonomy import IGNORE, ClassSet
 from utils.config import UserError
 
 MANIFEST = "manifest.json"
-KINDS = ("labels", "confidence", "second")
+KINDS = ("labels", "confidence")
 THREADS = min(8, os.cpu_count() or 1)  # that write files: PNG compression runs outside of Python's lock
 
 
@@ -42,11 +41,6 @@ def label_path(folder: Path, name: str) -> Path:
 def confidence_path(folder: Path, name: str) -> Path:
     """File of the confidence of image `name`."""
     return folder / "confidence" / f"{name}.png"
-
-
-def second_path(folder: Path, name: str) -> Path:
-    """File of the second likeliest class of image `name`."""
-    return folder / "second" / f"{name}.png"
 
 
 def write_png(path: Path, array: np.ndarray) -> None:
@@ -84,28 +78,26 @@ def confidence_levels(confidence: Tensor, threshold: float) -> Tensor:
 
 
 def level_limits(histogram: np.ndarray, threshold: float, selection: str, keep: float) -> np.ndarray:
-    """Least confidence level, 0..255, that a pixel must have.
+    """Least confidence level, 0..255, that a pixel of each class must have.
 
     Args:
-        histogram: int (K, K, 256), pixels by likeliest class, second likeliest, and level, see `confidence_levels`.
+        histogram: int (K, 256), pixels by predicted class and level, see `confidence_levels`.
         threshold: the constant one, in 0..1 (ProDA, CAG: 0.95).
-        selection: "constant"; or "class_balanced": min(threshold, the level above which `keep` of the class's own
-            pixels lie), so that a class of low confidence does not vanish; or "pair_balanced": the lower one of the
-            class-balanced limits of the two likeliest classes, so that a pixel at a border stays whichever side of it
-            was guessed.
+        selection: "constant", or "class_balanced": min(threshold, the level above which `keep` of the class's own
+            pixels lie), so that a class of low confidence does not vanish.
         keep: that share, in 0..1.
 
     Returns:
-        int (K, K), by likeliest and second likeliest class.
+        int (K,).
     """
-    constant = np.full((len(histogram), 1), math.ceil(255 * threshold), np.int64)
-    by_class = histogram.sum(1)
-    at_least = by_class[:, ::-1].cumsum(1)[:, ::-1]  # pixels with confidence >= level
-    wanted = keep * by_class.sum(1, keepdims=True)
+    constant = np.full(len(histogram), math.ceil(255 * threshold), np.int64)
+    if selection == "constant":
+        return constant
+    at_least = histogram[:, ::-1].cumsum(1)[:, ::-1]  # pixels with confidence >= level
+    wanted = keep * histogram.sum(1, keepdims=True)
     # The highest level that still keeps the wanted share; level 0 keeps everything.
-    own = 255 - np.argmax((at_least >= wanted)[:, ::-1], axis=1, keepdims=True)
-    own = constant if selection == "constant" else np.minimum(constant, own)
-    return np.minimum(own, own.T) if selection == "pair_balanced" else np.repeat(own, len(own), axis=1)
+    own = 255 - np.argmax((at_least >= wanted)[:, ::-1], axis=1)
+    return np.minimum(constant, own)
 
 
 def thresholds_of(limits: np.ndarray, threshold: float) -> list[float]:
@@ -116,13 +108,11 @@ def thresholds_of(limits: np.ndarray, threshold: float) -> list[float]:
 
 
 def drop_unsure(folder: Path, names: Iterable[str], limits: np.ndarray) -> None:
-    """Set the pixels of labels to `IGNORE` whose confidence level is below their limit, see `level_limits`."""
+    """Set the pixels of labels to `IGNORE` whose confidence level is below the limit of their class, int (K,)."""
 
     def drop(name: str) -> None:
         labels, levels = (np.array(Image.open(path(folder, name))) for path in (label_path, confidence_path))
-        file = second_path(folder, name)  # without it, limits are alike for every second class
-        second = np.array(Image.open(file)) if file.is_file() else labels
-        labels[levels < limits[labels, second]] = IGNORE
+        labels[levels < limits[labels]] = IGNORE
         write_png(label_path(folder, name), labels)
 
     with ThreadPoolExecutor(THREADS) as pool:
@@ -143,14 +133,14 @@ def statistics(
     Raises:
         UserError: no pixel is kept.
     """
-    predicted = histogram.sum((1, 2))
-    kept = (histogram * (np.arange(256) >= limits[..., None])).sum((1, 2))
+    predicted = histogram.sum(1)
+    kept = (histogram * (np.arange(256) >= limits[:, None])).sum(1)
     if not kept.any():
         raise UserError(
             f"no pixel of any class reaches pseudo.threshold={threshold}; the highest confidence is {highest:.6g}: "
             "lower the threshold, or take pseudo.selection=class_balanced"
         )
-    columns = zip(names, thresholds_of(limits.diagonal(), threshold), predicted.tolist(), kept.tolist())
+    columns = zip(names, thresholds_of(limits, threshold), predicted.tolist(), kept.tolist())
     by_class = {name: {"threshold": t, "predicted": p, "kept": k} for name, t, p, k in columns}
     return {"kept": kept.sum() / predicted.sum(), "classes": by_class}
 
@@ -187,15 +177,15 @@ def finished(folder: Path, wanted: dict, replace: bool) -> dict | None:
 
     Raises UserError if the folder holds pseudo labels of other settings, unless `replace`.
     """
-    if not (folder / MANIFEST).is_file():
+    if replace or not (folder / MANIFEST).is_file():
         return None
     manifest = read_manifest(folder)
     changes = ", ".join(f"{k}: {manifest.get(k)} -> {v}" for k, v in wanted.items() if manifest.get(k) != v)
-    if changes and not replace:
+    if changes:
         raise UserError(
             f"{folder} holds other pseudo labels ({changes}); choose a name=, or replace them with train.restart=true"
         )
-    return None if changes else manifest
+    return manifest
 
 
 def left_out(samples: list[Sample], written: set[str], most: int) -> list[str]:
@@ -210,13 +200,12 @@ def attach(target: SegmentationDataset, folder: Path, classes: ClassSet) -> None
     """Make the pseudo labels the labels of a target dataset, without the images that the generator left out.
 
     Raises:
-        UserError: they are unfinished, one is missing, two images share one, or they are of other classes.
+        UserError: they are unfinished, one is missing, or they are of other classes.
     """
     manifest = read_manifest(folder)
     again = "make them again with `python gen_pseudo_labels.py train.restart=true`"
     if list(manifest.get("classes", {})) != list(classes.names):
         raise UserError(f"the pseudo labels in {folder} are of other classes; {again}")
-    refuse_double_names(target.samples)
     left_out = set(manifest.get("left_out", []))
     samples = [
         dataclasses.replace(s, label=label_path(folder, s.name)) for s in target.samples if s.name not in left_out

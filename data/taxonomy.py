@@ -112,11 +112,13 @@ CLASS_SETS = {
 def custom_class_set(names: list[str], palette: list[list[int]]) -> ClassSet:
     """A class set of the user's own; without a palette, colours are spread over the hue circle.
 
-    Raises ValueError if a name occurs twice, the palette's length differs, or a colour is not three bytes.
+    Raises ValueError if a name occurs twice or is "ignore", the palette's length differs, or a colour is not three bytes.
     """
     doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:
         raise ValueError(f"data.class_names holds {doubles[0]!r} twice")
+    if "ignore" in names:
+        raise ValueError("data.class_names holds 'ignore', the word of id_map for what is not learnt")
     if not 2 <= len(names) <= UNKNOWN:
         raise ValueError(f"data.class_names must hold 2 to {UNKNOWN} names for class_set 'custom', not {len(names)}")
     if not palette:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.check import Labels, look_at
-from data.datasets import UNREADABLE, Sample, SegmentationDataset, label_ids, pair_files
+from data.datasets import TOLERANCE, UNREADABLE, Sample, SegmentationDataset, alike, label_ids, pair_files
 from data.images import show_name
 from data.loaders import mapped, spread
 from data.taxonomy import ClassSet, class_set
@@ -26,7 +26,6 @@ from utils.engine.setup import prepare_data
 from utils.evaluation.metrics import text_table
 from utils.evaluation.pictures import colorize, save_panel, to_picture
 
-TOLERANCE = 0.1  # sizes may differ by less where `size` brings them to one, as some of GTA5's do
 SHOWN = 8  # faults of a kind that are printed, samples on a contact sheet
 
 
@@ -72,7 +71,7 @@ def check_dataset(cfg: DatasetConfig, classes: ClassSet, workers: int, name: str
         if found.get("label_map"):
             report.fault("image looks like a label map", sample.image)
         size, label_size = found.get("size"), found.get("label_size")
-        if size and label_size and size != label_size and not (cfg.size and _alike(size, label_size)):
+        if size and label_size and size != label_size and not (cfg.size and alike(size, label_size)):
             report.fault("image and label differ in size", f"{sample.image}: {_by(size)}, label {_by(label_size)}")
         if size:
             size_of[sample.image] = size
@@ -89,16 +88,12 @@ def check_dataset(cfg: DatasetConfig, classes: ClassSet, workers: int, name: str
     report.sizes, report.pixels = Counter(size_of.values()), labels.pixels()
     usual, any_size = _usual(report), cfg.format == "folder"
     for path, size in size_of.items():
-        if not any_size and not _alike(size, usual):
+        if not any_size and any(abs(a - b) > TOLERANCE * b for a, b in zip(size, usual)):
             report.fault("image of another size than the rest", f"{path}: {_by(size)}, not {_by(usual)}")
     for kind, text in labels.faults():
         report.fault(kind, f"{report.labels} labels below {cfg.root}: {text}")
     report.warnings += labels.warnings(every_class=name == "source")
     return report
-
-
-def _alike(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    return all(abs(x - y) <= TOLERANCE * max(x, y) for x, y in zip(a, b))
 
 
 def _by(size: tuple[int, int]) -> str:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -149,6 +149,18 @@ class DeepLabPBAL(DeepLab):
         net = build_backbone(backbone, output_stride, last_dilations=tuple(d * finer for d in (2, 4, 8)))
         head = ASPPDecoder(net.channels, net.low_channels, dilations)
         super().__init__(net, head, nn.Dropout(dropout), nn.Conv2d(FEATURE_CHANNELS, num_classes, 1))
+
+
+ROWS = 64  # image rows whose class maps exist at one time
+
+
+def upsampled_rows(maps: Tensor, size: tuple[int, int] | torch.Size) -> Iterator[tuple[slice, Tensor]]:
+    """`upsample` of maps (K, h, w) to (height, width), `ROWS` rows at a time: first in height, then in width."""
+    height, width = size
+    tall = upsample(maps[None].contiguous(), (height, maps.shape[2]))
+    for start in range(0, height, ROWS):
+        rows = slice(start, min(start + ROWS, height))
+        yield rows, upsample(tall[:, :, rows], (rows.stop - rows.start, width))[0]
 
 
 def upsample(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:

@@ -9,9 +9,12 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
-from models.deeplab import upsample
+from models.deeplab import upsampled_rows
 
-ROWS = 64  # image rows whose logits exist at one time
+
+def normalized(images: Tensor, model: nn.Module) -> Tensor:
+    """uint8 (N, 3, H, W) -> float32, by the network's own input statistics."""
+    return F.normalize(images.float().div_(255), list(model.mean), list(model.std))
 
 
 def predict(model: nn.Module, image: Image.Image | str | Path | Tensor) -> Tensor:
@@ -36,9 +39,6 @@ def predict(model: nn.Module, image: Image.Image | str | Path | Tensor) -> Tenso
         image = F.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
     if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
         raise ValueError(f"uint8 (3, H, W) is needed, not {image.dtype} {tuple(image.shape)}")
-    height, width = image.shape[1:]
-    x = image[None].to(next(model.parameters()).device).float().div_(255)
     with torch.no_grad():
-        logits = model(F.normalize(x, list(model.mean), list(model.std)))["logits"].float()
-    tall = upsample(logits, (height, logits.shape[3]))
-    return torch.cat([upsample(part, (part.shape[2], width))[0].argmax(0).byte() for part in tall.split(ROWS, 2)]).cpu()
+        logits = model(normalized(image[None].to(next(model.parameters()).device), model))["logits"][0].float()
+    return torch.cat([maps.argmax(0).byte() for _, maps in upsampled_rows(logits, image.shape[1:])]).cpu()

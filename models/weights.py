@@ -47,7 +47,16 @@ _PLAIN_TYPES = [
     *{type(np.dtype(t)) for t in ("float64", "float32", "int64", "int32")},
 ]
 
-_ENTRIES = ("DeepLab", "ResNet101", "model_state", "state_dict", "model", "resnet")  # that hold a network's tensors
+_ENTRIES = (
+    "DeepLab",
+    "ResNet101",
+    "model_state",
+    "model_state_dict",
+    "state_dict",
+    "model",
+    "net",
+    "resnet",
+)  # that hold a network's tensors
 _TRAINING_ENTRIES = {"epoch", "arch", "optimizer"}  # beside the tensors in checkpoints of supervised training
 _DISCRIMINATOR = "FCDiscriminator"  # entry of published files
 _COUNTER = "num_batches_tracked"
@@ -131,9 +140,9 @@ def read_checkpoint(path: str | Path) -> dict:
         with torch.serialization.safe_globals(_PLAIN_TYPES):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class)[: ]+([\w.]+)", str(error))
-        if refused:
-            raise WeightError(f"{path} is refused: it holds {refused[1] or refused[2]}, not weights alone") from None
+        patterns = r"GLOBAL ([\w.]+)", r"Unsupported (?:global|class)[: ]+([\w.]+)"
+        if refused := next(filter(None, (re.search(pattern, str(error)) for pattern in patterns)), None):
+            raise WeightError(f"{path} is refused: it holds {refused[1]}, not weights alone") from None
         if "Unsupported operand" in str(error):  # a pickle instruction that no weights need
             raise WeightError(f"{path} is refused: it holds more than weights, or is damaged") from None
         raise WeightError(f"{path} is not a weight file, or cut short") from None
@@ -281,8 +290,8 @@ def load_weights(model: nn.Module, file: str | Path | WeightFile) -> Loaded:
         What was loaded.
 
     Raises:
-        WeightError: unreadable file, unknown format, missing or unexpected keys, other shapes; a network trained with
-            another normalisation, output stride or dilations than the model's.
+        WeightError: unreadable file, unknown format, missing or unexpected keys, other shapes, numbers that are no
+            weights; a network trained with another normalisation, output stride or dilations than the model's.
     """
     file = file if isinstance(file, WeightFile) else read_weights(file)
     own, state = model.state_dict(), dict(file.state)
@@ -306,6 +315,16 @@ def load_weights(model: nn.Module, file: str | Path | WeightFile) -> Loaded:
         k = shapes[0]
         sizes = f"{tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the model"
         problems.append(f"{len(shapes)} shapes differ ({k}: {sizes})")
+    fitting = [k for k in state if k in own]
+    for what, odd in (
+        (
+            "are no floating-point numbers",
+            [k for k in fitting if state[k].dtype.is_floating_point < own[k].dtype.is_floating_point],
+        ),
+        ("hold NaN or infinity", [k for k in fitting if not state[k].isfinite().all()]),
+    ):
+        if odd:
+            problems.append(f"{len(odd)} tensors {what} ({_some(odd)})")
     if problems:
         raise WeightError(f"{file.path} ({file.format}) does not fit the model: {'; '.join(problems)}")
     model.load_state_dict(state, strict=False)
@@ -331,14 +350,14 @@ def _contradictions(model: nn.Module, file: WeightFile) -> list[str]:
 
 
 def _for_timm(file: WeightFile, own: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """A file's tensors under the names of a timm network in a model: by timm's, or by order if it has none of those.
+    """A file's tensors under the names of a timm network in a model: by timm's, or EfficientNet-Lite's by order.
 
     timm converts what it knows of other codes, e.g. position embeddings of another image size. The file must hold the
     whole network; of its classifier any number of classes, or none. Raises WeightError that names what does not fit.
     """
     state = {key.removeprefix("backbone."): value for key, value in file.state.items()}
     ours = {key.removeprefix("backbone.net.").removeprefix("model.").replace(".", "_"): key for key in own}
-    if not any(key.replace(".", "_") in ours for key in state):
+    if file.format == "EfficientNet-Lite":
         return _by_order(file, own)
     timm = import_timm()
     known = timm.get_pretrained_cfg(name)

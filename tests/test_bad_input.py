@@ -392,6 +392,7 @@ def test_one_line_names_it(place, capfd, monkeypatch, stage, overrides, damage, 
     code, lines = refusal(capfd, stage, overrides)
     assert code == status and len(lines) == 1 and lines[0].startswith("error: "), lines
     assert all(part in lines[0] for part in said), lines[0]
+    assert "train.checkpointing" not in lines[0]  # the advice for want of memory
     assert not list(place.rglob("*.partial"))
     assert weights == {p: file_hash(p) for p in place.rglob("*.pth")}  # nothing trained, nothing lost
     assert not (place / "attacked").exists()

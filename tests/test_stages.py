@@ -38,7 +38,7 @@ from utils.config import UserError, to_dict
 from utils.engine import checkpoint, loop
 from utils.engine.loop import refuse_other_experiment
 from utils.engine.setup import load_network, resolve_auto
-from utils.evaluation.prediction import default_precision, predict_two
+from utils.evaluation.prediction import default_precision, predict_confidence
 
 STAGES = (
     ("warmup", train_bpl, "stage0_warmup.yml"),
@@ -117,7 +117,7 @@ def work(*args, **kwargs):
 def forbid_training(monkeypatch):
     for stage_type in (train_bpl.BPL, train_pst.PST, distill.Distillation):
         monkeypatch.setattr(stage_type, "step", work)
-    monkeypatch.setattr(gen_pseudo_labels, "predict_two", work)
+    monkeypatch.setattr(gen_pseudo_labels, "predict_confidence", work)
 
 
 @pytest.mark.parametrize("run", list(TERMS))
@@ -220,7 +220,7 @@ def test_confidence_is_that_of_the_mirrored_average(finished, configure):
             Image.open(finished.folder / "pseudo_labels" / "confidence" / f"{sample.name}.png")
         ).astype(int)
         averaged, plain, after = (
-            255 * predict_two(model, image, flip=flip, softmax_first=first)[2][0].numpy()
+            255 * predict_confidence(model, image, flip=flip, softmax_first=first)[1][0].numpy()
             for flip, first in ((True, True), (False, True), (True, False))
         )
         rounding = 0.51  # of a level; these networks are hardly sure of anything, so the ways are not far apart
@@ -235,6 +235,17 @@ def test_finished_stages_do_no_work(finished, configure, monkeypatch):
     for stage, script, file in STAGES[:-1]:
         assert script.main(configure(finished.layout, file, finished.runs)) == finished.returned[stage]
     assert files == {p: p.stat().st_mtime_ns for p in finished.folder.rglob("*") if p.suffix in (".pth", ".png")}
+
+
+@one_layout
+def test_a_dataset_may_move_between_the_parts_of_a_run(finished, configure, tmp_path, monkeypatch):
+    forbid_training(monkeypatch)
+    cfg = configure(finished.layout, "stage1_BPL.yml", finished.runs)
+    for name in ("source", "target", "val"):
+        moved = tmp_path / name
+        moved.symlink_to(getattr(cfg.data, name).root)
+        getattr(cfg.data, name).root = str(moved)
+    assert train_bpl.main(cfg) == finished.returned["bpl"]
 
 
 @one_layout
@@ -276,6 +287,9 @@ def test_other_pseudo_labels_are_refused_until_they_are_to_be_replaced(finished,
     cfg.train.restart = True
     after = gen_pseudo_labels.main(cfg)
     assert before["kept"] < 1 and after["kept"] == 1
+    lost = sorted((cfg.run_dir / "labels").rglob("*.png"))[0]
+    lost.unlink()
+    assert gen_pseudo_labels.main(cfg) == after and lost.is_file()  # of the same settings too
 
 
 @one_layout
@@ -541,8 +555,11 @@ def test_restart_leaves_no_checkpoint_of_the_old_run(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     for name in ("last", "previous", "best", "not_finite", "teacher"):
         files.of(name).touch()
+    (tmp_path / "panels").mkdir()
+    for name in ("panels/000002.png", "metrics.json", "notes.txt"):
+        (tmp_path / name).touch()
     files.clear()
-    assert not list(tmp_path.rglob("*.pth"))
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["notes.txt"]  # the user's own
 
 
 def test_target_statistics_stand_in_the_checkpoint_and_running_ones_beside(configure, runs):

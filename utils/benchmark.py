@@ -1,4 +1,4 @@
-"""How fast this code is on this machine, and how much memory it takes, beside the form that releases use.
+"""Speed and memory of this code on this machine, compared with the released implementation.
 
     python -m utils.benchmark                          step, data and eval
     python -m utils.benchmark step                     one training step of BPL
@@ -35,6 +35,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -61,7 +62,7 @@ from utils.engine.setup import (
 )
 from utils.engine.step import GuardedStep
 from utils.evaluation.metrics import ConfusionMatrix
-from utils.evaluation.prediction import autocast, default_precision, normalized, predict_labels, predict_two
+from utils.evaluation.prediction import autocast, default_precision, normalized, predict_confidence, predict_labels
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 CPU_CROP, CPU_BATCH = [256, 128], 2  # of a step on a CPU, in place of larger ones
@@ -103,26 +104,37 @@ def peak_memory_of(call: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _Alive() as counter:
         call()
-    sizes: dict[int, int] = {}
-    alive = peak = 0
-    for address, size in _allocations(profiler):
-        # The profiler remembers blocks of earlier calls: one that this call frees was not its own.
-        alive += size if size > 0 else -sizes.pop(address, 0)
-        if size > 0:
-            sizes[address] = size
-        peak = max(peak, alive)
-    return peak
+    return counter.peak
 
 
-def _allocations(profiler: profile) -> list[tuple[int, int]]:
-    """Address and bytes of the CPU memory taken (positive) and given back (negative), in order of time."""
-    nodes = list(profiler.profiler.kineto_results.experimental_event_tree())
-    for node in nodes:  # grows while it is read
-        nodes.extend(node.children)
-    memory = sorted((n for n in nodes if n.name == "[memory]"), key=lambda n: n.start_time_ns)
-    return [(n.extra_fields.ptr, n.extra_fields.alloc_size) for n in memory]
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside, and the most that were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[int, weakref.ref] = {}
+        self.alive = self.peak = 0
+
+    def _end(self, key: int, size: int) -> None:
+        del self.known[key]
+        self.alive -= size
+
+    def _meet(self, values: object, made: bool) -> None:
+        """Take in tensors that an operation gave, or that it was given; of the latter, the unknown were there before."""
+        for value in tree_leaves(values):
+            if isinstance(value, Tensor) and (key := (storage := value.untyped_storage())._cdata) not in self.known:
+                size = storage.nbytes() if made else 0
+                self.known[key] = weakref.ref(storage, lambda _, k=key, s=size: self._end(k, s))
+                self.alive += size
+                self.peak = max(self.peak, self.alive)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self._meet((args, kwargs), made=False)
+        result = function(*args, **(kwargs or {}))
+        self._meet(result, made=True)
+        return result
 
 
 def compare(forms: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, Timing]:
@@ -304,7 +316,12 @@ def run_data(cfg: Config, device: torch.device, repeats: int = 31) -> None:
         step = compare({"step": step_of(fitting(cfg, device), device, "here")}, device, 5)["step"].median
     rate = (t.batch_source + t.batch_target) / step
     cores = f"{rate * cost:.1f} CPU cores at {1000 * cost:.0f} ms a sample (this machine has {os.cpu_count()})"
-    print(f"a step of {1000 * step:.0f} ms takes {rate:.0f} samples a second: {cores}\n", flush=True)
+    named = (
+        f"a step of {1000 * step:.0f} ms"
+        if device.type == "cuda"
+        else f"a GPU's step of {1000 * step:.0f} ms (assumed)"
+    )
+    print(f"{named} takes {rate:.0f} samples a second: {cores}\n", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- eval
@@ -338,7 +355,7 @@ def run_eval(cfg: Config, device: torch.device, repeats: int = 3) -> None:
             Image.fromarray(array.astype(np.uint8)).save(Path(folder, file))
 
     def labels(folder: str) -> None:
-        found, _, confidence = predict_two(model, image, flip=True, softmax_first=True, **options)
+        found, confidence = predict_confidence(model, image, flip=True, softmax_first=True, **options)
         for file, maps in zip(files, (found, confidence_levels(confidence, 0.95))):
             write_png(Path(folder, file), maps[0].cpu().numpy())
 
@@ -352,29 +369,6 @@ def run_eval(cfg: Config, device: torch.device, repeats: int = 3) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- plan
-
-
-class _Alive(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside, and the most that were alive at once."""
-
-    def __init__(self, uncounted: list[Tensor]):
-        super().__init__()
-        self.known: dict[int, weakref.ref | None] = {t.untyped_storage()._cdata: None for t in uncounted}
-        self.alive = self.peak = 0
-
-    def _end(self, key: int, size: int) -> None:
-        del self.known[key]
-        self.alive -= size
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, Tensor) and (key := value.untyped_storage()._cdata) not in self.known:
-                size = value.untyped_storage().nbytes()
-                self.known[key] = weakref.ref(value.untyped_storage(), lambda _, k=key, s=size: self._end(k, s))
-                self.alive += size
-                self.peak = max(self.peak, self.alive)
-        return result
 
 
 class Memory(NamedTuple):
@@ -410,7 +404,7 @@ def memory_of_step(cfg: Config) -> Memory:
                 total.backward()
 
         there = [*weights, *(p.grad for p in weights), *buffers]
-        with _Alive(there) as counter, autocast(CPU, cfg.train.precision):
+        with _Alive() as counter, autocast(CPU, cfg.train.precision):
             stage.step(source, target, backward)
         # SGD and Adam keep one number for each weight, Adam a second one.
         fixed = sum(x.nbytes for x in (*there, *weights, *adam))

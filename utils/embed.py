@@ -112,6 +112,8 @@ def run(overrides: list[str]) -> dict:
     files = {name: file for name, file in files.items() if file.is_file()}
     if not files:
         raise UserError(f"{folder} holds no run with checkpoints/{cfg.which}.pth")
+    if "embed" in files:
+        raise UserError(f"{folder / 'embed'} is a training run, and where this is written to: rename it")
     prepare_data(cfg)
     val = build_dataset(cfg.data.val, classes)
     shutil.rmtree(folder / "embed", ignore_errors=True)

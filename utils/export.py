@@ -6,8 +6,8 @@
 
 The file takes RGB images as they are, uint8 (N, 3, H, W) of any number and size, and normalises them itself. It gives
 labels, uint8 (N, H, W) of train ids as `test.py` predicts them at scale 1 in float32, or probabilities, float32
-(N, K, H, W). It is written once it has given what the network gives, at two sizes, of one image and of two; ONNX
-without ONNX Runtime is not checked. All other keys are those of `test.py`.
+(N, K, H, W). Before it is written, its output is compared with the network's, on one and on two images of two sizes;
+ONNX only if ONNX Runtime is installed. All other keys are those of `test.py`.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def export(network: nn.Module, form: str, path: Path) -> Network | None:
 
 @torch.no_grad()
 def largest_difference(network: Deployed, exported: Network) -> float:
-    """Between the probabilities of the two; of labels that differ, how much less probable the file's is."""
+    """Largest difference in probability; for labels, how much less probable the file's label is."""
     generator, largest = torch.Generator().manual_seed(0), 0.0
     for height, width in CHECKED:
         for number in (1, 2):
@@ -136,6 +136,8 @@ def run(words: list[str]) -> Path:
     print(message)
     network = Deployed(model, output).eval().requires_grad_(False)
     path = Path(own.get("file") or weights.with_suffix(ENDINGS[form]).name)
+    if path.exists() and path.samefile(weights):
+        raise UserError(f"{path.absolute()} is the checkpoint itself: name another file=")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"network{ENDINGS[form]}"
         try:

@@ -251,8 +251,10 @@ def format_summary(rows: dict[str, dict]) -> str:
 
 
 def _panel(cfg: Config, runs: dict[str, str], statistics: str, path: Path) -> None:
-    """image | each stage | truth, of images spread over the validation split. Source only is shown under the BatchNorm
-    statistics of the stages after it: what differs is learnt."""
+    """image | each stage | truth, of images spread over the validation split.
+
+    Source only is drawn with the later stages' BatchNorm statistics, so that pictures differ by what was learnt alone.
+    """
     cfg, device, classes = copy.deepcopy(cfg), choose_device(cfg), class_set(cfg.data)
     cfg.which, shown = "last", []
     val = build_dataset(cfg.data.val, classes)

@@ -16,7 +16,7 @@ from utils.config.keys import DatasetConfig
 
 NINETEEN, SIXTEEN = CLASS_SETS["cityscapes19"], CLASS_SETS["cityscapes16"]
 OWN = custom_class_set(CUSTOM["class_names"], CUSTOM["palette"])
-TWO = custom_class_set(["road", "crack"], [])
+TWO, STREETS = custom_class_set(["road", "crack"], []), custom_class_set(["building", "road"], [])
 STREET = dict(zip(NINETEEN.names, (33, 6, 20, 1, 1, 1, 1, 1, 15, 1, 8, 1, 1, 6, 1, 1, 1, 1, 1)))  # pixels in a hundred
 
 
@@ -44,6 +44,13 @@ RIGHT = [
     (section(), NINETEEN, street(TRAIN, 255)),
     (section(id_map={0: "road", 255: "crack"}), TWO, {0: 90, 255: 10}),
     (section(), TWO, {0: 90, 1: 5, 255: 5}),
+    (section(id_map={0: "ignore", 1: "building", 2: "road"}), STREETS, {0: 60, 1: 30, 2: 10}),  # no train ids
+    (section(id_map={0: "ignore", 1: "road", 2: "crack"}), TWO, {0: 60, 1: 35, 2: 5}),
+]
+SURE = [  # nothing that stops training
+    (section(), TWO, {0: 100}),
+    (section(id_map={0: "road", 1: "crack"}), TWO, {0: 90, 255: 10}),
+    (section(id_map={10: "sky", 20: "street", 30: "car"}), OWN, {10: 50, 20: 30, 30: 19, 40: 1}),
 ]
 WRONG = [
     (section("gta5"), NINETEEN, street(TRAIN, 255), "train ids"),
@@ -68,6 +75,12 @@ def test_right_labels_have_neither_fault_nor_warning(cfg, classes, ids):
     assert not found.faults() and not found.warnings(every_class=True)
 
 
+@pytest.mark.parametrize(("cfg", "classes", "ids"), SURE)
+def test_what_may_be_right_does_not_stop_training(cfg, classes, ids):
+    found = labels(cfg, classes, ids)
+    assert not found.faults() and "no pixel of class" in found.warnings(every_class=True)[0]
+
+
 @pytest.mark.parametrize(("cfg", "classes", "ids", "looks"), WRONG)
 def test_other_numberings_are_named(cfg, classes, ids, looks):
     ((_, text),) = labels(cfg, classes, ids).faults()
@@ -85,6 +98,8 @@ def test_what_may_be_meant_is_a_warning():
 def test_optimised_labels_among_others():
     sample, found = Sample(Path("i.png"), Path("l.png"), "i"), labels(section(), TWO, {0: 90, 1: 10})
     found.add(sample, {"ids": {0: 1}, "stored": "1"})
+    assert not found.faults()  # as any optimiser writes a label of nothing
+    found.add(sample, {"ids": {0: 1, 1: 1}, "stored": "1"})
     assert "grey of few bits" in found.faults()[0][0]
     found = labels(section(), TWO, {0: 90, 1: 10})
     for colour in ((1, 2, 3), (4, 5, 6)):

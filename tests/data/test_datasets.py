@@ -77,6 +77,10 @@ def test_image_and_label_of_different_sizes_need_a_common_size(trees):
     assert dataset[0]["label"].shape == (HEIGHT, WIDTH)
     with pytest.raises(UserError, match=r"00005\.png is 100x62.*label.*00005\.png is 96x64; set the dataset's size"):
         dataset[4]
+    for size in ([], [52, 36]):  # no size brings a picture and a label that is not turned like it to one
+        turned = build_dataset(dataset_config(**section | {"size": size}), NINETEEN)
+        with pytest.raises(UserError, match=r"is 64x96, but its label .* is 96x64; do they belong together\?"):
+            turned.refuse_unlike_sizes(turned.samples[0], (64, 96), (96, 64))
     dataset = build_dataset(dataset_config(**section | {"size": [52, 36]}), NINETEEN)
     item = dataset[4]
     assert item["image"].shape == (3, 36, 52) and item["label"].shape == (36, 52)
@@ -90,7 +94,7 @@ def test_gta5_split_file_is_needed_for_a_split_alone(copied):
     assert len(list_samples(dataset_config(**tree.section))) == 5
     with pytest.raises(UserError, match=r"split\.mat"):
         list_samples(dataset_config(**tree.section | {"split": "train"}))
-    savemat(tree.root / "split.mat", {"trainIds": [[1], [4]], "valIds": [[2]], "testIds": [[3]]})
+    savemat(tree.root / "split.mat", {"trainIds": [[1.0], [4.0]], "valIds": [[2]], "testIds": [[3]]})
     names = [s.name for s in list_samples(dataset_config(**tree.section | {"split": "train"}))]
     assert names == ["images/00001", "images/00004"]
     (tree.root / "images/00002.png").unlink()
@@ -147,9 +151,26 @@ def test_missing_files_are_named(copied, tmp_path):
     tree = copied("day")
     with pytest.raises(UserError, match="`labels` key is empty"):
         list_samples(dataset_config(**tree.section | {"labels": ""}))
-    for template in ("{city}.png", "{}.png", "{stem", "{stem.x}.png"):
+    for template in ("{city}.png", "{}.png", "{stem", "{stem.x}.png", "{stem:05d}.png", "{stem!r}.png"):
         with pytest.raises(UserError, match=r"may hold {dir}, {parent} and {stem} alone"):
             list_samples(dataset_config(**tree.section | {"labels": template}))
+
+
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_a_label_is_no_image(tmp_path, with_labels):
+    for name in ("a.jpg", "b.jpg", "a_L.png", "b_L.png"):
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    cfg = dataset_config(format="folder", root=str(tmp_path), images=["*"], labels="{stem}_L.png")
+    with pytest.raises(UserError, match=r"2 files are both image and label, the first is .*a_L\.png: narrow the globs"):
+        list_samples(cfg, with_labels)
+
+
+def test_an_id_beyond_the_classes_is_refused_without_an_id_map(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    Image.new("L", (8, 8), 19).save(tmp_path / "a.png")
+    cfg = dataset_config(format="folder", root=str(tmp_path), images=["*.jpg"], labels="{stem}.png")
+    with pytest.raises(UserError, match=r"a\.png holds id 19, which is none of this dataset's"):
+        build_dataset(cfg, NINETEEN)[0]
 
 
 @pytest.mark.parametrize("glob", ["/abs/*.jpg", ""])

@@ -188,3 +188,56 @@ def test_names_that_are_no_utf8(tmp_path):
         read_image(path)
     assert "stra\\xdfe.png" in str(error.value) and show_name("straße") == "straße"
     str(error.value).encode()
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.bmp", "x.ppm", "x.tif", "x.webp"])
+def test_pictures_of_every_format_are_read(tmp_path, name):
+    across = np.linspace(0, 255, 48, dtype=np.uint8)
+    array = np.stack(np.broadcast_arrays(across, across[:32, None], np.uint8(90)), axis=2)  # smooth: no loss shows
+    Image.fromarray(array).save(tmp_path / name)
+    image = read_image(tmp_path / name).permute(1, 2, 0).numpy()
+    assert image.shape == array.shape and np.abs(image.astype(int) - array).mean() < 4
+
+
+def test_a_bmp_that_pillow_decodes_wrongly_is_refused(tmp_path):
+    picture = Image.fromarray(some(2))
+    picture.putpalette([0, 0, 0, 255, 255, 255])
+    picture.save(tmp_path / "x.bmp")
+    content = bytearray((tmp_path / "x.bmp").read_bytes())
+    kept, pixels = 54 + 4 * 2, int.from_bytes(content[10:14], "little")  # a palette of two entries
+    content[46:50], content[10:14] = (2).to_bytes(4, "little"), kept.to_bytes(4, "little")
+    (tmp_path / "x.bmp").write_bytes(content[:kept] + content[pixels:])
+    for read, kind in ((read_label_ids, "label"), (read_image, "image")):
+        with pytest.raises(UserError, match=rf"cannot read {kind} .*x\.bmp: a BMP of 8 bits"):
+            read(tmp_path / "x.bmp")
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_a_label_that_metadata_turns_is_refused(tmp_path, ending):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / f"x.{ending}"
+    Image.fromarray(some(19)).save(path, exif=exif)
+    with pytest.raises(UserError, match=r"cannot read label .*x\.\w+: its EXIF entry turns it"):
+        read_label_ids(path)
+
+
+def test_a_label_of_several_pages_is_refused_and_one_with_a_preview_is_read(tmp_path):
+    pages = [some(19) for _ in range(2)]
+    first, second = (Image.fromarray(page) for page in pages)
+    first.save(tmp_path / "two.tif", save_all=True, append_images=[second])
+    with pytest.raises(UserError, match=r"two\.tif: it has several pages"):
+        read_label_ids(tmp_path / "two.tif")
+    first.save(tmp_path / "preview.tif", save_all=True, append_images=[second.resize((5, 4))])
+    np.testing.assert_array_equal(read_label_ids(tmp_path / "preview.tif"), pages[0])
+
+
+def test_want_of_memory_is_not_the_files_fault(tmp_path, monkeypatch):
+    Image.fromarray(some(19)).save(tmp_path / "x.png")
+
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("data.images._open", full)
+    with pytest.raises(MemoryError):
+        read_label_ids(tmp_path / "x.png")

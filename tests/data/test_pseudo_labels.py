@@ -16,70 +16,54 @@ from utils.config.keys import DatasetConfig
 
 @pytest.fixture
 def histogram():
-    """A sure class, an unsure one, one of few pixels, one never predicted; any class may be the second likeliest."""
-    rng, counts = np.random.default_rng(0), np.zeros((4, 4, 256), np.int64)
-    levels = rng.integers(200, 256, 5000), rng.integers(40, 160, 3000), rng.integers(90, 256, 7)
-    for rows, own in zip(counts, levels):
-        np.add.at(rows, (rng.integers(4, size=len(own)), own), 1)
-    return counts
+    """A sure class, an unsure one, one of few pixels, one never predicted."""
+    rng, rows = np.random.default_rng(0), np.zeros((4, 256), np.int64)
+    for row, levels in zip(rows, (rng.integers(200, 256, 5000), rng.integers(40, 160, 3000), rng.integers(90, 256, 7))):
+        np.add.at(row, levels, 1)
+    return rows
 
 
 def kept(histogram, limits):
-    """Pixels of each class that reach their limit."""
-    classes = range(len(histogram))
-    return np.array([sum(histogram[k, j, limits[k, j] :].sum() for j in classes) for k in classes])
+    return np.array([counts[limit:].sum() for counts, limit in zip(histogram, limits)])
 
 
 def test_constant_threshold(histogram):
     limits = store.level_limits(histogram, 0.8, "constant", 0.66)
-    assert (limits == np.full((4, 4), 204)).all()  # 0.8 of 255
-    assert (store.level_limits(histogram, 0.95, "constant", 0.66) == 243).all()  # 242.25, rounded up
-    assert (store.level_limits(histogram, 0.0, "constant", 0.66) == 0).all()
+    assert limits.tolist() == [204] * 4  # 0.8 of 255
+    assert store.level_limits(histogram, 0.95, "constant", 0.66).tolist() == [243] * 4  # 242.25, rounded up
+    assert store.level_limits(histogram, 0.0, "constant", 0.66).tolist() == [0] * 4
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.66, 1.0])
 def test_class_balanced_threshold(histogram, keep):
     constant = store.level_limits(histogram, 0.95, "constant", keep)
     limits = store.level_limits(histogram, 0.95, "class_balanced", keep)
-    assert (limits <= constant).all() and (limits == limits[:, :1]).all()
-    total = histogram.sum((1, 2))
+    assert (limits <= constant).all()
+    total = histogram.sum(1)
     assert (kept(histogram, limits) >= keep * total).all()
     # As high as that allows: one level more would keep too little, or be above the constant threshold.
     one_more = kept(histogram, limits + 1) < keep * total
-    assert (one_more | (limits == constant)[:, 0])[total > 0].all()
+    assert (one_more | (limits == constant))[total > 0].all()
     if keep == 0.66:
-        assert limits[1, 0] < 160 and kept(histogram, constant)[1] == 0  # the unsure class would have vanished
+        assert limits[1] < 160 and kept(histogram, constant)[1] == 0  # the unsure class would have vanished
 
 
-def test_a_border_does_not_favour_a_side(histogram):
-    own = store.level_limits(histogram, 0.95, "class_balanced", 0.66).diagonal()
-    limits = store.level_limits(histogram, 0.95, "pair_balanced", 0.66)
-    assert (limits == limits.T).all() and (limits.diagonal() == own).all()
-    assert own[0] > own[1] and limits[0, 1] == own[1]  # the sure class, beside the unsure one
-    assert (
-        kept(histogram, limits) >= kept(histogram, store.level_limits(histogram, 0.95, "class_balanced", 0.66))
-    ).all()
-
-
-@pytest.mark.parametrize("selection", ["constant", "class_balanced", "pair_balanced"])
+@pytest.mark.parametrize("selection", ["constant", "class_balanced"])
 def test_what_is_dropped_is_what_was_counted(tmp_path, selection):
     rng, shape, names = np.random.default_rng(0), (40, 50), ("a", "b/c")
-    maps = {name: (rng.integers(3, size=shape), rng.integers(3, size=shape)) for name in names}
-    levels = {name: (rng.random(shape) * (100, 180, 250)[i]).astype(np.uint8) for i, name in enumerate(names)}
-    counts = np.zeros((3, 3, 256), np.int64)
-    for name, (labels, second) in maps.items():
-        np.add.at(counts, (labels, second, levels[name]), 1)
+    maps = {name: rng.integers(3, size=shape) for name in names}
+    levels = {name: (rng.random(shape) * (100, 180)[i]).astype(np.uint8) for i, name in enumerate(names)}
+    counts = np.zeros((3, 256), np.int64)
+    for name, labels in maps.items():
+        np.add.at(counts, (labels, levels[name]), 1)
         store.write_png(store.label_path(tmp_path, name), labels.astype(np.uint8))
         store.write_png(store.confidence_path(tmp_path, name), levels[name])
-        if selection == "pair_balanced":
-            store.write_png(store.second_path(tmp_path, name), second.astype(np.uint8))
     limits = store.level_limits(counts, 0.5, selection, 0.5)
     store.drop_unsure(tmp_path, names, limits)
     said, pixels = store.statistics(counts, limits, ["x", "y", "z"], 0.5, 0.7)["classes"], np.zeros(3, int)
-    for name, (labels, second) in maps.items():
+    for name, labels in maps.items():
         written = np.array(Image.open(store.label_path(tmp_path, name)))
-        expected = np.where(levels[name] >= limits[labels, second], labels, IGNORE)
-        np.testing.assert_array_equal(written, expected)
+        np.testing.assert_array_equal(written, np.where(levels[name] >= limits[labels], labels, IGNORE))
         pixels += [(written == k).sum() for k in range(3)]
     assert pixels.tolist() == [c["kept"] for c in said.values()] and (pixels > 0).all()
     assert pixels.sum() < sum(c["predicted"] for c in said.values()) == 2 * 40 * 50
@@ -112,7 +96,7 @@ def test_threshold_is_compared_before_rounding():
     threshold = 0.95  # 242.25 of 255
     confidence = torch.tensor([0.0, 0.3, 0.9499, 0.94999, 0.95, 0.9501, 0.9999, 1.0])
     levels = store.confidence_levels(confidence, threshold)
-    (limit,) = store.level_limits(np.zeros((1, 1, 256), np.int64), threshold, "constant", 0.5)
+    limit = store.level_limits(np.zeros((1, 256), np.int64), threshold, "constant", 0.5)
     assert ((levels.numpy() >= limit) == (confidence >= threshold).numpy()).all()
     assert levels.tolist()[:2] == [0, 76] and levels[-1] == 255
     assert store.thresholds_of(limit, threshold) == [threshold]
@@ -121,7 +105,7 @@ def test_threshold_is_compared_before_rounding():
 def test_threshold_of_a_class_is_the_one_used():
     confidence = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) ** 2
     levels = store.confidence_levels(confidence, 0.95)
-    limits = store.level_limits(np.bincount(levels.numpy(), minlength=256)[None, None], 0.95, "class_balanced", 0.5)[0]
+    limits = store.level_limits(np.bincount(levels.numpy(), minlength=256)[None], 0.95, "class_balanced", 0.5)
     (used,) = store.thresholds_of(limits, 0.95)
     assert used < 0.5 and ((levels.numpy() >= limits) == (confidence >= used).numpy()).all()
 

@@ -42,6 +42,8 @@ def test_custom_class_set():
         custom_class_set(["sky", "road"], [[0, 0, 0]])
     with pytest.raises(ValueError, match=r"colour of 'road' is \[0, 0, 256\]"):
         custom_class_set(["sky", "road"], [[0, 0, 0], [0, 0, 256]])
+    with pytest.raises(ValueError, match="holds 'ignore', the word of id_map"):
+        custom_class_set(["sky", "ignore"], [])
     with pytest.raises(ValueError, match="not 1"):
         custom_class_set(["sky"], [])
 

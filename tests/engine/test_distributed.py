@@ -282,10 +282,7 @@ def test_torchrun_refuses_a_batch_that_does_not_divide(benchmarks, tmp_path):
     command += [f"benchmark={benchmarks[LAYOUT]}", f"runs={tmp_path}", "device=cpu", "train.batch_target=3"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     said = [line for line in ended.stderr.splitlines() if line.startswith("error")]
-    assert said == [
-        "error: train.batch_target=3 cannot be split into equal parts for 2 processes with train.accumulate=1; "
-        "multiples of 2 can"
-    ]
+    assert said == ["error: train.batch_target=3 must be a multiple of 2 (processes x train.accumulate)"]
     assert ended.returncode != 0 and not list(tmp_path.iterdir())
 
 

@@ -19,8 +19,8 @@ from utils.evaluation.prediction import (
     evaluate,
     forward_views,
     mean_probabilities,
+    predict_confidence,
     predict_labels,
-    predict_two,
     same_size_batches,
 )
 
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 def predict(model, images, flip=False, softmax_first=False, **options):
     """Class probabilities at image size, float32 (N, K, H, W)."""
-    views = forward_views(model, images, flip=flip, softmax_first=softmax_first, **options)
+    views = forward_views(model, images, flip=flip, **options)
     return torch.stack([mean_probabilities(views, i, softmax_first) for i in range(len(images))])
 
 
@@ -251,19 +251,19 @@ def test_a_few_rows_at_a_time_give_what_one_upsampling_gives(size, small, layout
     torch.testing.assert_close(predict(FixedLogits(logits), images), whole.softmax(1), rtol=0, atol=1e-6)
     first = upsample(logits.softmax(1), size)
     torch.testing.assert_close(predict(FixedLogits(logits), images, softmax_first=True), first, rtol=0, atol=1e-6)
-    alone = [predict_two(FixedLogits(logits[i : i + 1]), images[:1], flip=True) for i in range(2)]
-    for found, single in zip(predict_two(FixedLogits(logits), images, flip=True), zip(*alone)):
+    alone = [predict_confidence(FixedLogits(logits[i : i + 1]), images[:1], flip=True) for i in range(2)]
+    for found, single in zip(predict_confidence(FixedLogits(logits), images, flip=True), zip(*alone)):
         assert torch.equal(found, torch.cat(single))  # whatever the batch
 
 
 @pytest.mark.parametrize("softmax_first", [False, True])
 def test_labels_and_confidences_are_those_of_the_averaged_probabilities(deeplab, photos, softmax_first):
-    options = {"flip": True, "scales": [0.5, 1], "window": [40, 32], "softmax_first": softmax_first}
-    labels, second, confidence = predict_two(deeplab, photos, **options)
-    probabilities, likeliest = predict(deeplab, photos, **options).topk(2, dim=1)
-    assert torch.equal(labels, likeliest[:, 0].byte()) and torch.equal(confidence, probabilities[:, 0])
-    assert torch.equal(second, likeliest[:, 1].byte())
-    assert torch.equal(predict_labels(deeplab, photos, **options), labels)
+    options = {"flip": True, "scales": [0.5, 1], "window": [40, 32]}
+    labels, confidence = predict_confidence(deeplab, photos, softmax_first=softmax_first, **options)
+    largest, likeliest = predict(deeplab, photos, softmax_first=softmax_first, **options).max(1)
+    assert torch.equal(labels, likeliest.byte()) and torch.equal(confidence, largest)
+    if not softmax_first:
+        assert torch.equal(predict_labels(deeplab, photos, **options), labels)
 
 
 def test_the_first_of_equally_likely_classes_is_taken():

@@ -173,6 +173,23 @@ def test_other_number_of_classes_is_said_in_words(tmp_path, model):
     one_line(lambda: load_weights(model, tmp_path / "last.pth"), "16-class file, 19-class model")
 
 
+@pytest.mark.parametrize(
+    ("spoilt", "said"),
+    [
+        (lambda w: w.to(torch.int8), r"1 tensors are no floating-point numbers \(backbone\.conv1\.weight\)"),
+        (lambda w: torch.full_like(w, torch.nan), r"1 tensors hold NaN or infinity \(backbone\.conv1\.weight\)"),
+    ],
+)
+def test_numbers_that_are_no_weights_are_refused(tmp_path, model, spoilt, said):
+    state = model.state_dict()
+    state["backbone.conv1.weight"] = spoilt(state["backbone.conv1.weight"])
+    torch.save({"model": state, "recipe": {}}, tmp_path / "x.pth")
+    one_line(lambda: load_weights(model, tmp_path / "x.pth"), said)
+    half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    torch.save({"model": half, "recipe": {}}, tmp_path / "half.pth")
+    load_weights(model, tmp_path / "half.pth")
+
+
 def test_missing_and_unexpected_keys_are_listed_and_nothing_is_loaded(tmp_path, model):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = {k: v + 1 for k, v in before.items()} | {"head.extra": torch.zeros(1)}
@@ -242,6 +259,9 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, zipped):
         torch.save(content, file, _use_new_zipfile_serialization=zipped)
         one_line(lambda: read_weights(file), r"x\.pth is refused: it holds (posix|nt|os)\.mkdir")
         assert not made.exists()
+    torch.save(torch.nn.Linear(2, 2), file, _use_new_zipfile_serialization=zipped)
+    one_line(lambda: read_weights(file), r"x\.pth is refused: it holds torch\.nn\.modules\.linear\.Linear")
+    torch.save({"model": {}, "recipe": Malicious(made)}, file, _use_new_zipfile_serialization=zipped)
     torch.load(file, weights_only=False)
     assert made.exists()  # the file would have done it
 

@@ -10,7 +10,7 @@ from data.taxonomy import CITYSCAPES_NAMES
 from models import build_model, load_model
 from utils import export
 from utils.config import ConfigError, UserError
-from utils.evaluation.prediction import predict_two
+from utils.evaluation.prediction import predict_confidence
 
 SIZES = ((1, 40, 70), (2, 61, 97))
 NETWORKS = [("deeplabv2", "resnet18"), *(("deeplab_pbal", f"timm/{n}") for n in ("test_vit", "tf_efficientnet_lite0"))]
@@ -71,7 +71,7 @@ def test_the_file_gives_what_the_network_gives(trained, tmp_path, capsys, form, 
     model, rng = load_model(checkpoint), np.random.default_rng(0)
     for number, height, width in SIZES:
         images = torch.from_numpy(rng.integers(0, 256, (number, 3, height, width), np.uint8))
-        labels, _, confidence = predict_two(model, images)  # as test.py
+        labels, confidence = predict_confidence(model, images)  # as test.py
         assert len(labels.unique()) > 2
         found = read(files["labels"], form)(images)
         sure = confidence > 0.51  # elsewhere two classes may tie
@@ -95,6 +95,8 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_written(trained, tmp_pat
     refused(ConfigError, r"format= is not one of onnx \| torchscript \| pt2")
     refused(ConfigError, r"output=mask is not one of labels \| probabilities", "format=pt2", "output=mask")
     refused(UserError, "no weights at .*none.pth", "format=pt2", "checkpoint=none.pth")
+    with pytest.raises(UserError, match="is the checkpoint itself: name another file="):
+        export.run([f"checkpoint={checkpoint}", f"file={checkpoint}", "format=pt2"])
     with monkeypatch.context() as patch:
         patch.setattr(export.importlib.util, "find_spec", lambda name: None)
         refused(UserError, "format=onnx needs onnx and onnxscript: pip install -r utils/req", "format=onnx")

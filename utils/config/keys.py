@@ -294,12 +294,10 @@ class BatchNormConfig:
 @dataclass
 class PseudoConfig:
     threshold: float = opt(0.95, "pixels less confident than this become ignore (ProDA, CAG)", most=1)
-    selection: Literal["constant", "class_balanced", "pair_balanced"] = opt(
-        "constant",
-        "class_balanced: per class min(threshold, the confidence that keeps `keep` of its pixels) | pair_balanced: the "
-        "lower one of these of a pixel's two likeliest classes, so that no side of a border is favoured",
+    selection: Literal["constant", "class_balanced"] = opt(
+        "constant", "class_balanced: per class min(threshold, the confidence that keeps `keep` of its pixels)"
     )
-    keep: float = opt(0.66, "balanced: least share of each class's pixels that is kept", most=1)
+    keep: float = opt(0.66, "class_balanced: least share of each class's pixels that is kept", most=1)
     labels: Literal["offline", "online"] = opt(
         "offline",
         "offline = gen_pseudo_labels.py's | online = a teacher's at every step, the moving average of the model (DACS)",

@@ -266,7 +266,8 @@ def _override(assignment: str) -> tuple[str, dict]:
     """'train.lr=1e-3' -> ('train.lr', {'train': {'lr': 1e-3}})."""
     key, equals, text = assignment.partition("=")
     if not equals:
-        weights = Path(assignment).suffix in (".pth", ".pt", ".pkl", ".tar")
+        endings = (".pth", ".pt", ".pkl", ".tar", ".ckpt", ".bin", ".safetensors")
+        weights = assignment.endswith(endings) or os.path.isfile(assignment)
         hint = f"; a weight file is named by checkpoint={assignment}" if weights else ""
         raise ConfigError(f"{assignment!r} is not of the form key=value{hint}")
     keys = all_keys()

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -162,9 +163,11 @@ class RunFiles:
         return self.last.is_file() or self.previous.is_file()
 
     def clear(self) -> None:
-        """Delete them, so that a run that begins anew and is killed early does not resume the old one."""
+        """Delete them and what was drawn and scored, so that a run that begins anew is not taken for the old one."""
         for path in (self.last, self.previous, self.best, self.not_finite, self.of("teacher")):
             path.unlink(missing_ok=True)
+        (self.folder / "metrics.json").unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "panels", ignore_errors=True)
 
     def save(self, state: dict) -> None:
         """Write `last`; the one before stays as `previous`."""

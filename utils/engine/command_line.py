@@ -123,16 +123,16 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    if isinstance(error, UserError):
-        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"{str(error).split('. ')[0]}: see train.checkpointing, train.accumulate, data.crop and test.batch; "
+            "`python -m utils.benchmark plan` says what fits"
+        )
     if isinstance(error, OSError):  # no space left, a read-only folder, …
         return f"{error.filename or 'the system says'}: {error.strerror or error}"
     if isinstance(error, UnicodeEncodeError):  # of a file's name
         return f"{error.object[:200]!r} cannot be written in this locale's {error.encoding}: set PYTHONUTF8=1"
-    return (
-        f"{str(error).split('. ')[0]}: see train.checkpointing, train.accumulate, data.crop and test.batch; "
-        "`python -m utils.benchmark plan` says what fits"
-    )
+    return str(error)
 
 
 def _print_and_leave(line: str, status: int) -> None:

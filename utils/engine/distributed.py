@@ -232,7 +232,7 @@ def merge_softmax_means() -> Callable[[Tensor, Tensor], Tensor] | None:
         every[own] = part  # gradient reaches this process's own part alone
         masses, means = torch.stack(every).unbind(1)  # (processes, K)
         value = (masses.softmax(0) * means).sum(0)
-        # With N times this gradient, the mean over N processes, as the step takes it, is the gradient by all parts.
+        # The step averages gradients over N processes: times N, the average is the sum of all parts' gradients.
         return n * value - (n - 1) * value.detach()
 
     return merge

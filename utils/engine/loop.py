@@ -51,7 +51,8 @@ Backward = Callable[..., None]
 MOMENTUM, POWER = 0.9, 0.9  # of SGD; of the poly schedule (as released)
 
 # Keys that may differ between the two parts of a resumed run: they change where and how fast, not what is learnt.
-HARMLESS = {"benchmark", "runs", "device", "model.published", "data.workers", "data.on_error"}
+HARMLESS = {"benchmark", "runs", "device", "model.published", "data.workers", "data.on_error", "data.toy_root"}
+HARMLESS |= {f"data.{name}.root" for name in ("source", "target", "val")}
 HARMLESS |= {f"test.{f.name}" for f in dataclasses.fields(TestConfig)}
 HARMLESS |= {
     f"train.{key}"
@@ -164,8 +165,8 @@ def _next(batches: Iterator, stop: Interruption) -> tuple[dict, dict]:
 def fuses(device: torch.device) -> bool:
     """Whether optimizers update all weights in one kernel (torch's `fused`): on a GPU alone.
 
-    On a CPU this saves nothing for channels-last weights, and torch 2.14 updates wrongly, without an error, where a
-    gradient or a loaded momentum is laid out in memory otherwise than its weight.
+    On a CPU it saves no time. There, torch 2.14's fused optimizers compute wrong updates, without an error, if a
+    gradient or a momentum has another memory layout than its weight.
     """
     return device.type == "cuda"
 
@@ -250,7 +251,7 @@ def _training_set(
     dataset.skips = cfg.data.on_error == "skip"
     if labels:
         pseudo_labels.attach(dataset, labels, classes)
-    return check_samples(dataset, name, cfg)
+    return check_samples(dataset, name, cfg, pseudo_labels=labels is not None)
 
 
 def _refuse_stale(labels: Path) -> None:
@@ -314,7 +315,7 @@ class Run:
         self.unreadable: set[str] = set()  # files that were left out, with the reason
 
     def state_dict(self) -> dict:
-        """All that a resumed run needs, but for the weights of the model and the random streams."""
+        """The state to resume from; `save` adds the model's weights and the random streams."""
         return {
             "networks": {k: v.state_dict() for k, v in self.stage.networks.items() if v is not self.model},
             "optimizers": {k: v.state_dict() for k, v in self.stage.optimizers.items()},

@@ -35,10 +35,8 @@ def checked_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
     processes = distributed.world_size() if cfg.stage in TRAINING_STAGES else 1
     for key in ("batch_source", "batch_target"):
         batch, parts = getattr(cfg.train, key), processes * cfg.train.accumulate
-        of = f"{processes} processes with train.accumulate={cfg.train.accumulate}"
-        into = f"train.accumulate={cfg.train.accumulate} equal parts" if processes == 1 else f"equal parts for {of}"
         if batch % parts:
-            raise ConfigError(f"train.{key}={batch} cannot be split into {into}; multiples of {parts} can")
+            raise ConfigError(f"train.{key}={batch} must be a multiple of {parts} (processes x train.accumulate)")
     return cfg
 
 
@@ -92,7 +90,7 @@ def resolve_auto(cfg: Config, file: WeightFile | None = None) -> Config:
     cfg = copy.deepcopy(cfg)
     m, told = cfg.model, dict(file.settings) if file else {}
     if file and file.backbone_alone:
-        # With these two words, the file is the published one: its input statistics are known.
+        # init=simclr and init=imagenet name published files, whose input statistics are known.
         told |= {"simclr": SIMCLR_SETTINGS, "imagenet": {"normalization": "auto"}}.get(m.init, {})
         if m.arch == "deeplab_pbal":
             told.pop("bn_clr", None)  # the variant is deeplabv2's
@@ -142,7 +140,7 @@ def refuse_unusable_backbone(cfg: Config) -> None:
 
 
 def build_network(cfg: Config, device: torch.device) -> nn.Module:
-    """The network of a settled configuration, with random weights; raises UserError if it cannot be built."""
+    """The network that a resolved configuration describes, with random weights; UserError if it cannot be built."""
     m = cfg.model
     torch.manual_seed(cfg.seed)
     try:

@@ -73,7 +73,7 @@ class GuardedStep:
             optimizer.zero_grad(set_to_none=True)
         torch.compiler.cudagraph_mark_step_begin()  # CUDA graphs may now write over what the last step's returned
         rng = checkpoint.rng_state()
-        # A bad forward pass spoils running statistics too; where training goes on, they are put back.
+        # A forward pass that is not finite spoils running statistics too; on_nonfinite=skip puts them back.
         skips = t.on_nonfinite == "skip"
         buffers = [(b, b.clone()) for n in self.networks.values() for b in n.buffers()] if skips else []
         terms: dict[str, Tensor] = {}
@@ -138,8 +138,8 @@ class GuardedStep:
     def _keep(self, numbers: dict, batch: dict, iteration: int) -> str:
         t = self.cfg.train
         kinds = {"loss": "loss {}", "grad_norm": "gradient of {}"}
-        bad = [(kinds[k].format(n), v) for k, entries in numbers.items() for n, v in entries.items()]
-        name, value = next((n, v) for n, v in bad if not math.isfinite(v))
+        named = [(kinds[k].format(n), v) for k, entries in numbers.items() for n, v in entries.items()]
+        name, value = next((n, v) for n, v in named if not math.isfinite(v))
         networks = {k: v.state_dict() for k, v in self.networks.items()}
         content = numbers | batch | {"step": iteration, "networks": networks, "config": to_dict(self.cfg)}
         checkpoint.save_checkpoint(self.file, content)

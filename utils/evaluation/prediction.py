@@ -16,13 +16,12 @@ from torchvision.transforms.v2 import functional as F
 from data.datasets import SegmentationDataset
 from data.loaders import whole_images
 from data.taxonomy import ClassSet
-from models import upsample
+from models.deeplab import upsampled_rows
+from models.prediction import normalized
 from utils.config import Config, UserError
 from utils.engine import distributed
 from utils.engine.log import progress
 from utils.evaluation.metrics import ConfusionMatrix
-
-ROWS = 64  # image rows whose class maps exist at one time
 
 
 def default_precision(device: torch.device) -> str:
@@ -49,15 +48,10 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, half, enabled=half is not None)
 
 
-def normalized(images: Tensor, model: nn.Module) -> Tensor:
-    """uint8 (N, 3, H, W) -> float32, by the network's own input statistics."""
-    return F.normalize(images.float().div_(255), list(model.mean), list(model.std))
-
-
 class View(NamedTuple):
     """The network's output for one part of the images."""
 
-    maps: Tensor  # logits, or probabilities after `softmax_first`, float32 (N, K, h, w)
+    logits: Tensor  # float32 (N, K, h, w)
     rows: slice  # of the images, that the network saw
     columns: slice
     mirrored: bool  # whether it saw them mirrored
@@ -72,7 +66,6 @@ def forward_views(
     scales: Sequence[float] = (1.0,),
     window: Sequence[int] = (),
     overlap: float = 0.5,
-    softmax_first: bool = False,
 ) -> list[View]:
     """One forward pass for each scale, window and mirrored copy of the images.
 
@@ -84,8 +77,6 @@ def forward_views(
         scales: factors by which the images are resized.
         window: [width, height] in pixels of the resized images that the network sees at once; () = all.
         overlap: least share of a window that its neighbour covers too, in 0..1.
-        softmax_first: take the softmax at the network's resolution, as ProDA's pseudo labels do. Pixels between two
-            confident regions then get a lower confidence than with a softmax at image size.
     """
     size = images.shape[2:]
     x, views = normalized(images, model), []
@@ -100,8 +91,8 @@ def forward_views(
         for (crop, place), mirrored in itertools.product(windows, (False, True)[: 1 + flip]):
             view = scaled[:, :, *crop]
             with torch.no_grad(), autocast(x.device, precision):
-                maps = model(view.flip(-1) if mirrored else view)["logits"].float()
-            views.append(View(maps.softmax(1) if softmax_first else maps, *place, mirrored, weight))
+                logits = model(view.flip(-1) if mirrored else view)["logits"].float()
+            views.append(View(logits, *place, mirrored, weight))
     return views
 
 
@@ -123,21 +114,18 @@ def _windows(
         yield (rows, columns), (own_rows, own_columns)
 
 
-def _upsampled_rows(maps: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
-    """`upsample` of maps (K, h, w) to (height, width), `ROWS` rows at a time: first in height, then in width."""
-    height, width = size
-    tall = upsample(maps[None].contiguous(), (height, maps.shape[2]))
-    for start in range(0, height, ROWS):
-        rows = slice(start, min(start + ROWS, height))
-        yield rows, upsample(tall[:, :, rows], (rows.stop - rows.start, width))[0]
-
-
 def mean_probabilities(views: list[View], i: int, softmax_first: bool = False) -> Tensor:
-    """Class probabilities of image `i` at image size, float32 (K, H, W): the mean over the views."""
-    total = views[0].weight.new_zeros(views[0].maps.shape[1], *views[0].weight.shape)
+    """Class probabilities of image `i` at image size, float32 (K, H, W): the mean over the views.
+
+    Args:
+        softmax_first: take the softmax at the network's resolution, as ProDA's pseudo labels do. Pixels between two
+            confident regions then get a lower confidence than with a softmax at image size.
+    """
+    total = views[0].weight.new_zeros(views[0].logits.shape[1], *views[0].weight.shape)
     for view in views:
         part, weight = total[:, view.rows, view.columns], view.weight[view.rows, view.columns]
-        for rows, maps in _upsampled_rows(view.maps[i], weight.shape):
+        small = view.logits[i].softmax(0) if softmax_first else view.logits[i]
+        for rows, maps in upsampled_rows(small, weight.shape):
             maps = maps if softmax_first else maps.softmax(0)
             part[:, rows] += (maps.flip(-1) if view.mirrored else maps).mul_(weight[rows])
     return total
@@ -153,27 +141,26 @@ def predict_labels(model: nn.Module, images: Tensor, **options: object) -> Tenso
     labels = images.new_empty(len(images), *images.shape[2:])
     for i, label in enumerate(labels):
         if len(views) == 1:  # a softmax does not change which class is the largest
-            for rows, maps in _upsampled_rows(views[0].maps[i], label.shape):
+            for rows, maps in upsampled_rows(views[0].logits[i], label.shape):
                 label[rows] = maps.max(0).indices  # on a CPU faster than argmax
         else:
-            label.copy_(mean_probabilities(views, i, options.get("softmax_first", False)).max(0).indices)
+            label.copy_(mean_probabilities(views, i).max(0).indices)
     return labels
 
 
-def predict_two(
+def predict_confidence(
     model: nn.Module, images: Tensor, *, softmax_first: bool = False, **options: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The two most probable classes of each pixel, uint8 (N, H, W) each, and the probability of the first, float32
-    (N, H, W). Options are those of `forward_views`."""
-    views = forward_views(model, images, softmax_first=softmax_first, **options)
-    first, second = images.new_empty(2, len(images), *images.shape[2:])
-    confidence = torch.empty(first.shape, device=images.device)
+) -> tuple[Tensor, Tensor]:
+    """The most probable class of each pixel, uint8 (N, H, W), and its probability, float32 (N, H, W).
+
+    Options are those of `forward_views`; for `softmax_first` see `mean_probabilities`.
+    """
+    views = forward_views(model, images, **options)
+    labels = images.new_empty(len(images), *images.shape[2:])
+    confidence = torch.empty(labels.shape, device=images.device)
     for i in range(len(images)):
-        probabilities = mean_probabilities(views, i, softmax_first)
-        confidence[i], largest = probabilities.max(0)
-        first[i] = largest
-        second[i] = probabilities.scatter_(0, largest[None], -1).max(0).indices
-    return first, second, confidence
+        confidence[i], labels[i] = mean_probabilities(views, i, softmax_first).max(0)
+    return labels, confidence
 
 
 def same_size_batches(loader: DataLoader, device: torch.device) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:

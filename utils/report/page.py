@@ -51,8 +51,8 @@ COLUMNS = {  # of a table of stages, where any row has them: title and key of th
 NOTES = {  # on columns
     "control": "Control: the source alone for as many steps; gain: over it, both under target BN.",
     "of the gap": "Of the gap: share in percent of the way from source_only_long to labelled_bound, under target BN.",
-    "best": "mIoU and what follows: under the BatchNorm statistics that the stage validates with; last checkpoints, "
-    "except for best, the highest on the validation labels.",
+    "best": "mIoU and the columns after it: last checkpoints, with the BatchNorm statistics that the stage validates "
+    "with; best: the highest of all validations.",
 }
 
 
