@@ -315,16 +315,11 @@ def load_weights(model: nn.Module, file: str | Path | WeightFile) -> Loaded:
         k = shapes[0]
         sizes = f"{tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the model"
         problems.append(f"{len(shapes)} shapes differ ({k}: {sizes})")
-    fitting = [k for k in state if k in own]
-    for what, odd in (
-        (
-            "are no floating-point numbers",
-            [k for k in fitting if state[k].dtype.is_floating_point < own[k].dtype.is_floating_point],
-        ),
-        ("hold NaN or infinity", [k for k in fitting if not state[k].isfinite().all()]),
-    ):
-        if odd:
-            problems.append(f"{len(odd)} tensors {what} ({_some(odd)})")
+    learnt = [k for k in state if k in own and own[k].is_floating_point()]
+    if others := [k for k in learnt if not state[k].is_floating_point()]:
+        problems.append(f"{len(others)} tensors are no floating-point numbers ({_some(others)})")
+    if spoilt := [k for k in learnt if state[k].is_floating_point() and not state[k].isfinite().all()]:
+        problems.append(f"{len(spoilt)} tensors hold NaN or infinity ({_some(spoilt)})")
     if problems:
         raise WeightError(f"{file.path} ({file.format}) does not fit the model: {'; '.join(problems)}")
     model.load_state_dict(state, strict=False)
