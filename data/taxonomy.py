@@ -112,7 +112,8 @@ CLASS_SETS = {
 def custom_class_set(names: list[str], palette: list[list[int]]) -> ClassSet:
     """A class set of the user's own; without a palette, colours are spread over the hue circle.
 
-    Raises ValueError if a name occurs twice or is "ignore", the palette's length differs, or a colour is not three bytes.
+    Raises ValueError if a name occurs twice or is "ignore", the palette's length differs, or a colour is not three
+    bytes.
     """
     doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:

@@ -122,7 +122,7 @@ class _Alive(TorchDispatchMode):
         self.alive -= size
 
     def _meet(self, values: object, made: bool) -> None:
-        """Take in tensors that an operation gave, or that it was given; of the latter, the unknown were there before."""
+        """Take in tensors that an operation made, or that it was given: of these, unknown ones were there before."""
         for value in tree_leaves(values):
             if isinstance(value, Tensor) and (key := (storage := value.untyped_storage())._cdata) not in self.known:
                 size = storage.nbytes() if made else 0
