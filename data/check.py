@@ -67,8 +67,8 @@ class Labels:
         """Take in what `look_at` found."""
         self.ids.update(found.get("ids", {}))
         stored = found.get("stored", "")
-        largest = [most for kind, most in FEW_BITS.items() if stored.startswith(kind)]
-        if stored and all(most in found["ids"] for most in largest):  # without the largest, no id can have been cut
+        largest = next((most for kind, most in FEW_BITS.items() if stored.startswith(kind)), None)
+        if stored and (largest is None or largest in found["ids"]):  # without the largest id, none can have been 255
             self.stored.setdefault(stored, sample.label)
         for index, colour in found.get("palette", {}).items():
             first, path = self.colours.setdefault(index, (colour, sample.label))

@@ -316,12 +316,8 @@ def run_data(cfg: Config, device: torch.device, repeats: int = 31) -> None:
         step = compare({"step": step_of(fitting(cfg, device), device, "here")}, device, 5)["step"].median
     rate = (t.batch_source + t.batch_target) / step
     cores = f"{rate * cost:.1f} CPU cores at {1000 * cost:.0f} ms a sample (this machine has {os.cpu_count()})"
-    named = (
-        f"a step of {1000 * step:.0f} ms"
-        if device.type == "cuda"
-        else f"a GPU's step of {1000 * step:.0f} ms (assumed)"
-    )
-    print(f"{named} takes {rate:.0f} samples a second: {cores}\n", flush=True)
+    whose = "a step" if device.type == "cuda" else "a GPU's assumed step"
+    print(f"{whose} of {1000 * step:.0f} ms takes {rate:.0f} samples a second: {cores}\n", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- eval

@@ -196,7 +196,8 @@ def test_pictures_of_every_format_are_read(tmp_path, name):
     array = np.stack(np.broadcast_arrays(across, across[:32, None], np.uint8(90)), axis=2)  # smooth: no loss shows
     Image.fromarray(array).save(tmp_path / name)
     image = read_image(tmp_path / name).permute(1, 2, 0).numpy()
-    assert image.shape == array.shape and np.abs(image.astype(int) - array).mean() < 4
+    assert image.shape == array.shape
+    assert np.abs(image.astype(int) - array).mean() <= (4 if name in ("x.jpg", "x.webp") else 0)  # these are lossy
 
 
 def test_a_bmp_that_pillow_decodes_wrongly_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Compactness and separation of features made by hand; the files of the projector."""
 
 import json
+import shutil
 import math
 
 import pytest
@@ -86,3 +87,9 @@ def test_command_measures_every_run(configure, benchmarks, tmp_path):
     labels = (folder / "embed" / "00000" / "bpl" / "metadata.tsv").read_text(encoding="utf-8").splitlines()
     assert labels[0] == "class\tkind" and labels[-4:] == [f"{name}\tprototype" for name in FOLDER_NAMES]
     assert {line.split("\t")[0] for line in labels[1:-4]} == set(FOLDER_NAMES)
+
+    shutil.rmtree(folder / "embed")
+    shutil.copytree(folder / "bpl", folder / "embed")  # the user's own run of that name
+    with pytest.raises(UserError, match=r"embed is a training run, and where this is written to: rename it"):
+        run(given)
+    assert (folder / "embed" / "checkpoints" / "last.pth").is_file()
