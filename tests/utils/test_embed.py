@@ -1,8 +1,8 @@
 """Compactness and separation of features made by hand; the files of the projector."""
 
 import json
-import shutil
 import math
+import shutil
 
 import pytest
 import torch
