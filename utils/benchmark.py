@@ -2,6 +2,7 @@
 
     python -m utils.benchmark                          step, data and eval
     python -m utils.benchmark step                     one training step of BPL
+    python -m utils.benchmark step stage=pst           of another stage: warmup, pst or distill
     python -m utils.benchmark data                     one training sample, and the CPU cores that a step needs
     python -m utils.benchmark eval                     evaluation and pseudo labels of one image
     python -m utils.benchmark plan                     memory that the recipe needs, and settings that fit
@@ -40,7 +41,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+import distill
 import train_bpl
+import train_pst
 from data.datasets import SegmentationDataset, build_dataset
 from data.loaders import training_batches
 from data.pseudo_labels import confidence_levels, write_png
@@ -50,8 +53,9 @@ from models import statistics_kept, upsample
 from models.backbone import IMAGENET_MEAN, IMAGENET_STD, check_backbone
 from models.build import default_stride
 from utils.config import ROOT, Config, ConfigError, UserError
-from utils.config.keys import DataConfig, DatasetConfig
-from utils.engine.command_line import run_words
+from utils.config.keys import DataConfig, DatasetConfig, require
+from utils.engine.command_line import run_words, split_words
+from utils.engine.loop import Stage
 from utils.engine.setup import (
     build_network,
     checked_config,
@@ -172,26 +176,47 @@ def fitting(cfg: Config, device: torch.device) -> Config:
     return resolve_auto(cfg)
 
 
+class Distillation(distill.Distillation):
+    """With a copy of the student in place of a trained teacher."""
+
+    def __init__(self, cfg: Config, device: torch.device):
+        Stage.__init__(self, cfg, device)
+        self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+
+STAGES = {  # stage -> its config, its class
+    "warmup": ("stage0_warmup.yml", train_bpl.BPL),
+    "bpl": ("stage1_BPL.yml", train_bpl.BPL),
+    "pst": ("stage2_PST.yml", train_pst.PST),
+    "distill": ("stage3_distill.yml", Distillation),
+}
+
+
 def batches(cfg: Config, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Random source and target batches of the recipe's size."""
+    """Random source and target batches of the recipe's size; target labels only where the stage learns from them."""
     (width, height), t, generator = cfg.data.crop, cfg.train, torch.Generator().manual_seed(0)
 
     def draw(*shape: int, high: int = 256) -> Tensor:
         return torch.randint(high, (*shape, height, width), generator=generator, dtype=torch.uint8).to(device)
 
-    label = draw(t.batch_source, high=len(class_set(cfg.data)))
-    return {"image": draw(t.batch_source, 3), "label": label}, {"image": draw(t.batch_target, 3)}
+    def batch(size: int, labelled: bool) -> dict[str, Tensor]:
+        labels = {"label": draw(size, high=len(class_set(cfg.data)))} if labelled else {}
+        return {"image": draw(size, 3)} | labels
+
+    return batch(t.batch_source, True), batch(t.batch_target, STAGES[cfg.stage][1].uses_pseudo_labels)
 
 
 def step_of(cfg: Config, device: torch.device, form: str) -> Callable[[], object]:
-    """A call that makes one step of BPL.
+    """A call that makes one step of the stage that `cfg` configures.
 
     Args:
         form: "here"; "graphs": compiled, replayed as CUDA graphs; "released": float32, contiguous, one backward pass
             of the sum of all losses.
     """
-    stage, (source, target) = train_bpl.BPL(cfg, device), batches(cfg, device)
+    stage, (source, target) = STAGES[cfg.stage][1](cfg, device), batches(cfg, device)
     if form == "graphs":
+        cfg = copy.deepcopy(cfg)
+        cfg.train.compile = "graphs"
         compile_networks(stage.networks, device, graphs=True)
     if form != "released":
         step = GuardedStep(cfg, stage.networks, stage.optimizers, device, Path(tempfile.gettempdir(), "not_finite.pth"))
@@ -224,7 +249,7 @@ def kernel_note(call: Callable[[], object], median: float, tflop: float) -> str:
 
 
 def run_step(cfg: Config, device: torch.device, repeats: int = 3) -> None:
-    """Print the time of a BPL step with the discriminator, without forms that the device cannot hold or compile."""
+    """Print the time of a stage's step, without forms that the device cannot hold or compile."""
     cfg, forms, notes = fitting(cfg, device), {}, {}
     kinds = {"as released, float32": "released", f"here, {cfg.train.precision}": "here"}
     kinds |= {f"here, {cfg.train.precision}, compiled to graphs": "graphs"} if device.type == "cuda" else {}
@@ -243,7 +268,7 @@ def run_step(cfg: Config, device: torch.device, repeats: int = 3) -> None:
             next(iter(forms.values()))()
         notes = {n: kernel_note(forms[n], t.median, counter.get_total_flops() / 1e12) for n, t in timings.items()}
     t, (width, height) = cfg.train, cfg.data.crop
-    title = f"step: {cfg.model.backbone}, {width}x{height}, {t.batch_source}+{t.batch_target}"
+    title = f"step of {cfg.stage}: {cfg.model.backbone}, {width}x{height}, {t.batch_source}+{t.batch_target}"
     report(title, timings, t.batch_source + t.batch_target, notes)
 
 
@@ -458,10 +483,14 @@ def main() -> None:
     """Command line."""
 
     def call(words: list[str]) -> None:
+        own, words = split_words(words, ("stage",))
         chosen = [w for w in words if "=" not in w] or [name for name in SECTIONS if name != "plan"]
         if unknown := [name for name in chosen if name not in SECTIONS]:
             raise ConfigError(f"unknown section {unknown[0]!r}; known are {', '.join(SECTIONS)}")
-        cfg = checked_config(ROOT / "configs" / "stage1_BPL.yml", [w for w in words if "=" in w])
+        stage = own.get("stage", "bpl")
+        require(stage in STAGES, f"stage={stage!r} is not one of {', '.join(STAGES)}")
+        require(stage == "bpl" or chosen == ["step"], "stage= goes with `step` alone")
+        cfg = checked_config(ROOT / "configs" / STAGES[stage][0], [w for w in words if "=" in w])
         refuse_unusable_backbone(cfg)
         device = choose_device(cfg)
         on_gpu = device.type == "cuda"

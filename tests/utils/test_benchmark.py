@@ -107,8 +107,20 @@ def test_step_leaves_out_a_form_that_does_not_fit(recipe, capsys, monkeypatch):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert lines[0] == "as released, float32 is left out: CUDA out of memory."
     assert (
-        lines[1].startswith("step: resnet18, 64x32, 2+2") and lines[2].startswith("here, float32") and len(lines) == 3
+        lines[1].startswith("step of bpl: resnet18, 64x32, 2+2") and lines[2].startswith("here, float32") and len(lines) == 3
     )
+
+
+@pytest.mark.parametrize("stage", ["warmup", "pst", "distill"])
+def test_a_step_of_every_stage(configure, tmp_path, stage, capsys):
+    file = benchmark.STAGES[stage][0]
+    sizes = ("data.crop=[64,32]", "train.batch_source=1", "train.batch_target=1")
+    cfg = resolve_auto(configure("gta5_to_city", file, tmp_path, *sizes))
+    benchmark.run_step(cfg, CPU, repeats=1)
+    text = capsys.readouterr().out
+    assert text.startswith(f"step of {stage}: resnet18, 64x32, 1+1") and "released" in text and "here, " in text
+    source, target = benchmark.batches(cfg, CPU)
+    assert "label" in source and ("label" in target) == (stage != "warmup")
 
 
 def test_data_and_eval_print_their_tables(recipe, capsys):
@@ -125,6 +137,17 @@ def test_unknown_section_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         benchmark.main()
     assert error.value.code == ConfigError("").status and "unknown section 'losses'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["step", "stage=source"], "stage='source' is not one of"), (["stage=pst"], "goes with `step` alone")],
+)
+def test_stage_is_checked(words, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmark", *words])
+    with pytest.raises(SystemExit) as error:
+        benchmark.main()
+    assert error.value.code == ConfigError("").status and message in capsys.readouterr().err
 
 
 def test_forms_run_in_turn():

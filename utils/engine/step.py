@@ -71,7 +71,8 @@ class GuardedStep:
             network.train()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        torch.compiler.cudagraph_mark_step_begin()  # CUDA graphs may now write over what the last step's returned
+        if t.compile == "graphs":  # the call alone imports torch's compiler, which takes seconds
+            torch.compiler.cudagraph_mark_step_begin()  # graphs may now write over what the last step's returned
         rng = checkpoint.rng_state()
         # A forward pass that is not finite spoils running statistics too; on_nonfinite=skip puts them back.
         skips = t.on_nonfinite == "skip"
