@@ -107,7 +107,9 @@ def test_step_leaves_out_a_form_that_does_not_fit(recipe, capsys, monkeypatch):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert lines[0] == "as released, float32 is left out: CUDA out of memory."
     assert (
-        lines[1].startswith("step of bpl: resnet18, 64x32, 2+2") and lines[2].startswith("here, float32") and len(lines) == 3
+        lines[1].startswith("step of bpl: resnet18, 64x32, 2+2")
+        and lines[2].startswith("here, float32")
+        and len(lines) == 3
     )
 
 
