@@ -17,9 +17,9 @@ test.export=true, predictions/ in colour, over the image, as train ids and as la
 from __future__ import annotations
 
 from data.check import check_samples
-from data.datasets import SegmentationDataset, build_dataset, find_images, label_ids
+from data.datasets import SegmentationDataset, build_dataset, find_images
 from data.loaders import spread
-from data.taxonomy import class_set
+from data.taxonomy import class_set, label_ids
 from models import read_weights
 from utils.config import Config, UserError
 from utils.engine import checkpoint, distributed

@@ -8,10 +8,10 @@ from collections import Counter
 
 import numpy as np
 
-from data.datasets import Sample, SegmentationDataset, known_ids, label_ids
+from data.datasets import Sample, SegmentationDataset
 from data.images import read_label_ids, read_picture, show_name, stored_as
 from data.loaders import spread
-from data.taxonomy import CITYSCAPES_NAMES, ID_TO_NAME, IGNORE, KNOWN_IDS, ClassSet, class_set
+from data.taxonomy import CITYSCAPES_NAMES, ID_TO_NAME, IGNORE, KNOWN_IDS, ClassSet, class_set, known_ids, label_ids
 from utils.config import Config, UserError
 from utils.config.keys import DatasetConfig
 

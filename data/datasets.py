@@ -8,13 +8,13 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from glob import has_magic
 from pathlib import Path
-from string import Formatter
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from data.images import IMAGE_ENDINGS, read_label_ids, read_picture, reason, show_name
-from data.taxonomy import ID_TO_NAME, IGNORE, KNOWN_IDS, UNKNOWN, ClassSet, resolve_id_map
+from data.taxonomy import UNKNOWN, ClassSet, known_ids, label_ids
 from data.transforms import Crop
 from utils.config import UserError
 from utils.config.keys import DatasetConfig
@@ -90,21 +90,21 @@ def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
     root = Path(cfg.root).absolute()  # errors name files by their whole paths
     if not root.is_dir():
         raise UserError(f"no {cfg.format} dataset: {root} does not exist (get it: {HOW_TO_GET[cfg.format]})")
-    globs, label_of = _LAYOUTS[cfg.format](cfg)
-    for pattern in globs:
+    cfg = _as_folder(cfg)
+    for pattern in cfg.images:
         # Names of samples become paths below a run's folder.
         if not pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-            raise UserError(f"images: {globs} must be globs relative to {root}, without '..'")
-    images, left = find_files(root, globs)
+            raise UserError(f"images: {cfg.images} must be globs relative to {root}, without '..'")
+    images, left = find_files(root, cfg.images)
     if not images:
-        note = f"; {_note(root, left)}" if left else ""
-        raise UserError(f"no {cfg.format} image matches {' or '.join(globs[:3])} below {root}{note}")
-    if with_labels and label_of is None:
+        globs = " or ".join(cfg.images[:3])
+        raise UserError(f"no {cfg.format} image matches {globs} below {root}{_note(root, left, '; ')}")
+    if with_labels and not cfg.labels:
         raise UserError(f"labels are needed for {root}, but the dataset's `labels` key is empty")
     samples, labels = [], set()
     for image in images:
         relative = image.relative_to(root)
-        label = _in_any_case(root / label_of(relative)) if label_of else None
+        label = _in_any_case(root / _label_of(relative, cfg)) if cfg.labels else None
         labels.add(label)
         samples.append(Sample(image, label if with_labels else None, relative.with_suffix("").as_posix()))
     refuse_double_names(samples)
@@ -115,7 +115,7 @@ def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
     orphans = []
     if with_labels and cfg.format != "folder":  # a folder may hold more labels than its globs name images
         # The rule that gives an image's label, applied to the images' glob, gives the labels' glob.
-        found, _ = find_files(root, [label_of(Path(pattern)).as_posix() for pattern in globs])
+        found, _ = find_files(root, [_label_of(Path(pattern), cfg).as_posix() for pattern in cfg.images])
         orphans = [path for path in found if path not in labels]
     return Listing(samples, orphans, _note(root, [path for path in left if path not in labels]))
 
@@ -135,9 +135,8 @@ def find_images(pattern: str) -> Listing:
         odd = {file for file in found if not file.is_file() or file.suffix.lower() not in IMAGE_ENDINGS}
         found, left = [file for file in found if file not in odd], left + sorted(odd)
     if not found:
-        note = f"; {_note(root, left)}" if left else ""
         endings = ", ".join(sorted(IMAGE_ENDINGS))
-        raise UserError(f"no image at {path}: a file, a folder or a glob of {endings}{note}")
+        raise UserError(f"no image at {path}: a file, a folder or a glob of {endings}{_note(root, left, '; ')}")
     samples = [Sample(image, None, image.relative_to(root).with_suffix("").as_posix()) for image in found]
     refuse_double_names(samples)
     return Listing(samples, note=_note(root, left))
@@ -225,72 +224,61 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 def _in_any_case(path: Path) -> Path:
     """A file whose ending may be written in upper or lower case."""
-    if path.is_file():
-        return path
-    stem, ending = os.path.splitext(path)
-    return next((p for p in (Path(stem + ending.upper()), Path(stem + ending.lower())) if p.is_file()), path)
+    for ending in (path.suffix, path.suffix.upper(), path.suffix.lower()):
+        if path.with_suffix(ending).is_file():
+            return path.with_suffix(ending)
+    return path
 
 
-def _note(root: Path, left: list[Path]) -> str:
-    """A line that counts the files that were not taken, "" if there are none."""
+def _note(root: Path, left: list[Path], before: str = "") -> str:
+    """A line that counts the files that were not taken, with `before` in front of it; "" if there are none."""
     if not left:
         return ""
     endings = Counter(path.suffix or "no ending" for path in left)
     listed = ", ".join(f"{number} {ending}" for ending, number in endings.most_common(4))
-    return show_name(f"not taken: {len(left)} files below {root} ({listed}), the first is {left[0].relative_to(root)}")
+    first = left[0].relative_to(root)
+    return show_name(f"{before}not taken: {len(left)} files below {root} ({listed}), the first is {first}")
 
 
-def _gta5(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:
-    images = ["images/*.png"]
-    if cfg.split != "all":
-        split = Path(cfg.root) / "split.mat"
-        try:
-            ids = loadmat(split)[f"{cfg.split}Ids"].ravel().astype(int)
-        except (OSError, KeyError, ValueError, TypeError, NotImplementedError, MatReadError) as error:
-            raise UserError(f"cannot read split={cfg.split} from {split}: {reason(error)}") from None
-        images = [f"images/{i:05d}.png" for i in ids]
-        missing = [name for name in images if not (Path(cfg.root) / name).is_file()]
-        if missing:
-            raise UserError(
-                f"{len(missing)} of the {len(images)} images that {split} lists for split={cfg.split} are not below "
-                f"{cfg.root}, the first is {missing[0]}"
-            )
-    return images, _label_by("labels/{stem}.png")
-
-
-def _synthia(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:
-    return ["RGB/*.png"], _label_by("GT/LABELS/{stem}.png")
-
-
-def _cityscapes(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path]]:
-    label = _label_by(f"gtFine/{cfg.split}/{{parent}}/{{stem}}_gtFine_labelIds.png", "_leftImg8bit")
-    return [f"leftImg8bit/{cfg.split}/*/*_leftImg8bit.png"], label
-
-
-def _folder(cfg: DatasetConfig) -> tuple[list[str], Callable[[Path], Path] | None]:
-    try:
-        # A format behind a name, as in {stem:05d}, is refused too.
-        fields = {
-            f"{name}{spec}{how or ''}" for _, name, spec, how in Formatter().parse(cfg.labels) if name is not None
-        }
-    except ValueError:
-        fields = {"?"}
-    if not fields <= {"dir", "parent", "stem"}:
+def _as_folder(cfg: DatasetConfig) -> DatasetConfig:
+    """The section with the `images`, `labels` and `strip` that stand for its format."""
+    if cfg.format == "gta5":
+        return replace(cfg, images=_gta5_images(cfg), labels="labels/{stem}.png", strip="")
+    if cfg.format == "synthia":
+        return replace(cfg, images=["RGB/*.png"], labels="GT/LABELS/{stem}.png", strip="")
+    if cfg.format == "cityscapes":
+        images = [f"leftImg8bit/{cfg.split}/*/*_leftImg8bit.png"]
+        labels = f"gtFine/{cfg.split}/{{parent}}/{{stem}}_gtFine_labelIds.png"
+        return replace(cfg, images=images, labels=labels, strip="_leftImg8bit")
+    # A format behind a name, as in {stem:05d}, is refused too.
+    if re.search("[{}]", re.sub("{{|}}|{(dir|parent|stem)}", "", cfg.labels)):
         raise UserError(f"labels: {cfg.labels!r} may hold {{dir}}, {{parent}} and {{stem}} alone")
-    return cfg.images, _label_by(cfg.labels, cfg.strip) if cfg.labels else None
+    return cfg
 
 
-def _label_by(template: str, strip: str = "") -> Callable[[Path], Path]:
-    """Gives the path of an image's label for that of the image, both below the root."""
+def _gta5_images(cfg: DatasetConfig) -> list[str]:
+    """Globs of the images of a split, which a file lists."""
+    if cfg.split == "all":
+        return ["images/*.png"]
+    split = Path(cfg.root) / "split.mat"
+    try:
+        ids = loadmat(split)[f"{cfg.split}Ids"].ravel().astype(int)
+    except (OSError, KeyError, ValueError, TypeError, NotImplementedError, MatReadError) as error:
+        raise UserError(f"cannot read split={cfg.split} from {split}: {reason(error)}") from None
+    images = [f"images/{i:05d}.png" for i in ids]
+    missing = [name for name in images if not (Path(cfg.root) / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of the {len(images)} images that {split} lists for split={cfg.split} are not below "
+            f"{cfg.root}, the first is {missing[0]}"
+        )
+    return images
 
-    def label_of(image: Path) -> Path:
-        stem = image.stem.removesuffix(strip)
-        return Path(template.format(dir=image.parent.as_posix(), parent=image.parent.name, stem=stem))
 
-    return label_of
-
-
-_LAYOUTS = {"gta5": _gta5, "synthia": _synthia, "cityscapes": _cityscapes, "folder": _folder}
+def _label_of(image: Path, cfg: DatasetConfig) -> Path:
+    """The path of an image's label, as that of the image below the root."""
+    stem = image.stem.removesuffix(cfg.strip)
+    return Path(cfg.labels.format(dir=image.parent.as_posix(), parent=image.parent.name, stem=stem))
 
 
 class SegmentationDataset(Dataset):
@@ -355,8 +343,7 @@ class SegmentationDataset(Dataset):
             image = crop_of(picture.size).of_image(picture)
         else:
             picture = read_picture(sample.image)
-            image = F.pil_to_tensor(picture)
-            image = F.resize(image, hw, antialias=True) if hw else image
+            image = F.resize(F.pil_to_tensor(picture), hw or [picture.height, picture.width], antialias=True)
         item = {"image": image, "index": index}
         if sample.label is None:
             return item
@@ -365,13 +352,12 @@ class SegmentationDataset(Dataset):
         if self.transform:
             label = crop_of(picture.size).of_label(ids, train_ids)
         else:
-            label = torch.from_numpy(train_ids(ids))
-            label = resize_label(label, hw) if hw else label
+            label = resize_label(torch.from_numpy(train_ids(ids)), hw or ids.shape)
         return item | {"label": label}
 
     def refuse_unlike_sizes(self, sample: Sample, size: tuple[int, int], label_size: tuple[int, int]) -> None:
-        """UserError if image and label, of two (width, height), differ in size and `size` cannot bring them to one."""
-        if tuple(size) == tuple(label_size) or (self.size and alike(size, label_size)):
+        """UserError for an image and a label whose (width, height) are `unlike`."""
+        if not unlike(size, label_size, self.size):
             return
         remedy = (
             "set the dataset's size to bring both to one" if alike(size, label_size) else "do they belong together?"
@@ -389,32 +375,20 @@ class SegmentationDataset(Dataset):
         return label
 
 
+def unlike(size: tuple[int, int], label_size: tuple[int, int], common: list[int]) -> bool:
+    """Whether the (width, height) of image and label differ, and a dataset's `size` cannot bring them to one."""
+    return size != label_size and not (common and alike(size, label_size))
+
+
 def alike(size: tuple[int, int], other: tuple[int, int]) -> bool:
     """Whether two (width, height) have about one shape, as those of GTA5's images and labels."""
     across = sorted((size[0] * other[1], other[0] * size[1]))
     return across[1] <= (1 + TOLERANCE) * across[0]
 
 
-def mark_unknown(table: np.ndarray, known: set[int] | None) -> np.ndarray:
-    """A lookup table with `UNKNOWN` for every label id that is not among the known ones."""
-    return table if known is None else np.where(np.isin(np.arange(len(table)), list(known)), table, np.uint8(UNKNOWN))
-
-
 def resize_label(label: Tensor, hw: Sequence[int]) -> Tensor:
     """A label map (H, W) at another size (height, width), by nearest neighbour."""
-    if list(label.shape) == list(hw):
-        return label
     return F.resize(label[None], list(hw), interpolation=InterpolationMode.NEAREST_EXACT)[0]
-
-
-def label_ids(cfg: DatasetConfig, classes: ClassSet) -> dict[int, str]:
-    """What each label id of a dataset stands for."""
-    return ID_TO_NAME.get(cfg.format) or resolve_id_map(cfg.id_map, classes)
-
-
-def known_ids(cfg: DatasetConfig, classes: ClassSet) -> set[int] | None:
-    """Every label id that a dataset may hold; None of one with an id_map, which need not name the numbers of void."""
-    return None if cfg.id_map else KNOWN_IDS.get(cfg.format, {*range(len(classes)), IGNORE})
 
 
 def build_dataset(
@@ -422,5 +396,5 @@ def build_dataset(
 ) -> SegmentationDataset:
     """The dataset that a config section describes; see `SegmentationDataset`."""
     # Ids that an id_map leaves out are ignored; `data.verify` names them.
-    table = mark_unknown(classes.lookup_table(label_ids(cfg, classes)), known_ids(cfg, classes))
+    table = classes.lookup_table(label_ids(cfg, classes), known_ids(cfg, classes))
     return SegmentationDataset(list_samples(cfg, with_labels), table, cfg.size, transform, seed)

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.datasets import Sample, SegmentationDataset, mark_unknown
+from data.datasets import Sample, SegmentationDataset
 from data.taxonomy import IGNORE, ClassSet
 from utils.config import UserError
 
@@ -216,4 +216,5 @@ def attach(target: SegmentationDataset, folder: Path, classes: ClassSet) -> None
             f"{len(missing)} of {len(samples)} pseudo labels are missing in {folder}, first {missing[0]}; {again}"
         )
     target.samples = samples
-    target.lookup_table = mark_unknown(np.arange(2**16).astype(np.uint8), {*range(len(classes)), IGNORE})  # train ids
+    train_ids = dict(enumerate(classes.names))
+    target.lookup_table = classes.lookup_table(train_ids, {*train_ids, IGNORE})

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from utils.config.errors import ConfigError
-from utils.config.keys import DataConfig
+from utils.config.keys import DataConfig, DatasetConfig
 
 IGNORE = 255
 UNKNOWN = 254  # stands for label ids that a dataset cannot hold; samples with it are refused
@@ -74,12 +74,16 @@ class ClassSet:
     def __len__(self) -> int:
         return len(self.names)
 
-    def lookup_table(self, id_to_name: dict[int, str]) -> np.ndarray:
+    def lookup_table(self, id_to_name: dict[int, str], known: set[int] | None = None) -> np.ndarray:
         """uint8 array of 65,536 entries: label id -> train id, `IGNORE` where the set has no such class.
 
-        16 bits cover SYNTHIA's labels; 8-bit labels use the first 256 entries.
+        Args:
+            known: every id that may occur; others get `UNKNOWN`. None: any may.
         """
         table = np.full(2**16, IGNORE, np.uint8)
+        if known is not None:
+            table[:] = UNKNOWN
+            table[list(known)] = IGNORE
         for label_id, name in id_to_name.items():
             if name in self.names:
                 table[label_id] = self.names.index(name)
@@ -149,6 +153,16 @@ def resolve_id_map(id_map: dict, classes: ClassSet) -> dict[int, str]:
     return dict(id_map)
 
 
+def label_ids(cfg: DatasetConfig, classes: ClassSet) -> dict[int, str]:
+    """What each label id of a dataset stands for."""
+    return ID_TO_NAME.get(cfg.format) or resolve_id_map(cfg.id_map, classes)
+
+
+def known_ids(cfg: DatasetConfig, classes: ClassSet) -> set[int] | None:
+    """Every label id that a dataset may hold; None of one with an id_map, which need not name the numbers of void."""
+    return None if cfg.id_map else KNOWN_IDS.get(cfg.format, {*range(len(classes)), IGNORE})
+
+
 def class_set(data: DataConfig) -> ClassSet:
     """The class set that a configuration names; `auto` stands for cityscapes19 until a checkpoint says otherwise."""
     if data.class_set == "custom":
@@ -163,8 +177,8 @@ def check_classes(data: DataConfig) -> None:
         classes = class_set(data)
         for name in ("source", "target", "val"):
             section, key = getattr(data, name), f"data.{name}."
-            id_to_name = ID_TO_NAME.get(section.format) or resolve_id_map(section.id_map, classes)
-            untaught = [n for n in classes.names if n not in id_to_name.values()]
+            taught = label_ids(section, classes).values()
+            untaught = [n for n in classes.names if n not in taught]
             if untaught and name == "source":
                 raise ValueError(f"format and id_map have no label id for class {untaught[0]!r} of the class set")
     except ValueError as error:

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.check import Labels, look_at
-from data.datasets import TOLERANCE, UNREADABLE, Sample, SegmentationDataset, alike, label_ids, pair_files
+from data.datasets import TOLERANCE, UNREADABLE, Sample, SegmentationDataset, pair_files, unlike
 from data.images import show_name
 from data.loaders import mapped, spread
-from data.taxonomy import ClassSet, class_set
+from data.taxonomy import ClassSet, class_set, label_ids
 from utils.config import Config, UserError
 from utils.config.keys import DatasetConfig
 from utils.engine.command_line import run_cli
@@ -71,7 +71,7 @@ def check_dataset(cfg: DatasetConfig, classes: ClassSet, workers: int, name: str
         if found.get("label_map"):
             report.fault("image looks like a label map", sample.image)
         size, label_size = found.get("size"), found.get("label_size")
-        if size and label_size and size != label_size and not (cfg.size and alike(size, label_size)):
+        if size and label_size and unlike(size, label_size, cfg.size):
             report.fault("image and label differ in size", f"{sample.image}: {_by(size)}, label {_by(label_size)}")
         if size:
             size_of[sample.image] = size

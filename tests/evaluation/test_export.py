@@ -13,8 +13,8 @@ from PIL import Image
 from torch import nn
 
 import test
-from data.datasets import build_dataset, label_ids
-from data.taxonomy import CLASS_SETS, class_set
+from data.datasets import build_dataset
+from data.taxonomy import CLASS_SETS, class_set, label_ids
 from utils.config import UserError
 from utils.engine.setup import build_network, resolve_auto
 from utils.evaluation.export import KINDS, Exporter
