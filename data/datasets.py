@@ -29,7 +29,7 @@ from data.images import IMAGE_ENDINGS, read_label_ids, read_picture, reason, sho
 from data.taxonomy import UNKNOWN, ClassSet, known_ids, label_ids
 from data.transforms import Crop
 from utils.config import UserError
-from utils.config.keys import DatasetConfig
+from utils.config.keys import DatasetConfig, leaves_folder
 
 HOW_TO_GET = {
     "gta5": "https://download.visinf.tu-darmstadt.de/data/from_games/",
@@ -91,10 +91,9 @@ def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
     if not root.is_dir():
         raise UserError(f"no {cfg.format} dataset: {root} does not exist (get it: {HOW_TO_GET[cfg.format]})")
     cfg = _as_folder(cfg)
-    for pattern in cfg.images:
-        # Names of samples become paths below a run's folder.
-        if not pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-            raise UserError(f"images: {cfg.images} must be globs relative to {root}, without '..'")
+    # Names of samples become paths below a run's folder.
+    if any(not pattern or leaves_folder(pattern) for pattern in cfg.images):
+        raise UserError(f"images: {cfg.images} must be globs relative to {root}, without '..'")
     images, left = find_files(root, cfg.images)
     if not images:
         globs = " or ".join(cfg.images[:3])
@@ -359,13 +358,11 @@ class SegmentationDataset(Dataset):
         """UserError for an image and a label whose (width, height) are `unlike`."""
         if not unlike(size, label_size, self.size):
             return
-        remedy = (
-            "set the dataset's size to bring both to one" if alike(size, label_size) else "do they belong together?"
-        )
-        raise UserError(
-            f"{show_name(sample.image)} is {size[0]}x{size[1]}, but its label {show_name(sample.label)} is "
-            f"{label_size[0]}x{label_size[1]}; {remedy}"
-        )
+        remedy = "do they belong together?"
+        if alike(size, label_size):
+            remedy = "set the dataset's size to bring both to one"
+        image, label = show_name(sample.image), show_name(sample.label)
+        raise UserError(f"{image} is {by(size)}, but its label {label} is {by(label_size)}; {remedy}")
 
     def train_ids(self, path: Path, ids: np.ndarray) -> np.ndarray:
         """uint8 train ids of label ids, which file `path` holds; UserError for one that the dataset cannot hold."""
@@ -384,6 +381,11 @@ def alike(size: tuple[int, int], other: tuple[int, int]) -> bool:
     """Whether two (width, height) have about one shape, as those of GTA5's images and labels."""
     across = sorted((size[0] * other[1], other[0] * size[1]))
     return across[1] <= (1 + TOLERANCE) * across[0]
+
+
+def by(size: tuple[int, int]) -> str:
+    """(width, height) in words."""
+    return f"{size[0]}x{size[1]}"
 
 
 def resize_label(label: Tensor, hw: Sequence[int]) -> Tensor:

@@ -31,7 +31,7 @@ _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
 _EXACT_FORMATS = ("PNG", "BMP", "PPM", "TIFF")
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp", "tiff_thunderscan", "tiff_sgilog", "tiff_sgilog24")
 _PNG_START = b"\x89PNG\r\n\x1a\n"
-_GREY, _COLOUR, _COLOUR_ALPHA = 0, 2, 6  # PNG's colour types
+_COLOUR, _COLOUR_ALPHA = 2, 6  # PNG's colour types
 _TURN = {  # EXIF orientation -> what brings the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,6 +51,8 @@ class _Png:
     def __init__(self, content: bytes):
         width, height, self.depth, self.colour, _, _, self.interlaced = struct.unpack_from(">IIBBBBB", content, 16)
         self.size, self.turned = (width, height), False
+        # RGB or RGBA where colours have 16 bits, of which Pillow keeps the upper 8.
+        self.deep = {_COLOUR: "RGB", _COLOUR_ALPHA: "RGBA"}.get(self.colour, "") if self.depth == 16 else ""
         chunks, view, place, kind = [content[:8]], memoryview(content), 8, b""
         self._pixels = []  # compressed
         while place + 8 <= len(content) and kind != b"IEND":
@@ -70,11 +72,6 @@ class _Png:
         """The picture, or its uppermost rows; `layout` is Pillow's name for how pixels are stored."""
         size = (self.size[0], rows or self.size[1])
         return Image.frombytes(layout.partition(";")[0], size, b"".join(self._pixels), "zip", layout, self.interlaced)
-
-    @property
-    def deep(self) -> str:
-        """RGB or RGBA where colours have 16 bits, of which Pillow keeps the upper 8."""
-        return {_COLOUR: "RGB", _COLOUR_ALPHA: "RGBA"}.get(self.colour, "") if self.depth == 16 else ""
 
 
 def _open(path: Path) -> tuple[Image.Image, _Png | None]:

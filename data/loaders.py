@@ -90,12 +90,7 @@ def whole_images(
 
 def mapped(function: Callable, items: Sequence, workers: int) -> Iterator:
     """`function(item)` of every item, in order, computed by loader processes. Raises as `iterate`."""
-    return iterate(_loader(items, 1, workers, None, collate_fn=functools.partial(_of_only, function)))
-
-
-def _of_only(function: Callable, batch: list) -> object:
-    (item,) = batch
-    return function(item)
+    return iterate(_loader(items, None, workers, None, collate_fn=function))
 
 
 def _usable(samples: list[dict]) -> list[dict]:
@@ -192,7 +187,7 @@ def _explained(error: BaseException, exit_codes: Sequence[int | None] = ()) -> B
     return UserError(f"loading images: {_REMEDIES[cause].format(end)}")
 
 
-def _loader(dataset: Dataset | Sequence, batch_size: int, workers: int, sampler, **options) -> DataLoader:
+def _loader(dataset: Dataset | Sequence, batch_size: int | None, workers: int, sampler, **options) -> DataLoader:
     # A worker's parent must be the trainer, which it watches over; from Python 3.14 on, Linux has another default.
     context = "fork" if workers and sys.platform == "linux" else None
     return DataLoader(

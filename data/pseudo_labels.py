@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.datasets import Sample, SegmentationDataset
+from data.images import reason
 from data.taxonomy import IGNORE, ClassSet
 from utils.config import UserError
 
@@ -51,7 +52,7 @@ def write_png(path: Path, array: np.ndarray) -> None:
         # get 6 % larger, in a fifth of the time.
         Image.fromarray(array).save(path, compress_type=zlib.Z_RLE)
     except OSError as error:  # a full disk, a read-only folder
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot write {path}: {reason(error)}") from None
 
 
 def clear(folder: Path) -> None:

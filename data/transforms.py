@@ -128,19 +128,18 @@ class Views:
         Returns:
             The view, and labels that follow its geometry, `IGNORE` where the image is uncovered or hidden.
         """
-        number, magnitude = self.randaugment
-        pairs = []
-        for image, label in zip(images, labels):
+        views, kept = torch.empty_like(images), torch.empty_like(labels)
+        for image, label, view, ids in zip(images, labels, views, kept):
             if self.geometry and torch.rand(()) < 0.5:
                 image, label = image.flip(-1), label.flip(-1)
-            image, label = _randaugmented(image, label, number, magnitude, self.geometry)
-            pairs.append((image.clone(), label.clone()))
+            image, label = _randaugmented(image, label, *self.randaugment, self.geometry)
+            view.copy_(image)
+            ids.copy_(label)
             if self.cutout:
                 hole = self._hole(*label.shape)
-                pairs[-1][0][:, *hole] = 127  # grey: about the mean after normalisation
-                pairs[-1][1][hole] = IGNORE
-        out, labels = (torch.stack(maps) for maps in zip(*pairs))
-        return self.weak(out), labels
+                view[:, *hole] = 127  # grey: about the mean after normalisation
+                ids[hole] = IGNORE
+        return self.weak(views), kept
 
     def _hole(self, height: int, width: int) -> tuple[slice, slice]:
         """Rows and columns of a square hole whose centre is uniform in the image (as released)."""

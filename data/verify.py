@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.check import Labels, look_at
-from data.datasets import TOLERANCE, UNREADABLE, Sample, SegmentationDataset, pair_files, unlike
+from data.datasets import TOLERANCE, UNREADABLE, Sample, SegmentationDataset, by, pair_files, unlike
 from data.images import show_name
 from data.loaders import mapped, spread
 from data.taxonomy import ClassSet, class_set, label_ids
@@ -72,7 +72,7 @@ def check_dataset(cfg: DatasetConfig, classes: ClassSet, workers: int, name: str
             report.fault("image looks like a label map", sample.image)
         size, label_size = found.get("size"), found.get("label_size")
         if size and label_size and unlike(size, label_size, cfg.size):
-            report.fault("image and label differ in size", f"{sample.image}: {_by(size)}, label {_by(label_size)}")
+            report.fault("image and label differ in size", f"{sample.image}: {by(size)}, label {by(label_size)}")
         if size:
             size_of[sample.image] = size
             if (twin := report.hashes.setdefault(found["hash"], str(sample.image))) != str(sample.image):
@@ -89,15 +89,11 @@ def check_dataset(cfg: DatasetConfig, classes: ClassSet, workers: int, name: str
     usual, any_size = _usual(report), cfg.format == "folder"
     for path, size in size_of.items():
         if not any_size and any(abs(a - b) > TOLERANCE * b for a, b in zip(size, usual)):
-            report.fault("image of another size than the rest", f"{path}: {_by(size)}, not {_by(usual)}")
+            report.fault("image of another size than the rest", f"{path}: {by(size)}, not {by(usual)}")
     for kind, text in labels.faults():
         report.fault(kind, f"{report.labels} labels below {cfg.root}: {text}")
     report.warnings += labels.warnings(every_class=name == "source")
     return report
-
-
-def _by(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 def _usual(report: Report) -> tuple[int, int] | None:
@@ -110,7 +106,7 @@ def summary(reports: dict[str, Report], classes: ClassSet) -> str:
     rows = [
         ["images", *(str(r.images) for r in every)],
         ["labels", *(str(r.labels) for r in every)],
-        ["usual size", *(_by(_usual(r)) if r.sizes else "-" for r in every)],
+        ["usual size", *(by(_usual(r)) if r.sizes else "-" for r in every)],
         ["sizes", *(str(len(r.sizes)) for r in every)],
     ]
     for name in (*classes.names, "ignored"):
@@ -151,10 +147,12 @@ def main(cfg: Config) -> dict[str, Report]:
         for kind, texts in report.faults.items():
             lines = [f"{name}: {kind}: {text}" for text in sorted(texts)]
             faults += lines
-            more = [f"{name}: {kind}: and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-            print(*lines[:SHOWN], *more, sep="\n")
+            print(*lines[:SHOWN], sep="\n")
+            if len(lines) > SHOWN:
+                print(f"{name}: {kind}: and {len(lines) - SHOWN} more")
         warnings += [f"{name}: warning: {text}" for text in report.warnings]
-    print("".join(f"{line}\n" for line in warnings), end="")
+    for line in warnings:
+        print(line)
     folder.mkdir(parents=True, exist_ok=True)
     for name, lines in (("faults.txt", faults), ("warnings.txt", warnings)):
         (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
