@@ -50,12 +50,7 @@ def look_at(sample: Sample) -> dict:
 
 
 class Labels:
-    """Which ids the labels of a dataset hold, how they are stored, and what is wrong with them.
-
-    Args:
-        cfg: the dataset's section.
-        classes: those that are learnt.
-    """
+    """Which ids the labels of a dataset hold, how they are stored, and what is wrong with them."""
 
     def __init__(self, cfg: DatasetConfig, classes: ClassSet):
         self.cfg, self.classes, self.names = cfg, classes, label_ids(cfg, classes)
@@ -98,10 +93,10 @@ class Labels:
             found.append(("label ids of another numbering", f"{self._ignored()}: {looks}"))
         if self.other_palette:
             found.append(("palettes differ, so that their indices are no ids", self.other_palette))
-        few = [s for s in self.stored if s.startswith(tuple(FEW_BITS))]
-        others = [s for s in self.stored if s not in few]
+        few = [label for kind, label in self.stored.items() if kind.startswith(tuple(FEW_BITS))]
+        others = [label for label in self.stored.values() if label not in few]
         if few and others:
-            text = f"{self.stored[few[0]]} beside {self.stored[others[0]]}: 255 may have become 1, 3 or 15"
+            text = f"{few[0]} beside {others[0]}: 255 may have become 1, 3 or 15"
             found.append(("grey of few bits beside other labels, as an optimiser makes them", text))
         return found
 
@@ -111,11 +106,7 @@ class Labels:
         return [self._ignored()] if learnt and total - learnt > MOST_IGNORED * total else []
 
     def warnings(self, every_class: bool) -> list[str]:
-        """What looks odd but may be intended.
-
-        Args:
-            every_class: name classes without a pixel.
-        """
+        """What looks odd but may be intended; classes without a pixel are named if `every_class`."""
         if not self._pixels(self.learnt):
             return []
         found = self.mostly_ignored()
@@ -144,7 +135,6 @@ class Labels:
                 if other and present <= known and better > max(half, learnt) and (unknown or learnt < half):
                     return f"they look like {name}"
         if present == {0, IGNORE} and not self.cfg.id_map and len(self.classes) == 2:
-            other = self.classes.names[1]
             return "they look like a mask of 0 and 255: name 255 in id_map"
         body = present - {IGNORE}
         step = math.gcd(*body)
@@ -203,12 +193,11 @@ def check_samples(
         found = look_at(sample)
         try:
             _refuse_unusable(dataset, sample, found, labels)
+            sizes.append(found["size"])
+            labels.add(sample, found)
         except UserError:
             if not dataset.skips:
                 raise
-            continue
-        sizes.append(found["size"])
-        labels.add(sample, found)
     if not pseudo_labels:
         if faults := labels.faults():
             first = next(s.label for s in dataset.samples if s.label)

@@ -346,8 +346,9 @@ class SegmentationDataset(Dataset):
         item = {"image": image, "index": index}
         if sample.label is None:
             return item
-        ids, train_ids = read_label_ids(sample.label), functools.partial(self.train_ids, sample.label)
+        ids = read_label_ids(sample.label)
         self.refuse_unlike_sizes(sample, picture.size, ids.shape[::-1])
+        train_ids = functools.partial(self.train_ids, sample.label)
         if self.transform:
             label = crop_of(picture.size).of_label(ids, train_ids)
         else:

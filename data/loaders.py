@@ -33,24 +33,17 @@ _REMEDIES = {
 _torchs_handler: Callable | None = None
 
 
-def endless_draws(
-    length: int, seed: int, start: int = 0, batch: int = 1, part: range = range(1)
-) -> Iterator[tuple[int, int]]:
-    """Endless (index, draw) pairs, a new permutation of the indices each epoch.
+def endless_draws(length: int, seed: int, start: int = 0) -> Iterator[tuple[int, int]]:
+    """Endless (index, draw) pairs from draw `start` on, a new permutation of the indices each epoch.
 
     Every image comes once an epoch; a batch may join the end of one epoch and the start of the next, so none
     is dropped. `draw` counts the samples from the start of training.
-
-    Args:
-        start: the first draw.
-        batch, part: of each `batch` draws, those that are given, all by default.
     """
     draw = start
     while True:
         epoch, offset = divmod(draw, length)
         for index in np.random.default_rng([seed, epoch]).permutation(length)[offset:]:
-            if draw % batch in part:
-                yield int(index), draw
+            yield int(index), draw
             draw += 1
 
 
@@ -70,8 +63,9 @@ def training_batches(
     Where `dataset.skips`, the batch's entry `UNREADABLE` lists why samples were replaced. Raises as `iterate`.
     """
     part = part or range(batch_size)
-    draws = endless_draws(len(dataset), dataset.seed, start_step * batch_size, batch_size, part)
-    return iterate(_loader(dataset, len(part), workers, draws, pin_memory=pin, collate_fn=_collate))
+    draws = endless_draws(len(dataset), dataset.seed, start_step * batch_size)
+    own = ((index, draw) for index, draw in draws if draw % batch_size in part)
+    return iterate(_loader(dataset, len(part), workers, own, pin_memory=pin, collate_fn=_collate))
 
 
 def _collate(samples: list[dict]) -> dict:

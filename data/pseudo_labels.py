@@ -103,9 +103,8 @@ def level_limits(histogram: np.ndarray, threshold: float, selection: str, keep: 
 
 def thresholds_of(limits: np.ndarray, threshold: float) -> list[float]:
     """The confidences, in 0..1, that levels from `level_limits` stand for."""
-    return [
-        threshold if level == math.ceil(255 * threshold) else max(0.0, (level - 0.5) / 255) for level in limits.tolist()
-    ]
+    own = np.maximum(0, (limits - 0.5) / 255)
+    return np.where(limits == math.ceil(255 * threshold), threshold, own).tolist()
 
 
 def drop_unsure(folder: Path, names: Iterable[str], limits: np.ndarray) -> None:
@@ -126,9 +125,7 @@ def statistics(
     """Thresholds and pixel counts by class, as the manifest has them.
 
     Args:
-        histogram, limits: see `level_limits`.
-        names: of the classes.
-        threshold: `pseudo.threshold`.
+        histogram, limits, threshold: see `level_limits`.
         highest: the highest confidence of all pixels.
 
     Raises:
@@ -208,9 +205,8 @@ def attach(target: SegmentationDataset, folder: Path, classes: ClassSet) -> None
     if list(manifest.get("classes", {})) != list(classes.names):
         raise UserError(f"the pseudo labels in {folder} are of other classes; {again}")
     left_out = set(manifest.get("left_out", []))
-    samples = [
-        dataclasses.replace(s, label=label_path(folder, s.name)) for s in target.samples if s.name not in left_out
-    ]
+    kept = [s for s in target.samples if s.name not in left_out]
+    samples = [dataclasses.replace(s, label=label_path(folder, s.name)) for s in kept]
     missing = [s.name for s in samples if not (s.label.is_file() and s.label.stat().st_size)]
     if missing:
         raise UserError(

@@ -121,7 +121,6 @@ STYLES = {
         sidewalk=(2.5, 3.5),
         floors=(3, 6),
         openness=0.2,
-        cars=4.0,
         people=4.0,
         sun=0.02,
         grain=1.3,
@@ -192,8 +191,7 @@ class Canvas:
 
     def front(self, x0, x1, y0, y1, z, colour, train_id: int | None = None) -> None:
         """An upright face across the street, at least two pixels wide so that thin things stay learnable."""
-        (left, top), (right, bottom) = self.pixel(x0, y1, z), self.pixel(x1, y0, z)
-        left, top, right, bottom = round(left), round(top), round(right), round(bottom)
+        left, top, right, bottom = map(round, self.pixel(x0, y1, z) + self.pixel(x1, y0, z))
         self.draw("rectangle", [left, top, max(right, left + 1), max(bottom, top)], colour, train_id, z)
 
     def disc(self, x, y, radius, z, colour, train_id: int | None = None) -> None:

@@ -58,8 +58,7 @@ class Crop:
     def of_label(self, ids: np.ndarray, train_ids: Callable[[np.ndarray], np.ndarray]) -> Tensor:
         """Label ids (H, W) of any size -> train ids uint8 (H, W), `IGNORE` where not covered; nearest neighbour.
 
-        Args:
-            train_ids: maps label ids to train ids; called with the ids of the crop alone.
+        `train_ids` maps the label ids of the crop alone to train ids.
         """
         (width, height), (rows, columns) = self.covered, ids.shape
         # Pixel i of n has its centre at (i + 1/2) / n of the way; in integers, so that no rounding moves one.
@@ -249,11 +248,8 @@ def _moved(image: Tensor, label: Tensor, kind: str, v: float) -> tuple[Tensor, T
     }[kind]
     still = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
     # Both by nearest neighbour, as Pillow's transforms are by default: no pixel mixes two classes.
-    image, label = (
-        F.affine(x, **still | change, fill=fill, interpolation=InterpolationMode.NEAREST)
-        for x, fill in ((image, 0), (label[None], IGNORE))
-    )
-    return image, label[0]
+    how = still | change | {"interpolation": InterpolationMode.NEAREST}
+    return F.affine(image, **how, fill=0), F.affine(label[None], **how, fill=IGNORE)[0]
 
 
 def _randaugmented(image: Tensor, label: Tensor, number: int, magnitude: int, geometry: bool) -> tuple[Tensor, Tensor]:
