@@ -11,7 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from glob import has_magic
 from pathlib import Path
@@ -53,11 +53,7 @@ class Sample:
 
 
 def list_samples(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
-    """The files of a dataset, sorted by name.
-
-    Args:
-        cfg: format, root, split and, for folders, globs.
-        with_labels: False lists images alone, for domains whose labels must not be read.
+    """The files of a dataset, sorted by name; without labels, images alone, where labels must not be read.
 
     Raises:
         UserError: root is missing, no image is found, labels are wanted but not described or a file is missing, a file
@@ -172,8 +168,8 @@ def find_files(root: Path, globs: list[str]) -> tuple[list[Path], list[Path]]:
                     taken.add(folder / name)
                 continue
             for entry in _entries(folder):
-                suffix = os.path.splitext(entry.name)[1]
-                if not fnmatchcase(entry.name.removesuffix(suffix) if ending else entry.name, stem):
+                entry_stem, suffix = os.path.splitext(entry.name)
+                if not fnmatchcase(entry_stem if ending else entry.name, stem):
                     continue
                 image, is_folder = suffix.lower() in IMAGE_ENDINGS, _is_folder(entry)
                 hidden = entry.name.startswith(".") and not name.startswith(".")
@@ -280,36 +276,28 @@ def _label_of(image: Path, cfg: DatasetConfig) -> Path:
     return Path(cfg.labels.format(dir=image.parent.as_posix(), parent=image.parent.name, stem=stem))
 
 
+@dataclass(eq=False, repr=False)
 class SegmentationDataset(Dataset):
     """Images with, where listed, labels.
 
-    Args:
-        samples: files, from `list_samples`; replace their labels to train on another label source.
-        lookup_table: uint8 (65536,), label id on disk -> train id; not needed without labels.
-        size: [width, height] that image and label are brought to, or [] to keep them.
-        transform: called as `transform((width, height), rng)`, gives the crop to take of an image of that size.
-        seed: decides every random choice, together with the draw's number. Which worker draws plays no part.
-
-    Attributes:
-        skips: whether samples that cannot be used are replaced. An index then gives {UNREADABLE: why} in place of a
-            UserError; a draw gives the next sample that can be used, with the entry {UNREADABLE: why}.
-        notes: lines for the log: files that were not taken, what looks odd in the labels.
-
     An item is asked for as `index`, or as `(index, draw)` by the endless stream of draws, and is a dict:
         image: uint8 (3, H, W); label: uint8 (H, W) of train ids, where there is one; index: int.
+
+    Where `skips`, samples that cannot be used are replaced. An index then gives {UNREADABLE: why} in place of a
+    UserError; a draw gives the next sample that can be used, with the entry {UNREADABLE: why}.
     """
 
-    def __init__(
-        self,
-        samples: list[Sample],
-        lookup_table: np.ndarray | None = None,
-        size: list[int] = (),
-        transform: Callable | None = None,
-        seed: int = 0,
-    ):
-        self.samples, self.lookup_table, self.size = samples, lookup_table, list(size)
-        self.transform, self.seed, self.skips = transform, seed, False
-        self.notes = [samples.note] if isinstance(samples, Listing) and samples.note else []
+    samples: list[Sample]  # from `list_samples`; replace their labels to train on another label source
+    lookup_table: np.ndarray | None = None  # uint8 (65536,), label id on disk -> train id; not needed without labels
+    size: Sequence[int] = ()  # (width, height) that image and label are brought to; empty keeps them
+    transform: Callable | None = None  # called with (width, height) and a random generator, gives the `Crop` to take
+    seed: int = 0  # decides every random choice, together with the draw's number; which worker draws plays no part
+    skips: bool = False
+    notes: list[str] = field(init=False)  # for the log: files that were not taken, what looks odd in the labels
+
+    def __post_init__(self):
+        note = getattr(self.samples, "note", "")
+        self.notes = [note] if note else []
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -336,23 +324,17 @@ class SegmentationDataset(Dataset):
             return self.transform(self.size or size, np.random.default_rng([self.seed, draw, 1]))
 
         # Some GTA5 labels differ in size from their image: each is brought to the common size, or cropped, by itself.
-        hw = self.size[::-1]
-        if self.transform:
-            picture = read_picture(sample.image, lambda size: crop_of(size).depth)
-            image = crop_of(picture.size).of_image(picture)
-        else:
-            picture = read_picture(sample.image)
-            image = F.resize(F.pil_to_tensor(picture), hw or [picture.height, picture.width], antialias=True)
+        picture = read_picture(sample.image, (lambda size: crop_of(size).depth) if self.transform else None)
+        crop = crop_of(picture.size) if self.transform else None
+        hw = self.size[::-1] or [picture.height, picture.width]
+        image = crop.of_image(picture) if crop else F.resize(F.pil_to_tensor(picture), hw, antialias=True)
         item = {"image": image, "index": index}
         if sample.label is None:
             return item
         ids = read_label_ids(sample.label)
         self.refuse_unlike_sizes(sample, picture.size, ids.shape[::-1])
         train_ids = functools.partial(self.train_ids, sample.label)
-        if self.transform:
-            label = crop_of(picture.size).of_label(ids, train_ids)
-        else:
-            label = resize_label(torch.from_numpy(train_ids(ids)), hw or ids.shape)
+        label = crop.of_label(ids, train_ids) if crop else resize_label(torch.from_numpy(train_ids(ids)), hw)
         return item | {"label": label}
 
     def refuse_unlike_sizes(self, sample: Sample, size: tuple[int, int], label_size: tuple[int, int]) -> None:
@@ -373,7 +355,7 @@ class SegmentationDataset(Dataset):
         return label
 
 
-def unlike(size: tuple[int, int], label_size: tuple[int, int], common: list[int]) -> bool:
+def unlike(size: tuple[int, int], label_size: tuple[int, int], common: Sequence[int]) -> bool:
     """Whether the (width, height) of image and label differ, and a dataset's `size` cannot bring them to one."""
     return size != label_size and not (common and alike(size, label_size))
 

@@ -20,14 +20,13 @@ from data.datasets import UNREADABLE, SegmentationDataset
 from utils.config import UserError
 
 _EXIT_CODES = {"shared memory": 81, "files": 82, "ended": 83}  # of a loader process that could not hand a batch over
+_FEWER = "take fewer or no loader processes (data.workers=0)"
 _REMEDIES = {
-    "shared memory": "shared memory (/dev/shm) is full: give the container more (docker run --shm-size=8g), or take "
-    "fewer or no loader processes (data.workers=0)",
-    "files": "too many files are open: raise the limit (ulimit -n 65536), or take fewer or no loader processes "
-    "(data.workers=0)",
-    "memory": "there is not enough memory: take fewer or no loader processes (data.workers=0) or smaller batches",
-    "ended": "a loader process has ended ({}), as when memory runs out or too many files are open: take fewer or no "
-    "loader processes (data.workers=0) or smaller batches, or raise the limit of files (ulimit -n 65536)",
+    "shared memory": f"shared memory (/dev/shm) is full: give the container more (docker run --shm-size=8g), or {_FEWER}",
+    "files": f"too many files are open: raise the limit (ulimit -n 65536), or {_FEWER}",
+    "memory": f"there is not enough memory: {_FEWER} or smaller batches",
+    "ended": "a loader process has ended ({}), as when memory runs out or too many files are open: "
+    f"{_FEWER} or smaller batches, or raise the limit of files (ulimit -n 65536)",
 }
 
 _torchs_handler: Callable | None = None
