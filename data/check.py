@@ -93,10 +93,10 @@ class Labels:
             found.append(("label ids of another numbering", f"{self._ignored()}: {looks}"))
         if self.other_palette:
             found.append(("palettes differ, so that their indices are no ids", self.other_palette))
-        few = [label for kind, label in self.stored.items() if kind.startswith(tuple(FEW_BITS))]
-        others = [label for label in self.stored.values() if label not in few]
+        few = [s for s in self.stored if s.startswith(tuple(FEW_BITS))]
+        others = [s for s in self.stored if s not in few]
         if few and others:
-            text = f"{few[0]} beside {others[0]}: 255 may have become 1, 3 or 15"
+            text = f"{self.stored[few[0]]} beside {self.stored[others[0]]}: 255 may have become 1, 3 or 15"
             found.append(("grey of few bits beside other labels, as an optimiser makes them", text))
         return found
 

@@ -22,7 +22,8 @@ from utils.config import UserError
 _EXIT_CODES = {"shared memory": 81, "files": 82, "ended": 83}  # of a loader process that could not hand a batch over
 _FEWER = "take fewer or no loader processes (data.workers=0)"
 _REMEDIES = {
-    "shared memory": f"shared memory (/dev/shm) is full: give the container more (docker run --shm-size=8g), or {_FEWER}",
+    "shared memory": "shared memory (/dev/shm) is full: give the container more (docker run --shm-size=8g), "
+    f"or {_FEWER}",
     "files": f"too many files are open: raise the limit (ulimit -n 65536), or {_FEWER}",
     "memory": f"there is not enough memory: {_FEWER} or smaller batches",
     "ended": "a loader process has ended ({}), as when memory runs out or too many files are open: "

@@ -98,8 +98,8 @@ def generate(root: str | Path = "data/toy", seed: int = 0, counts: dict[str, int
     `counts` overrides entries of `COUNTS`. The files are drawn into a hidden sibling folder that is renamed
     at the end, so an interrupted run leaves nothing half-made; a lock lets a second process wait its turn.
     """
-    root, counts = Path(root).resolve(), {**COUNTS, **(counts or {})}
-    if unknown := set(counts) - set(COUNTS):
+    root, counts = Path(root).resolve(), COUNTS | (counts or {})
+    if unknown := counts.keys() - COUNTS:
         raise UserError(f"unknown splits {sorted(unknown)} in counts: choose among {list(COUNTS)}")
     recipe = {"version": VERSION, "seed": seed, "counts": counts}
     recipe["styles"] = zlib.crc32(repr((LOOKS, STYLES)).encode())  # a tuned style is drawn again
