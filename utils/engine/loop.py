@@ -26,7 +26,7 @@ from data.taxonomy import class_set
 from data.transforms import RandomScaleCropFlip, Views
 from models import parameter_groups, read_weights
 from models.weights import identify
-from utils.config import Config, UserError, all_keys, default_config, flatten, to_dict
+from utils.config import Config, UserError, all_keys, flatten, to_dict
 from utils.config.keys import MAX_SKIPPED, TRAINING_STAGES, TestConfig, TrainConfig
 from utils.engine import checkpoint, distributed
 from utils.engine.log import Meter, open_log, peak_memory, progress, show_path
@@ -283,7 +283,7 @@ def seeds(cfg: Config) -> list[int]:
 
 def refuse_other_experiment(saved: dict, cfg: Config) -> None:
     """UserError if a run's saved configuration, nested as in its config.yml, differs from `cfg` in what is learnt."""
-    defaults = flatten(to_dict(default_config()))  # of keys that are newer than the run
+    defaults = flatten(to_dict(Config()))  # of keys that are newer than the run
     old, new = defaults | flatten(saved), flatten(to_dict(cfg))
     unread = {k for k, key in all_keys().items() if key.stages is not None and cfg.stage not in key.stages}
     changed = [k for k in new if k not in HARMLESS | unread and new[k] not in (old.get(k), "auto")]  # auto: as it was
