@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
 import os
@@ -57,14 +56,12 @@ class RunLog:
     def __init__(self, cfg: Config, first_step: int = 0, lengths: dict[str, int] | None = None):
         self.folder = cfg.run_dir
         self.folder.mkdir(parents=True, exist_ok=True)
-        header = {"git": git_sha(), **to_dict(cfg)}
-        text = to_yaml(header)
+        text = to_yaml({"git": git_sha(), **to_dict(cfg)})
         atomic_write(self.folder / "config.yml", lambda p: p.write_text(text, encoding="utf-8"))
         self.text_file, self.metrics_file = self.folder / "log.txt", self.folder / "metrics.jsonl"
         for file in (self.text_file, self.metrics_file):
             if file.exists():
-                length = (lengths or {}).get(file.name, 0)
-                os.truncate(file, min(length, file.stat().st_size))
+                os.truncate(file, min((lengths or {}).get(file.name, 0), file.stat().st_size))
         self.first_step = first_step
 
     @functools.cached_property
@@ -113,22 +110,6 @@ class RunLog:
         """Flush TensorBoard."""
         if "board" in self.__dict__:
             self.board.close()
-
-
-class Meter:
-    """Speed of training alone, and the time that the remaining steps take at this pace."""
-
-    def __init__(self, images_per_step: int):
-        self.images_per_step = images_per_step
-
-    def start(self, step: int) -> None:
-        """Measure from the end of `step` on."""
-        self.step, self.started = step, time.monotonic()
-
-    def read(self, step: int, last: int) -> tuple[float, str]:
-        """(images per second since the start, h:mm:ss from `step` to the `last` one)."""
-        pace = (time.monotonic() - self.started) / max(1, step - self.step)  # seconds a step
-        return self.images_per_step / max(pace, 1e-9), str(datetime.timedelta(seconds=round((last - step) * pace)))
 
 
 class NoLog:
