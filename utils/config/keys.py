@@ -102,9 +102,7 @@ class DataConfig:
     palette: list[list[int]] = opt([], "custom: one [r, g, b] per class; [] = around the hue circle", most=255)
     source: DatasetConfig = opt(DatasetConfig, "labelled domain", stages=TRAIN_OR_TEST)
     target: DatasetConfig = opt(DatasetConfig, "domain adapted to; its labels are never read in training")
-    val: DatasetConfig = opt(
-        DatasetConfig, "labelled split of the target domain, for measuring only", stages=TRAIN_OR_TEST
-    )
+    val: DatasetConfig = opt(DatasetConfig, "the target's labelled split, to measure by", stages=TRAIN_OR_TEST)
     base_width: int = opt(
         2200, "width in px that scale 1 stands for (as released); 0 = the image's own width", stages=TRAINING_STAGES
     )
