@@ -81,16 +81,9 @@ def save_checkpoint(path: Path, content: dict, previous: Path | None = None) -> 
 
 def recipe(cfg: Config, model: nn.Module) -> dict:
     """What is needed to use the weights again: architecture, classes, input statistics; `cfg` is resolved."""
-    return {
-        "arch": cfg.model.arch,
-        "backbone": cfg.model.backbone,
-        "output_stride": cfg.model.output_stride,
-        "dilations": cfg.model.dilations,
-        "bn_clr": cfg.model.bn_clr,
-        "class_names": list(class_set(cfg.data).names),
-        "mean": list(model.mean),
-        "std": list(model.std),
-    }
+    settings = {key: getattr(cfg.model, key) for key in ("arch", "backbone", "output_stride", "dilations", "bn_clr")}
+    names = list(class_set(cfg.data).names)
+    return settings | {"class_names": names, "mean": list(model.mean), "std": list(model.std)}
 
 
 def seed_generators(seed: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -9,7 +10,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +96,13 @@ class RunLog:
     def sync(self) -> dict[str, int]:
         """Write everything to the disk; returns the lengths of log.txt and metrics.jsonl in bytes."""
         lengths = {}
-        try:
+        with _writing(self.folder):
             if "board" in self.__dict__:
                 self.board.flush()
             for path in (self.text_file, self.metrics_file):
                 with open(path, "ab") as file:
                     os.fsync(file.fileno())
                     lengths[path.name] = file.tell()
-        except OSError as error:
-            raise _cannot_write(self.folder, error) from None
         return lengths
 
     def close(self) -> None:
@@ -115,16 +114,13 @@ class RunLog:
 class NoLog:
     """Stands in for a `RunLog` in processes that do not write: every call does nothing."""
 
-    def __init__(self, cfg: Config):
-        self.folder = cfg.run_dir
-
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
 
 
 def open_log(cfg: Config, first_step: int = 0, lengths: dict[str, int] | None = None) -> RunLog | NoLog:
     """The log of a run; of several processes, the first alone writes it. See `RunLog`."""
-    return RunLog(cfg, first_step, lengths) if distributed.is_main() else NoLog(cfg)
+    return RunLog(cfg, first_step, lengths) if distributed.is_main() else NoLog()
 
 
 def progress(steps: Iterable | None = None, **options: Any) -> tqdm:
@@ -140,17 +136,18 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return {"peak GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
 
-def _append(path: Path, line: str) -> None:
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
-        # A file's name may hold bytes that are no text.
-        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{line}\n")
+        yield
     except OSError as error:
-        raise _cannot_write(path, error) from None
+        raise UserError(f"cannot write {path}: {error.strerror}; the last checkpoint is kept") from None
 
 
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror}; the last checkpoint is kept")
+def _append(path: Path, line: str) -> None:
+    # A file's name may hold bytes that are no text.
+    with _writing(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(f"{line}\n")
 
 
 def show_path(path: Path) -> str:

@@ -126,8 +126,11 @@ def fit(cfg: Config, stage_type: type[Stage]) -> dict:
         t = run.cfg.train
         if run.iteration >= t.iterations:
             run.log.info(f"{show_path(run.folder)} is complete; train.restart=true begins anew")
-        # Closing the batches ends the loader processes.
-        with Interruption() as stop, contextlib.closing(run.batches()) as batches, run.progress_bar() as bar:
+        with (
+            Interruption() as stop,
+            contextlib.closing(run.batches()) as batches,  # which ends the loader processes
+            progress(total=t.iterations, initial=run.iteration, desc=run.cfg.name or run.cfg.stage) as bar,
+        ):
             while run.iteration < t.iterations:
                 source, target = _next(batches, stop)
                 if stop.came():
@@ -357,11 +360,6 @@ class Run:
     def _start_clock(self) -> None:
         """Measure the speed from here on."""
         self._clock = self.iteration, time.monotonic()
-
-    def progress_bar(self):
-        """A bar over the run's steps, on a terminal."""
-        name = self.cfg.name or self.cfg.stage
-        return progress(total=self.cfg.train.iterations, initial=self.iteration, desc=name)
 
     def batches(self) -> Iterator[tuple[dict, dict]]:
         """Source and target batches from here on, or this process's parts of them, on the device."""
