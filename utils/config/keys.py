@@ -81,7 +81,7 @@ class DatasetConfig:
     id_map: dict = opt({}, "folder: {label id: class name or 'ignore'}; ids not named are ignored; {} = train ids")
 
     def validate(self, key: str) -> None:
-        """Raise ConfigError for a combination that cannot work; `key` is the section's own, e.g. data.source."""
+        """As `Config.validate`; `key` is the section's own, e.g. data.source."""
         if self.format == "folder":
             require(self.images, f"{key}.images is empty, but format=folder needs globs")
         else:
@@ -133,22 +133,23 @@ class DataConfig:
     )
     toy_root: str = opt("", "folder that the toy cities are drawn into on first use; '' = real data")
 
-    def validate(self, key: str) -> None:
-        """As `DatasetConfig.validate`."""
-        custom = self.class_set == "custom"
-        unused = f"{key}.class_names is set, but {key}.class_set={self.class_set}; use custom"
-        require(custom or not self.class_names, unused)
-        require(self.class_names or not custom, f"{key}.class_set=custom needs {key}.class_names")
+    def validate(self) -> None:
+        """As `Config.validate`."""
+        if self.class_set == "custom":
+            require(self.class_names, "data.class_set=custom needs data.class_names")
+        else:
+            unused = f"data.class_names is set, but data.class_set={self.class_set}; use custom"
+            require(not self.class_names, unused)
         for name in ("source", "target", "val"):
             section = getattr(self, name)
-            section.validate(f"{key}.{name}")
-            named = section.format == "folder" or not custom
-            require(named, f"{key}.class_set=custom needs {key}.{name}.format=folder, not {section.format}")
+            section.validate(f"data.{name}")
+            named = section.format == "folder" or self.class_set != "custom"
+            require(named, f"data.class_set=custom needs data.{name}.format=folder, not {section.format}")
         for name in ("crop", "scale", "jitter_factor", "randaugment"):
             value = getattr(self, name)
-            require(len(value) == 2, f"{key}.{name}={value} must hold two numbers")
+            require(len(value) == 2, f"data.{name}={value} must hold two numbers")
             ordered = name in ("crop", "randaugment") or value[0] <= value[1]
-            require(ordered, f"{key}.{name}={value} must be [low, high]")
+            require(ordered, f"data.{name}={value} must be [low, high]")
 
 
 @dataclass
@@ -195,16 +196,16 @@ class ModelConfig:
         "checkpoint", "discriminator: that of the file that init names, where it fits, or a new one", stages=ADVERSARIAL
     )
 
-    def validate(self, key: str) -> None:
-        """As `DatasetConfig.validate`."""
-        name = self.backbone_name
-        from_timm = name.startswith("timm/")
-        unknown = f"{key}.backbone={name!r} is unknown; nearest is {nearest(name, RESNETS)!r}, or timm/NAME"
-        require(from_timm or name in RESNETS, unknown)
-        fits = from_timm or self.output_stride in ("auto", 8, 16)
-        require(fits, f"{key}.output_stride={self.output_stride}, but {key}.backbone={name} has 8 and 16")
+    def validate(self) -> None:
+        """As `Config.validate`."""
+        name, stride = self.backbone_name, self.output_stride
+        if not name.startswith("timm/"):
+            near = nearest(name, RESNETS)
+            require(name in RESNETS, f"model.backbone={name!r} is unknown; nearest is {near!r}, or timm/NAME")
+            fits = stride in ("auto", 8, 16)
+            require(fits, f"model.output_stride={stride}, but model.backbone={name} has 8 and 16")
         variant = self.bn_clr is not True or self.arch != "deeplab_pbal"
-        require(variant, f"{key}.bn_clr is a variant of deeplabv2, not of {key}.arch={self.arch}")
+        require(variant, f"model.bn_clr is a variant of deeplabv2, not of model.arch={self.arch}")
 
     @property
     def backbone_name(self) -> str:
@@ -288,11 +289,6 @@ class TrainConfig:
         stages=(*TRAINING_STAGES, "pseudo_labels"),
     )
 
-    def validate(self, key: str) -> None:
-        """As `DatasetConfig.validate`."""
-        message = f"{key}.iterations={self.iterations} is beyond {key}.horizon={self.horizon}, "
-        require(self.iterations <= self.horizon, f"{message}where the learning rate reaches zero")
-
 
 @dataclass
 class BatchNormConfig:
@@ -332,11 +328,6 @@ class DistillConfig:
         "simclr", "round 1's start: simclr (ProDA) | imagenet | scratch | teacher | a run | a file", path=os.path.isfile
     )
 
-    def validate(self, key: str) -> None:
-        """As `DatasetConfig.validate`."""
-        rounds = self.rounds
-        require(rounds and rounds == sorted(set(rounds)), f"{key}.rounds={rounds} must be [1], [2] or [1, 2]")
-
 
 @dataclass
 class TestConfig:
@@ -358,11 +349,6 @@ class TestConfig:
     overlap: float = opt(0.5, "least share of a window that its neighbour sees too", most=0.9, stages=TRAIN_OR_TEST)
     batch: int = opt(1, "images predicted at once, in validation and pseudo labels too", least=1)
     panels: int = opt(8, "images drawn into panels/, and as many of the worst", stages=("test",))
-
-    def validate(self, key: str) -> None:
-        """As `DatasetConfig.validate`."""
-        require(len(self.window) in (0, 2), f"{key}.window={self.window}: [width, height]")
-        require(self.scales, f"{key}.scales=[] must hold a number; [1] is the image as it is")
 
 
 @dataclass
@@ -394,8 +380,16 @@ class Config:
 
     def validate(self) -> None:
         """Raise ConfigError, naming the key, for values that cannot work together."""
-        for key in ("data", "model", "train", "distill", "test"):
-            getattr(self, key).validate(key)
+        self.data.validate()
+        self.model.validate()
+        t, rounds = self.train, self.distill.rounds
+        require(
+            t.iterations <= t.horizon,
+            f"train.iterations={t.iterations} is beyond train.horizon={t.horizon}, where the learning rate reaches zero",
+        )
+        require(rounds and rounds == sorted(set(rounds)), f"distill.rounds={rounds} must be [1], [2] or [1, 2]")
+        require(len(self.test.window) in (0, 2), f"test.window={self.test.window}: [width, height]")
+        require(self.test.scales, "test.scales=[] must hold a number; [1] is the image as it is")
         trains = self.stage in TRAINING_STAGES
         require(
             not trains or self.batchnorm.statistics != "saved",

@@ -208,8 +208,7 @@ def read_yaml(path: Path) -> dict:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())[:500]}") from None
     if content is None:
         return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds {type(content).__name__}, not keys and values")
+    require(isinstance(content, dict), f"{path} holds {type(content).__name__}, not keys and values")
     return content
 
 
@@ -217,12 +216,9 @@ def _find_benchmark(name: str) -> Path:
     if name.endswith((".yml", ".yaml")):
         return Path(os.path.abspath(find_path(name, os.path.isfile)))
     path = ROOT / "configs" / "benchmarks" / f"{name}.yml"
-    if not path.is_file():
-        known = sorted(p.stem for p in path.parent.glob("*.yml"))
-        near = nearest(name, known)
-        raise ConfigError(
-            f"benchmark={name!r} is neither a .yml file nor one of {', '.join(known)}; nearest is {near!r}"
-        )
+    known = sorted(p.stem for p in path.parent.glob("*.yml"))
+    unknown = f"benchmark={name!r} is neither a .yml file nor one of {', '.join(known)}"
+    require(path.is_file(), f"{unknown}; nearest is {nearest(name, known)!r}")
     return path
 
 
@@ -241,8 +237,7 @@ def _apply(config: Any, delta: dict, where: str, beside: Path | None = None, pre
             raise _unknown(key, where)
         hint, metadata = known[name]
         if dataclasses.is_dataclass(hint):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{key} in {where} is a section: its keys go below it, not {value!r}")
+            require(isinstance(value, dict), f"{key} in {where} is a section: its keys go below it, not {value!r}")
             _apply(getattr(config, name), value, where, beside, f"{key}.")
         else:
             value = _coerce(value, hint, key)
@@ -269,14 +264,11 @@ def _override(assignment: str) -> tuple[str, Any]:
 
 def _stage_deltas(content: Any, file: Path) -> dict[str, dict]:
     """A benchmark's `stages:`, by the name of a run, every one of them checked."""
-    if not isinstance(content, dict):
-        raise ConfigError(f"stages in {file} must hold one section per stage, not {content!r}")
+    require(isinstance(content, dict), f"stages in {file} must hold one section per stage, not {content!r}")
     for run, delta in content.items():
         where = f"stages.{run} of {file}"
-        if run not in RUNS:
-            raise ConfigError(f"unknown {where}; nearest is {nearest(run, RUNS)!r}")
-        if not isinstance(delta, dict):
-            raise ConfigError(f"{where} is a section, not {delta!r}")
+        require(run in RUNS, f"unknown {where}; nearest is {nearest(run, RUNS)!r}")
+        require(isinstance(delta, dict), f"{where} is a section, not {delta!r}")
         _apply(Config(), delta, where)
     return content
 
@@ -324,8 +316,9 @@ def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
     for run in dict.fromkeys((config.stage, run_name)):  # source_only is a warm-up with deltas of its own
         apply(by_stage.get(run, {}), benchmark_file, f"stages.{run} of {benchmark_file}")
     for key, value in (("runs", config.runs), ("data.toy_root", config.data.toy_root)):
-        if leaves_folder(value):  # who passes a YAML on does not decide where it writes
-            raise ConfigError(f"{key}={value!r} in a YAML must be a relative path without '..'; give it as {key}=…")
+        # Who passes a YAML on does not decide where it writes.
+        message = f"{key}={value!r} in a YAML must be a relative path without '..'; give it as {key}=…"
+        require(not leaves_folder(value), message)
     for key, value in commands:
         for part in reversed(key.split(".")):
             value = {part: value}
