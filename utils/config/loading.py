@@ -22,7 +22,7 @@ from typing import Any, Literal
 import yaml
 
 from utils.config.errors import ConfigError
-from utils.config.keys import RUNS, WEIGHT_ENDINGS, Config, leaves_folder, nearest, require
+from utils.config.keys import RUNS, TINY, WEIGHT_ENDINGS, Config, leaves_folder, nearest, require
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout
 
@@ -160,8 +160,9 @@ def _check_ranges(config: Config) -> None:
     for key, (_, metadata, _) in all_keys().items():
         least, most = metadata["least"], metadata["most"]
         inside = all(least <= number <= most and number < math.inf for number in _numbers(values[key]))
-        span = f"in {least:g}..{most:g}" if most < math.inf else f"at least {least:g}" if least else "0 or more"
-        require(inside, f"{key}={values[key]} must be {span.replace('at least 1e-12', 'above 0')}")
+        span = {0: "0 or more", TINY: "above 0"}.get(least, f"at least {least:g}")
+        span = f"in {least:g}..{most:g}" if most < math.inf else span
+        require(inside, f"{key}={values[key]} must be {span}")
 
 
 # ----------------------------------------------------------------------------------------------------------- files

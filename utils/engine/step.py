@@ -74,9 +74,9 @@ class GuardedStep:
         if t.compile == "graphs":  # the call alone imports torch's compiler, which takes seconds
             torch.compiler.cudagraph_mark_step_begin()  # graphs may now write over what the last step's returned
         rng = checkpoint.rng_state()
+        buffers = [b for n in self.networks.values() for b in n.buffers()]
         # A forward pass that is not finite spoils running statistics too; on_nonfinite=skip puts them back.
-        skips = t.on_nonfinite == "skip"
-        buffers = [(b, b.clone()) for n in self.networks.values() for b in n.buffers()] if skips else []
+        before = [b.clone() for b in buffers] if t.on_nonfinite == "skip" else []
         terms: dict[str, Tensor] = {}
 
         def backward(total: Tensor, **named: Tensor) -> None:
@@ -94,7 +94,7 @@ class GuardedStep:
         # One exchange after all backward passes. DistributedDataParallel exchanges in each of them, in buckets that it
         # lays out anew after a start, so a resumed run would round otherwise than one that was never stopped.
         terms = {name: value.float() for name, value in terms.items()}
-        statistics = [b for n in self.networks.values() for b in n.buffers() if b.is_floating_point()]
+        statistics = [b for b in buffers if b.is_floating_point()]
         distributed.average([*itertools.chain(*gradients.values()), *terms.values(), *statistics])
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
@@ -109,8 +109,8 @@ class GuardedStep:
         if not all(finite.values()):
             parts = {"source": distributed.joined(source), "target": distributed.joined(target)}
             message = self._keep(numbers, parts | {"rng": rng}, iteration)
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for buffer, value in zip(buffers, before):
+                buffer.copy_(value)
             self.scaler.update()
             return message
         for optimizer in self.optimizers.values():
