@@ -51,8 +51,8 @@ def start() -> None:
     except (RuntimeError, ValueError) as error:
         at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
-            f"the {number} processes of this run do not meet at {at} ({reason(error)}): is the port in use, or the machine "
-            "out of reach? torchrun's --master_addr and --master_port name others"
+            f"the {number} processes of this run do not meet at {at} ({reason(error)}): is the port in use, or the "
+            "machine out of reach? torchrun's --master_addr and --master_port name others"
         ) from None
     if not is_main():
         silent = _silence.enter_context(open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
