@@ -383,10 +383,8 @@ class Config:
         self.data.validate()
         self.model.validate()
         t, rounds = self.train, self.distill.rounds
-        require(
-            t.iterations <= t.horizon,
-            f"train.iterations={t.iterations} is beyond train.horizon={t.horizon}, where the learning rate reaches zero",
-        )
+        beyond = f"train.iterations={t.iterations} is beyond train.horizon={t.horizon}"
+        require(t.iterations <= t.horizon, f"{beyond}, where the learning rate reaches zero")
         require(rounds and rounds == sorted(set(rounds)), f"distill.rounds={rounds} must be [1], [2] or [1, 2]")
         require(len(self.test.window) in (0, 2), f"test.window={self.test.window}: [width, height]")
         require(self.test.scales, "test.scales=[] must hold a number; [1] is the image as it is")
