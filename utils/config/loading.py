@@ -238,7 +238,8 @@ def _apply(config: Any, delta: dict, where: str, beside: Path | None = None, pre
             raise _unknown(key, where)
         hint, metadata = known[name]
         if dataclasses.is_dataclass(hint):
-            require(isinstance(value, dict), f"{key} in {where} is a section: its keys go below it, not {value!r}")
+            if not isinstance(value, dict):
+                raise ConfigError(f"{key} in {where} is a section: its keys go below it, not {value!r}")
             _apply(getattr(config, name), value, where, beside, f"{key}.")
         else:
             value = _coerce(value, hint, key)
@@ -265,11 +266,13 @@ def _override(assignment: str) -> tuple[str, Any]:
 
 def _stage_deltas(content: Any, file: Path) -> dict[str, dict]:
     """A benchmark's `stages:`, by the name of a run, every one of them checked."""
-    require(isinstance(content, dict), f"stages in {file} must hold one section per stage, not {content!r}")
+    if not isinstance(content, dict):
+        raise ConfigError(f"stages in {file} must hold one section per stage, not {content!r}")
     for run, delta in content.items():
         where = f"stages.{run} of {file}"
         require(run in RUNS, f"unknown {where}; nearest is {nearest(run, RUNS)!r}")
-        require(isinstance(delta, dict), f"{where} is a section, not {delta!r}")
+        if not isinstance(delta, dict):
+            raise ConfigError(f"{where} is a section, not {delta!r}")
         _apply(Config(), delta, where)
     return content
 
