@@ -58,10 +58,8 @@ class Distillation(Stage):
         student = self.model(view)["logits"].float()
         if self.cfg.distill.resolution == "quarter":
             quarter = [side // 4 for side in label.shape[1:]]
-            student, label = (
-                upsample(student, quarter),
-                F.interpolate(label[:, None].byte(), quarter, mode="nearest")[:, 0],
-            )
+            student = upsample(student, quarter)
+            label = F.interpolate(label[:, None].byte(), quarter, mode="nearest")[:, 0]
         normalizer = target.get("normalizer")
         if normalizer is not None:  # it counts labels before cutout and at full size: take the share that is left
             normalizer = normalizer * (label != IGNORE).sum() / (target["label"] != IGNORE).sum().clamp(min=1)

@@ -100,7 +100,7 @@ def _predict(
     """
     folder, threshold = cfg.run_dir, cfg.pseudo.threshold
     counts = torch.zeros(len(class_set(cfg.data)) * 256, dtype=torch.int64, device=device)
-    highest, own, writing = torch.zeros((), device=device), set(), []
+    highest, own, writing = torch.zeros((), device=device), set(), ()
     mine = distributed.shard_indices(len(target), cfg.test.batch)
     loader = whole_images(target, cfg.test.batch, cfg.data.workers, mine)
     with progress(total=len(mine), desc="predict", unit="img") as bar, ThreadPoolExecutor(store.THREADS) as pool:
@@ -111,18 +111,13 @@ def _predict(
             levels = store.confidence_levels(confidence, threshold)
             highest = torch.maximum(highest, confidence.max())
             counts += torch.bincount((labels.long() * 256 + levels).flatten(), minlength=len(counts))
-            for done in writing:  # the files of the batch before
-                done.result()
             names = [target.samples[index].name for index in indices]
-            writing = [
-                pool.submit(store.write_png, path(folder, name), array)
-                for path, maps in ((store.label_path, labels), (store.confidence_path, levels))
-                for name, array in zip(names, maps.cpu().numpy())
-            ]
+            paths = [path(folder, name) for path in (store.label_path, store.confidence_path) for name in names]
+            list(writing)  # waits for the files of the batch before
+            writing = pool.map(store.write_png, paths, [*labels.cpu().numpy(), *levels.cpu().numpy()])
             own.update(names)
             bar.update(len(indices))
-        for done in writing:
-            done.result()
+        list(writing)
     histogram = distributed.total(counts).view(-1, 256).cpu().numpy()
     return own, histogram, max(distributed.gathered(highest.item()))
 

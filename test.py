@@ -68,28 +68,25 @@ def main(cfg: Config) -> dict:
     }
     export = None
     if images or cfg.test.export:
-        export = Exporter(log.folder / "predictions", dataset, classes, label_ids(section, classes))
+        export = Exporter(cfg.run_dir / "predictions", dataset, classes, label_ids(section, classes))
     if images:
         for prediction in predictions(model, dataset, cfg, device, "predict"):
             export(*prediction)
         log.info(f"{len(dataset)} predictions written to {show_path(export.folder)}")
-        log.close()
-        distributed.wait()
-        return result
-
-    gallery = Gallery(spread(len(dataset), cfg.test.panels), classes)
-    worst = Worst(cfg.test.panels, [s.name for s in dataset.samples], classes)
-    callbacks = [gallery, worst, export] if export else [gallery, worst]
-    scores = evaluate(model, dataset, classes, cfg, device, *callbacks)
-    for name, pictures in (("test", gallery), ("worst", worst)):
-        if pictures.shown:
-            pictures.save(log.folder / "panels" / f"{name}.png")
-    result |= scores | {"worst": list(worst.scores.values())}
-    checkpoint.write_json(log.folder / "metrics.json", result)
-    log.info("\n".join(["worst images:", *(f"mIoU {w['miou']:6.2f}  {w['image']}" for w in result["worst"])]))
-    log.info(class_table(scores, classes))
-    write_report(log.folder)
-    log.info(f"written to {show_path(log.folder)}")
+    else:
+        gallery = Gallery(spread(len(dataset), cfg.test.panels), classes)
+        worst = Worst(cfg.test.panels, [s.name for s in dataset.samples], classes)
+        callbacks = [gallery, worst, export] if export else [gallery, worst]
+        scores = evaluate(model, dataset, classes, cfg, device, *callbacks)
+        for name, pictures in (("test", gallery), ("worst", worst)):
+            if pictures.shown:
+                pictures.save(cfg.run_dir / "panels" / f"{name}.png")
+        result |= scores | {"worst": list(worst.scores.values())}
+        checkpoint.write_json(cfg.run_dir / "metrics.json", result)
+        log.info("\n".join(["worst images:", *(f"mIoU {w['miou']:6.2f}  {w['image']}" for w in result["worst"])]))
+        log.info(class_table(scores, classes))
+        write_report(cfg.run_dir)
+        log.info(f"written to {show_path(cfg.run_dir)}")
     log.close()
     distributed.wait()
     return result

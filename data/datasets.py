@@ -25,10 +25,10 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from data.images import IMAGE_ENDINGS, read_label_ids, read_picture, reason, show_name
+from data.images import IMAGE_ENDINGS, read_label_ids, read_picture, show_name
 from data.taxonomy import UNKNOWN, ClassSet, known_ids, label_ids
 from data.transforms import Crop
-from utils.config import UserError
+from utils.config import UserError, reason
 from utils.config.keys import DatasetConfig, leaves_folder
 
 HOW_TO_GET = {

@@ -21,7 +21,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from utils.config import UserError
+from utils.config import UserError, reason
 
 # Of a folder's or a glob's files, those that are images.
 _ENDINGS = "bmp jfif jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp"
@@ -132,11 +132,6 @@ def _named(kind: str, path: Path) -> Iterator[None]:
 def show_name(name: object) -> str:
     """A path, or text with paths, for terminals and UTF-8 files: bytes that are no UTF-8 become \\xNN."""
     return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def reason(error: Exception) -> str:
-    """Why something failed, in a line."""
-    return getattr(error, "strerror", None) or str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def read_picture(path: Path, depth: Callable[[tuple[int, int]], float] | None = None) -> Image.Image:

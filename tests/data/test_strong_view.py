@@ -9,7 +9,7 @@ from torchvision.transforms.v2 import functional as F
 from data import transforms
 from data.taxonomy import IGNORE
 from data.transforms import Views, class_mix
-from utils.config import default_config
+from utils.config import Config
 
 HEIGHT, WIDTH = 48, 96
 
@@ -91,7 +91,7 @@ def test_colour_operations_reach_the_released_strengths(v):
 
 
 def test_released_view_holds_labels_to_the_image():
-    data = dataclasses.replace(default_config().data, strong_geometry=True, cutout=1 / 3, randaugment=[0, 10])
+    data = dataclasses.replace(Config().data, strong_geometry=True, cutout=1 / 3, randaugment=[0, 10])
     views = Views(data, (0.0,) * 3, (1.0,) * 3)
     images, labels = (x[None].repeat(64, *[1] * x.dim()) for x in grid())
     torch.manual_seed(0)

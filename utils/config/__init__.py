@@ -1,11 +1,10 @@
 """The configuration: its keys, how files and command line fill them, and the errors of the user's."""
 
-from utils.config.errors import ConfigError, UserError
+from utils.config.errors import ConfigError, UserError, reason
 from utils.config.keys import Config
 from utils.config.loading import (
     ROOT,
     all_keys,
-    default_config,
     find_path,
     flatten,
     key_help,
@@ -21,12 +20,12 @@ __all__ = [
     "ConfigError",
     "UserError",
     "all_keys",
-    "default_config",
     "find_path",
     "flatten",
     "key_help",
     "load_config",
     "read_yaml",
+    "reason",
     "to_dict",
     "to_yaml",
 ]

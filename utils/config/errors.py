@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def reason(error: Exception) -> str:
+    """Why something failed, in a line."""
+    return getattr(error, "strerror", None) or str(error).strip().split("\n")[0] or type(error).__name__
+
+
 class UserError(ValueError):
     """The user's mistake (a missing file, unusable data): one line, exit status 1."""
 

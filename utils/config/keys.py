@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ TRAIN_OR_TEST = (*TRAINING_STAGES, "test")
 ADVERSARIAL, JITTERED = ("warmup", "bpl"), ("warmup", "bpl", "pst")
 MAX_SKIPPED = 10  # unusable files, or steps that are not finite, that a run leaves out before it ends all the same
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+WEIGHT_ENDINGS = (".pth", ".pt", ".pkl", ".tar", ".ckpt", ".bin", ".safetensors")  # no run's name ends like this
 SIMCLR_RESNETS = ("resnet50", "resnet101", "resnet152")  # of which SimCLRv2 weights exist at width 1
 DEFAULT_ARCH, DEFAULT_BACKBONE = "deeplabv2", "resnet101"
 TINY = 1e-12  # least value of what must be above 0
@@ -38,22 +39,29 @@ def opt(
     """A config field.
 
     Args:
-        default: copied if mutable.
+        default: copied if mutable; of a section, its class.
         why: the line that `--help` shows.
         least, most: range of a number, and of those in a list; `utils.config.loading` checks it.
         stages: which stages read the key; by default those that read its section.
         path: for a path, the test that it is there, e.g. `os.path.isdir`; see `utils.config.loading.find_path`.
     """
     metadata = {"help": why, "least": least, "most": most, "stages": stages, "path": path}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
     if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def require(holds: bool, message: str) -> None:
+def require(holds: object, message: str) -> None:
     """Raise ConfigError with `message` unless `holds`."""
     if not holds:
         raise ConfigError(message)
+
+
+def nearest(word: object, known: Iterable[object]) -> str:
+    """The one of `known` that is spelt most like `word`."""
+    return difflib.get_close_matches(str(word), map(str, known), n=1, cutoff=0)[0]
 
 
 def leaves_folder(path: str) -> bool:
@@ -73,9 +81,9 @@ class DatasetConfig:
     id_map: dict = opt({}, "folder: {label id: class name or 'ignore'}; ids not named are ignored; {} = train ids")
 
     def validate(self, key: str) -> None:
-        """Raise ConfigError for a combination that cannot work; `key` is the section's own, e.g. data.source."""
+        """As `Config.validate`; `key` is the section's own, e.g. data.source."""
         if self.format == "folder":
-            require(bool(self.images), f"{key}.images is empty, but format=folder needs globs")
+            require(self.images, f"{key}.images is empty, but format=folder needs globs")
         else:
             require(not self.id_map, f"{key}.id_map is set, but format={self.format} has its own; use folder")
         require(len(self.size) in (0, 2), f"{key}.size={self.size}: [width, height]")
@@ -92,9 +100,9 @@ class DataConfig:
     )
     class_names: list[str] = opt([], "custom: class names in train-id order")
     palette: list[list[int]] = opt([], "custom: one [r, g, b] per class; [] = around the hue circle", most=255)
-    source: DatasetConfig = opt(None, "labelled domain", stages=TRAIN_OR_TEST)
-    target: DatasetConfig = opt(None, "domain adapted to; its labels are never read in training")
-    val: DatasetConfig = opt(None, "labelled split of the target domain, for measuring only", stages=TRAIN_OR_TEST)
+    source: DatasetConfig = opt(DatasetConfig, "labelled domain", stages=TRAIN_OR_TEST)
+    target: DatasetConfig = opt(DatasetConfig, "domain adapted to; its labels are never read in training")
+    val: DatasetConfig = opt(DatasetConfig, "the target's labelled split, to measure by", stages=TRAIN_OR_TEST)
     base_width: int = opt(
         2200, "width in px that scale 1 stands for (as released); 0 = the image's own width", stages=TRAINING_STAGES
     )
@@ -125,22 +133,23 @@ class DataConfig:
     )
     toy_root: str = opt("", "folder that the toy cities are drawn into on first use; '' = real data")
 
-    def validate(self, key: str) -> None:
-        """As `DatasetConfig.validate`."""
-        custom = self.class_set == "custom"
-        unused = f"{key}.class_names is set, but {key}.class_set={self.class_set}; use custom"
-        require(custom or not self.class_names, unused)
-        require(bool(self.class_names) or not custom, f"{key}.class_set=custom needs {key}.class_names")
+    def validate(self) -> None:
+        """As `Config.validate`."""
+        if self.class_set == "custom":
+            require(self.class_names, "data.class_set=custom needs data.class_names")
+        else:
+            unused = f"data.class_names is set, but data.class_set={self.class_set}; use custom"
+            require(not self.class_names, unused)
         for name in ("source", "target", "val"):
             section = getattr(self, name)
-            section.validate(f"{key}.{name}")
-            named = section.format == "folder" or not custom
-            require(named, f"{key}.class_set=custom needs {key}.{name}.format=folder, not {section.format}")
+            section.validate(f"data.{name}")
+            named = section.format == "folder" or self.class_set != "custom"
+            require(named, f"data.class_set=custom needs data.{name}.format=folder, not {section.format}")
         for name in ("crop", "scale", "jitter_factor", "randaugment"):
             value = getattr(self, name)
-            require(len(value) == 2, f"{key}.{name}={value} must hold two numbers")
+            require(len(value) == 2, f"data.{name}={value} must hold two numbers")
             ordered = name in ("crop", "randaugment") or value[0] <= value[1]
-            require(ordered, f"{key}.{name}={value} must be [low, high]")
+            require(ordered, f"data.{name}={value} must be [low, high]")
 
 
 @dataclass
@@ -187,16 +196,21 @@ class ModelConfig:
         "checkpoint", "discriminator: that of the file that init names, where it fits, or a new one", stages=ADVERSARIAL
     )
 
-    def validate(self, key: str) -> None:
-        """As `DatasetConfig.validate`."""
-        name = DEFAULT_BACKBONE if self.backbone == "auto" else self.backbone
-        if not name.startswith("timm/") and name not in RESNETS:
-            near = difflib.get_close_matches(name, RESNETS, 1, 0)
-            raise ConfigError(f"{key}.backbone={name!r} is unknown; nearest is {near[0]!r}, or timm/NAME")
-        fits = name.startswith("timm/") or self.output_stride in ("auto", 8, 16)
-        require(fits, f"{key}.output_stride={self.output_stride}, but {key}.backbone={name} has 8 and 16")
+    def validate(self) -> None:
+        """As `Config.validate`."""
+        name, stride = self.backbone_name, self.output_stride
+        if not name.startswith("timm/"):
+            near = nearest(name, RESNETS)
+            require(name in RESNETS, f"model.backbone={name!r} is unknown; nearest is {near!r}, or timm/NAME")
+            fits = stride in ("auto", 8, 16)
+            require(fits, f"model.output_stride={stride}, but model.backbone={name} has 8 and 16")
         variant = self.bn_clr is not True or self.arch != "deeplab_pbal"
-        require(variant, f"{key}.bn_clr is a variant of deeplabv2, not of {key}.arch={self.arch}")
+        require(variant, f"model.bn_clr is a variant of deeplabv2, not of model.arch={self.arch}")
+
+    @property
+    def backbone_name(self) -> str:
+        """`backbone`, with the default in place of auto."""
+        return DEFAULT_BACKBONE if self.backbone == "auto" else self.backbone
 
 
 @dataclass
@@ -275,11 +289,6 @@ class TrainConfig:
         stages=(*TRAINING_STAGES, "pseudo_labels"),
     )
 
-    def validate(self, key: str) -> None:
-        """As `DatasetConfig.validate`."""
-        message = f"{key}.iterations={self.iterations} is beyond {key}.horizon={self.horizon}, "
-        require(self.iterations <= self.horizon, f"{message}where the learning rate reaches zero")
-
 
 @dataclass
 class BatchNormConfig:
@@ -319,11 +328,6 @@ class DistillConfig:
         "simclr", "round 1's start: simclr (ProDA) | imagenet | scratch | teacher | a run | a file", path=os.path.isfile
     )
 
-    def validate(self, key: str) -> None:
-        """As `DatasetConfig.validate`."""
-        rounds = self.rounds
-        require(rounds and rounds == sorted(set(rounds)), f"{key}.rounds={rounds} must be [1], [2] or [1, 2]")
-
 
 @dataclass
 class TestConfig:
@@ -346,18 +350,11 @@ class TestConfig:
     batch: int = opt(1, "images predicted at once, in validation and pseudo labels too", least=1)
     panels: int = opt(8, "images drawn into panels/, and as many of the worst", stages=("test",))
 
-    def validate(self, key: str) -> None:
-        """As `DatasetConfig.validate`."""
-        require(len(self.window) in (0, 2), f"{key}.window={self.window}: [width, height]")
-        require(bool(self.scales), f"{key}.scales=[] must hold a number; [1] is the image as it is")
-
 
 @dataclass
 class Config:
     benchmark: str = opt("gta5_to_cityscapes", "who adapts to whom: a name in configs/benchmarks/ or a YAML file")
-    stage: Literal["warmup", "bpl", "pseudo_labels", "pst", "distill", "test"] = opt(
-        "bpl", "set by the stage file", stages=()
-    )
+    stage: Literal[STAGES] = opt("bpl", "set by the stage file", stages=())
     name: str = opt("", "run folder below runs/<benchmark>/; '' = the stage's name")
     runs: str = opt("runs", "folder of all runs, below the one that you start from")
     checkpoint: str = opt(
@@ -372,22 +369,28 @@ class Config:
     pseudo_labels: str = opt("pseudo_labels", "run that holds the pseudo labels", stages=("pst",))
     seed: int = opt(0, "of weights, data order and augmentation", most=2**31, stages=TRAINING_STAGES)
     device: str = opt("auto", "auto = cuda where there is one, under torchrun a GPU for each process | cpu | cuda:N")
-    data: DataConfig = opt(None, "")
-    model: ModelConfig = opt(None, "")
-    loss: LossConfig = opt(None, "")
-    train: TrainConfig = opt(None, "", stages=TRAINING_STAGES)
-    batchnorm: BatchNormConfig = opt(None, "")
-    pseudo: PseudoConfig = opt(None, "", stages=("pseudo_labels", "distill"))
-    distill: DistillConfig = opt(None, "", stages=("distill",))
-    test: TestConfig = opt(None, "")
+    data: DataConfig = opt(DataConfig, "")
+    model: ModelConfig = opt(ModelConfig, "")
+    loss: LossConfig = opt(LossConfig, "")
+    train: TrainConfig = opt(TrainConfig, "", stages=TRAINING_STAGES)
+    batchnorm: BatchNormConfig = opt(BatchNormConfig, "")
+    pseudo: PseudoConfig = opt(PseudoConfig, "", stages=("pseudo_labels", "distill"))
+    distill: DistillConfig = opt(DistillConfig, "", stages=("distill",))
+    test: TestConfig = opt(TestConfig, "")
 
     def validate(self) -> None:
         """Raise ConfigError, naming the key, for values that cannot work together."""
-        for key in ("data", "model", "train", "distill", "test"):
-            getattr(self, key).validate(key)
+        self.data.validate()
+        self.model.validate()
+        t, rounds = self.train, self.distill.rounds
+        beyond = f"train.iterations={t.iterations} is beyond train.horizon={t.horizon}"
+        require(t.iterations <= t.horizon, f"{beyond}, where the learning rate reaches zero")
+        require(rounds and rounds == sorted(set(rounds)), f"distill.rounds={rounds} must be [1], [2] or [1, 2]")
+        require(len(self.test.window) in (0, 2), f"test.window={self.test.window}: [width, height]")
+        require(self.test.scales, "test.scales=[] must hold a number; [1] is the image as it is")
         trains = self.stage in TRAINING_STAGES
         require(
-            not (trains and self.batchnorm.statistics == "saved"),
+            not trains or self.batchnorm.statistics != "saved",
             "batchnorm.statistics=saved is for test.py and gen_pseudo_labels.py; training takes running or target",
         )
         require(
@@ -402,13 +405,13 @@ class Config:
         key, start = "model.init", self.model.init
         if self.stage == "distill":
             key, start = "distill.init_round1", self.distill.init_round1
-        backbone = DEFAULT_BACKBONE if self.model.backbone == "auto" else self.model.backbone
+        backbone = self.model.backbone_name
         require(
             not (trains and start == "simclr") or backbone in SIMCLR_RESNETS,
             f"{key}=simclr, but there are no SimCLR weights of model.backbone={backbone}; nearest is imagenet",
         )
-        follows = self.data.class_set == "auto"
-        require(not follows or self.stage == "test", "data.class_set=auto is for test.py alone: name the classes")
+        named = self.data.class_set != "auto"
+        require(named or self.stage == "test", "data.class_set=auto is for test.py alone: name the classes")
 
     @property
     def benchmark_name(self) -> str:

@@ -12,7 +12,6 @@ from, then in the checkout; see `find_path`. Runs are written below the folder t
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 import typing
@@ -23,7 +22,7 @@ from typing import Any, Literal
 import yaml
 
 from utils.config.errors import ConfigError
-from utils.config.keys import RUNS, Config, leaves_folder, require
+from utils.config.keys import RUNS, TINY, WEIGHT_ENDINGS, Config, leaves_folder, nearest, require
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout
 
@@ -57,11 +56,6 @@ def all_keys(cls: type = Config, prefix: str = "", stages: tuple[str, ...] | Non
     return keys
 
 
-def default_config(cls: type = Config) -> Any:
-    """Every key at its default."""
-    return cls(**{name: default_config(hint) for name, hint, _ in _fields(cls) if dataclasses.is_dataclass(hint)})
-
-
 def to_dict(config: Config) -> dict:
     """The configuration as plain nested dicts, for YAML and checkpoints."""
     return dataclasses.asdict(config)
@@ -83,7 +77,7 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 def key_help(config: Config) -> str:
     """The keys that the configuration's stage reads, with their values and reasons, by section."""
-    values, defaults = flatten(to_dict(config)), flatten(to_dict(default_config()))
+    values, defaults = flatten(to_dict(config)), flatten(to_dict(Config()))
     sections: dict[str, list[str]] = {}
     for key, (hint, metadata, stages) in all_keys().items():
         if stages is not None and config.stage not in stages:
@@ -104,11 +98,9 @@ def _shown(value: Any) -> str:
 
 
 def _type_name(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Union:
+    if typing.get_origin(hint) in (typing.Union, Literal):
         return " | ".join(map(_type_name, typing.get_args(hint)))
-    if typing.get_origin(hint) is Literal:
-        return " | ".join(map(str, typing.get_args(hint)))
-    return str(hint) if typing.get_origin(hint) else hint.__name__
+    return hint.__name__ if type(hint) is type else str(hint)
 
 
 def _number(value: Any, hint: type) -> int | float | None:
@@ -130,9 +122,8 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
     if origin is Literal:
         if value in args and type(value) in {type(a) for a in args}:
             return value
-        alike = [a for a in args if type(a) is type(value)] or args
-        near = difflib.get_close_matches(str(value), map(str, alike), 1, 0)
-        raise ConfigError(f"{key}={value!r} is not one of {_type_name(hint)}; nearest is {near[0]}")
+        near = nearest(value, [a for a in args if type(a) is type(value)] or args)
+        raise ConfigError(f"{key}={value!r} is not one of {_type_name(hint)}; nearest is {near}")
     for arg in args if origin is typing.Union else ():  # a word or a list
         if value in typing.get_args(arg) or typing.get_origin(arg) is type(value):
             return _coerce(value, arg, key)
@@ -151,9 +142,9 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
 
 def _unknown(key: str, where: str) -> ConfigError:
     keys = list(all_keys())
-    leaf = [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    near = leaf or difflib.get_close_matches(key, keys, 1, 0)
-    return ConfigError(f"unknown key {key!r} in {where}; nearest is {near[0]!r}")
+    same_leaf = [k for k in keys if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = same_leaf[0] if same_leaf else nearest(key, keys)
+    return ConfigError(f"unknown key {key!r} in {where}; nearest is {near!r}")
 
 
 def _numbers(value: Any) -> list[int | float]:
@@ -169,8 +160,9 @@ def _check_ranges(config: Config) -> None:
     for key, (_, metadata, _) in all_keys().items():
         least, most = metadata["least"], metadata["most"]
         inside = all(least <= number <= most and number < math.inf for number in _numbers(values[key]))
-        span = f"in {least:g}..{most:g}" if most < math.inf else f"at least {least:g}" if least else "0 or more"
-        require(inside, f"{key}={values[key]} must be {span.replace('at least 1e-12', 'above 0')}")
+        span = {0: "0 or more", TINY: "above 0"}.get(least, f"at least {least:g}")
+        span = f"in {least:g}..{most:g}" if most < math.inf else span
+        require(inside, f"{key}={values[key]} must be {span}")
 
 
 # ----------------------------------------------------------------------------------------------------------- files
@@ -205,14 +197,10 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
-def _parse(text: str) -> Any:
-    return yaml.load(text, _Loader)
-
-
 def read_yaml(path: Path) -> dict:
     """The mapping that a YAML file holds, {} of an empty one; ConfigError if it holds anything else."""
     try:
-        content = _parse(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
     except ConfigError as error:
@@ -221,8 +209,7 @@ def read_yaml(path: Path) -> dict:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())[:500]}") from None
     if content is None:
         return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds {type(content).__name__}, not keys and values")
+    require(isinstance(content, dict), f"{path} holds {type(content).__name__}, not keys and values")
     return content
 
 
@@ -230,12 +217,9 @@ def _find_benchmark(name: str) -> Path:
     if name.endswith((".yml", ".yaml")):
         return Path(os.path.abspath(find_path(name, os.path.isfile)))
     path = ROOT / "configs" / "benchmarks" / f"{name}.yml"
-    if not path.is_file():
-        known = sorted(p.stem for p in path.parent.glob("*.yml"))
-        near = difflib.get_close_matches(name, known, 1, 0)
-        raise ConfigError(
-            f"benchmark={name!r} is neither a .yml file nor one of {', '.join(known)}; nearest is {near[0]!r}"
-        )
+    known = sorted(p.stem for p in path.parent.glob("*.yml"))
+    unknown = f"benchmark={name!r} is neither a .yml file nor one of {', '.join(known)}"
+    require(path.is_file(), f"{unknown}; nearest is {nearest(name, known)!r}")
     return path
 
 
@@ -262,26 +246,22 @@ def _apply(config: Any, delta: dict, where: str, beside: Path | None = None, pre
             setattr(config, name, find_path(value, metadata["path"], beside) if metadata["path"] else value)
 
 
-def _override(assignment: str) -> tuple[str, dict]:
-    """'train.lr=1e-3' -> ('train.lr', {'train': {'lr': 1e-3}})."""
+def _override(assignment: str) -> tuple[str, Any]:
+    """'train.lr=0.1' -> ('train.lr', 0.1)."""
     key, equals, text = assignment.partition("=")
     if not equals:
-        endings = (".pth", ".pt", ".pkl", ".tar", ".ckpt", ".bin", ".safetensors")
-        weights = assignment.endswith(endings) or os.path.isfile(assignment)
+        weights = assignment.endswith(WEIGHT_ENDINGS) or os.path.isfile(assignment)
         hint = f"; a weight file is named by checkpoint={assignment}" if weights else ""
         raise ConfigError(f"{assignment!r} is not of the form key=value{hint}")
     keys = all_keys()
     if key not in keys:
         raise _unknown(key, "the command line")
     try:
-        value = text if keys[key].hint is str else _parse(text)
+        return key, text if keys[key].hint is str else yaml.load(text, _Loader)
     except ConfigError as error:
         raise ConfigError(f"{key}={text!r}: {error}") from None
     except Exception:
         raise ConfigError(f"{key}={text!r}: the value is not valid YAML") from None
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return key, value
 
 
 def _stage_deltas(content: Any, file: Path) -> dict[str, dict]:
@@ -290,11 +270,10 @@ def _stage_deltas(content: Any, file: Path) -> dict[str, dict]:
         raise ConfigError(f"stages in {file} must hold one section per stage, not {content!r}")
     for run, delta in content.items():
         where = f"stages.{run} of {file}"
-        if run not in RUNS:
-            raise ConfigError(f"unknown {where}; nearest is {difflib.get_close_matches(str(run), RUNS, 1, 0)[0]!r}")
+        require(run in RUNS, f"unknown {where}; nearest is {nearest(run, RUNS)!r}")
         if not isinstance(delta, dict):
             raise ConfigError(f"{where} is a section, not {delta!r}")
-        _apply(default_config(), delta, where)
+        _apply(Config(), delta, where)
     return content
 
 
@@ -320,13 +299,12 @@ def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
     Raises:
         ConfigError: unknown key, wrong type, impossible combination, unreadable file.
     """
-    config = default_config()
+    config = Config()
     stage_file = Path(os.path.abspath(find_path(str(stage_file), os.path.isfile)))
     stage_delta = read_yaml(stage_file)
     commands = [_override(o) for o in overrides]
-    if any(key == "stage" for key, _ in commands):
-        raise ConfigError("stage is set by the stage file: give another one with --config")
-    chosen = {key: next(iter(value.values())) for key, value in commands if key in ("benchmark", "name")}
+    chosen = dict(commands)
+    require("stage" not in chosen, "stage is set by the stage file: give another one with --config")
     benchmark = str(chosen.get("benchmark") or stage_delta.get("benchmark") or config.benchmark)
     benchmark_file = _find_benchmark(benchmark)
     benchmark_delta = read_yaml(benchmark_file)
@@ -342,10 +320,13 @@ def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
     for run in dict.fromkeys((config.stage, run_name)):  # source_only is a warm-up with deltas of its own
         apply(by_stage.get(run, {}), benchmark_file, f"stages.{run} of {benchmark_file}")
     for key, value in (("runs", config.runs), ("data.toy_root", config.data.toy_root)):
-        if leaves_folder(value):  # who passes a YAML on does not decide where it writes
-            raise ConfigError(f"{key}={value!r} in a YAML must be a relative path without '..'; give it as {key}=…")
-    for _, delta in commands:
-        _apply(config, delta, "the command line")
+        # Who passes a YAML on does not decide where it writes.
+        message = f"{key}={value!r} in a YAML must be a relative path without '..'; give it as {key}=…"
+        require(not leaves_folder(value), message)
+    for key, value in commands:
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        _apply(config, value, "the command line")
     config.benchmark = benchmark
     _place_toy(config)
     _check_ranges(config)

@@ -22,7 +22,7 @@ from data.taxonomy import class_set
 from models import WeightError, WeightFile, load_weights, read_checkpoint
 from models.weights import find_imagenet_weights, find_simclr_weights
 from utils.config import ROOT, Config, UserError
-from utils.config.keys import DEFAULT_BACKBONE
+from utils.config.keys import WEIGHT_ENDINGS
 from utils.engine import distributed
 from utils.engine.run_folder import PARTIAL
 
@@ -81,16 +81,9 @@ def save_checkpoint(path: Path, content: dict, previous: Path | None = None) -> 
 
 def recipe(cfg: Config, model: nn.Module) -> dict:
     """What is needed to use the weights again: architecture, classes, input statistics; `cfg` is resolved."""
-    return {
-        "arch": cfg.model.arch,
-        "backbone": cfg.model.backbone,
-        "output_stride": cfg.model.output_stride,
-        "dilations": cfg.model.dilations,
-        "bn_clr": cfg.model.bn_clr,
-        "class_names": list(class_set(cfg.data).names),
-        "mean": list(model.mean),
-        "std": list(model.std),
-    }
+    settings = {key: getattr(cfg.model, key) for key in ("arch", "backbone", "output_stride", "dilations", "bn_clr")}
+    names = list(class_set(cfg.data).names)
+    return settings | {"class_names": names, "mean": list(model.mean), "std": list(model.std)}
 
 
 def seed_generators(seed: int) -> None:
@@ -116,9 +109,9 @@ def rng_state() -> dict:
 
 def set_rng_state(state: dict) -> None:
     """Undo `rng_state`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
     version, keys, *rest = state["numpy"]
-    version_py, internal, gauss = state["python"]
-    random.setstate((version_py, tuple(internal), gauss))
     np.random.set_state((version, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_initialized() and state["cuda"]:
@@ -150,12 +143,10 @@ class RunFiles:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.last, self.previous, self.best, self.not_finite = (
-            folder / "checkpoints" / f"{name}.pth" for name in ("last", "previous", "best", "not_finite")
-        )
+        self.last, self.previous, self.best, self.not_finite = map(self.of, ("last", "previous", "best", "not_finite"))
 
     def of(self, name: str) -> Path:
-        """The checkpoint of a teacher."""
+        """The checkpoint of that name, e.g. of a teacher."""
         return self.folder / "checkpoints" / f"{name}.pth"
 
     def there(self) -> bool:
@@ -169,10 +160,6 @@ class RunFiles:
         (self.folder / "metrics.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder / "panels", ignore_errors=True)
 
-    def save(self, state: dict) -> None:
-        """Write `last`; the one before stays as `previous`."""
-        save_checkpoint(self.last, state, self.previous)
-
     def read(self) -> tuple[dict, str]:
         """The newest undamaged state, and a line that names its file and those passed over.
 
@@ -181,19 +168,14 @@ class RunFiles:
         """
         problems = []
         for path in (self.last, self.previous):
-            if not path.is_file():
-                problems.append(f"{path} is missing")
-                continue
             try:
                 state = read_checkpoint(path)
+                if {"model", "iteration", "config", "optimizers", "rng"} <= state.keys():
+                    passed_over = "".join(f" from {path}: {problem}" for problem in problems)
+                    return state, f"resumed after step {state['iteration']}{passed_over}"
+                problems.append(f"{path} is not the state of a training run")
             except WeightError as error:
-                problems.append(str(error))
-                continue
-            if {"model", "iteration", "config", "optimizers", "rng"} <= state.keys():
-                return state, f"resumed after step {state['iteration']}" + "".join(
-                    f" from {path}: {problem}" for problem in problems
-                )
-            problems.append(f"{path} is not the state of a training run")
+                problems.append(str(error) if path.is_file() else f"{path} is missing")
         raise UserError(f"{'; '.join(problems)}; train.restart=true begins anew")
 
 
@@ -217,9 +199,6 @@ _MADE_BY = {
 }
 
 
-_ENDINGS = (".pth", ".pt", ".pkl", ".tar", ".ckpt", ".bin", ".safetensors")  # no run's name ends like this
-
-
 def find_checkpoint(cfg: Config, name: str, published: Sequence[str] = ()) -> Path:
     """The weights that `name` stands for: a file, a run of this benchmark, or the first published file that exists.
 
@@ -229,18 +208,18 @@ def find_checkpoint(cfg: Config, name: str, published: Sequence[str] = ()) -> Pa
     file = Path(name).expanduser().absolute()
     if file.is_file():
         return file
-    if name.endswith(_ENDINGS):
+    if name.endswith(WEIGHT_ENDINGS):
         raise UserError(f"no weights at {file}")
-    run, theirs = cfg.sibling_run(name) / "checkpoints" / f"{cfg.which}.pth", [PRETRAINED / file for file in published]
-    for path in (run, *theirs):
+    paths = [cfg.sibling_run(name) / "checkpoints" / f"{cfg.which}.pth", *(PRETRAINED / file for file in published)]
+    for path in paths:
         if path.is_file():
             return path
+    looked = [str(path) for path in paths]
     command = _MADE_BY.get(name.split("/")[0])
-    ways = [f"train it (`{command} benchmark={cfg.benchmark}`)" if command else "train that run"]
-    looked = [str(path) for path in (run, *theirs)]
+    ways = f"train it (`{command} benchmark={cfg.benchmark}`)" if command else "train that run"
     if published:
-        ways.append(f"put a published file at {' or '.join(looked[1:])}")
-    raise UserError(f"no weights of '{name}': looked for {', '.join(looked)}; {' or '.join(ways)}, or name a file")
+        ways += f" or put a published file at {' or '.join(looked[1:])}"
+    raise UserError(f"no weights of '{name}': looked for {', '.join(looked)}; {ways}, or name a file")
 
 
 def find_init(cfg: Config) -> Path | None:
@@ -252,7 +231,7 @@ def find_init(cfg: Config) -> Path | None:
     if not find:
         return find_checkpoint(cfg, init, cfg.model.published)
     with distributed.main_first():  # it may have to be downloaded
-        return find(DEFAULT_BACKBONE if cfg.model.backbone == "auto" else cfg.model.backbone, PRETRAINED)
+        return find(cfg.model.backbone_name, PRETRAINED)
 
 
 def load_networks(networks: dict[str, nn.Module], file: WeightFile, cfg: Config) -> str:
@@ -265,8 +244,8 @@ def load_networks(networks: dict[str, nn.Module], file: WeightFile, cfg: Config)
         UserError: the file is of other classes, or of the same in another order.
         WeightError: it does not fit.
     """
-    names = file.class_names
-    if names and list(names) != list(class_set(cfg.data).names) and len(names) == len(class_set(cfg.data)):
+    names, wanted = file.class_names, class_set(cfg.data).names
+    if names and len(names) == len(wanted) and list(names) != list(wanted):
         raise UserError(f"{file.path} was trained on other classes: {', '.join(names)}")
     message = f"{file.path}: {load_weights(networks['model'], file)}"
     for name in networks.keys() & file.networks.keys():

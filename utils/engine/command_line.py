@@ -67,9 +67,8 @@ def run_words(call: Callable[[list[str]], Any], usage: str, words: str = "key=va
 
 def split_words(words: list[str], own: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
     """The values of a command's `own` keys among `key=value` words, and all other words."""
-    pairs = [word.partition("=") for word in words]
-    mine = {key: value for key, equals, value in pairs if equals and key in own}
-    return mine, [word for word, (key, equals, _) in zip(words, pairs) if not (equals and key in own)]
+    mine = [word for word in words if "=" in word and word.partition("=")[0] in own]
+    return dict(word.split("=", 1) for word in mine), [word for word in words if word not in mine]
 
 
 def _parser(usage: str, **options: Any) -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils.config.errors import UserError
+from utils.config.errors import UserError, reason
 
 SLOW = timedelta(minutes=30)  # how long processes wait for one that downloads, or whose file system is slow
 GONE = "another process of this run has ended or cannot be reached; the same command started again resumes the run"
@@ -40,11 +40,8 @@ def start() -> None:
     if dist.is_initialized() or number < 2:
         return
     if missing := {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
-        names = ", ".join(sorted(missing))
-        print(
-            f"warning: WORLD_SIZE={number} is set, but not {names}: training in one process; see torchrun",
-            file=sys.stderr,
-        )
+        said = f"WORLD_SIZE={number} is set, but not {', '.join(sorted(missing))}"
+        print(f"warning: {said}: training in one process; see torchrun", file=sys.stderr)
         return
     # Tensors meet where they are: on GPUs by NCCL; on the host, as do flags and plain values, by Gloo.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -53,10 +50,9 @@ def start() -> None:
         dist.init_process_group(backend, store=_store, rank=rank, world_size=number, timeout=SLOW)
     except (RuntimeError, ValueError) as error:
         at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"the {number} processes of this run do not meet at {at} ({reason}): is the port in use, or the machine "
-            "out of reach? torchrun's --master_addr and --master_port name others"
+            f"the {number} processes of this run do not meet at {at} ({reason(error)}): is the port in use, or the "
+            "machine out of reach? torchrun's --master_addr and --master_port name others"
         ) from None
     if not is_main():
         silent = _silence.enter_context(open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import functools
 import json
 import os
@@ -10,7 +10,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +57,12 @@ class RunLog:
     def __init__(self, cfg: Config, first_step: int = 0, lengths: dict[str, int] | None = None):
         self.folder = cfg.run_dir
         self.folder.mkdir(parents=True, exist_ok=True)
-        header = {"git": git_sha(), **to_dict(cfg)}
-        text = to_yaml(header)
+        text = to_yaml({"git": git_sha(), **to_dict(cfg)})
         atomic_write(self.folder / "config.yml", lambda p: p.write_text(text, encoding="utf-8"))
         self.text_file, self.metrics_file = self.folder / "log.txt", self.folder / "metrics.jsonl"
         for file in (self.text_file, self.metrics_file):
             if file.exists():
-                length = (lengths or {}).get(file.name, 0)
-                os.truncate(file, min(length, file.stat().st_size))
+                os.truncate(file, min((lengths or {}).get(file.name, 0), file.stat().st_size))
         self.first_step = first_step
 
     @functools.cached_property
@@ -98,15 +96,13 @@ class RunLog:
     def sync(self) -> dict[str, int]:
         """Write everything to the disk; returns the lengths of log.txt and metrics.jsonl in bytes."""
         lengths = {}
-        try:
+        with _writing(self.folder):
             if "board" in self.__dict__:
                 self.board.flush()
             for path in (self.text_file, self.metrics_file):
                 with open(path, "ab") as file:
                     os.fsync(file.fileno())
                     lengths[path.name] = file.tell()
-        except OSError as error:
-            raise _cannot_write(self.folder, error) from None
         return lengths
 
     def close(self) -> None:
@@ -115,27 +111,8 @@ class RunLog:
             self.board.close()
 
 
-class Meter:
-    """Speed of training alone, and the time that the remaining steps take at this pace."""
-
-    def __init__(self, images_per_step: int):
-        self.images_per_step = images_per_step
-
-    def start(self, step: int) -> None:
-        """Measure from the end of `step` on."""
-        self.step, self.started = step, time.monotonic()
-
-    def read(self, step: int, last: int) -> tuple[float, str]:
-        """(images per second since the start, h:mm:ss from `step` to the `last` one)."""
-        pace = (time.monotonic() - self.started) / max(1, step - self.step)  # seconds a step
-        return self.images_per_step / max(pace, 1e-9), str(datetime.timedelta(seconds=round((last - step) * pace)))
-
-
 class NoLog:
     """Stands in for a `RunLog` in processes that do not write: every call does nothing."""
-
-    def __init__(self, cfg: Config):
-        self.folder = cfg.run_dir
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
@@ -143,7 +120,7 @@ class NoLog:
 
 def open_log(cfg: Config, first_step: int = 0, lengths: dict[str, int] | None = None) -> RunLog | NoLog:
     """The log of a run; of several processes, the first alone writes it. See `RunLog`."""
-    return RunLog(cfg, first_step, lengths) if distributed.is_main() else NoLog(cfg)
+    return RunLog(cfg, first_step, lengths) if distributed.is_main() else NoLog()
 
 
 def progress(steps: Iterable | None = None, **options: Any) -> tqdm:
@@ -159,17 +136,18 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return {"peak GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
 
-def _append(path: Path, line: str) -> None:
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
-        # A file's name may hold bytes that are no text.
-        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{line}\n")
+        yield
     except OSError as error:
-        raise _cannot_write(path, error) from None
+        raise UserError(f"cannot write {path}: {error.strerror}; the last checkpoint is kept") from None
 
 
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror}; the last checkpoint is kept")
+def _append(path: Path, line: str) -> None:
+    # A file's name may hold bytes that are no text.
+    with _writing(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(f"{line}\n")
 
 
 def show_path(path: Path) -> str:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
+import datetime
 import itertools
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -26,10 +28,10 @@ from data.taxonomy import class_set
 from data.transforms import RandomScaleCropFlip, Views
 from models import parameter_groups, read_weights
 from models.weights import identify
-from utils.config import Config, UserError, all_keys, default_config, flatten, to_dict
-from utils.config.keys import MAX_SKIPPED, TRAINING_STAGES, TestConfig, TrainConfig
+from utils.config import Config, UserError, all_keys, flatten, reason, to_dict
+from utils.config.keys import MAX_SKIPPED, TRAINING_STAGES, TrainConfig
 from utils.engine import checkpoint, distributed
-from utils.engine.log import Meter, open_log, peak_memory, progress, show_path
+from utils.engine.log import open_log, peak_memory, progress, show_path
 from utils.engine.run_folder import Interruption, run_lock
 from utils.engine.setup import (
     build_network,
@@ -51,15 +53,12 @@ Backward = Callable[..., None]
 MOMENTUM, POWER = 0.9, 0.9  # of SGD; of the poly schedule (as released)
 
 # Keys that may differ between the two parts of a resumed run: they change where and how fast, not what is learnt.
-HARMLESS = {"benchmark", "runs", "device", "model.published", "data.workers", "data.on_error", "data.toy_root"}
-HARMLESS |= {f"data.{name}.root" for name in ("source", "target", "val")}
-HARMLESS |= {f"test.{f.name}" for f in dataclasses.fields(TestConfig)}
-HARMLESS |= {
-    f"train.{key}"
-    for key in (
-        *("iterations", "log_every", "save_every", "val_every", "panels", "restart", "deterministic"),
-        *("checkpointing", "compile", "on_nonfinite"),
-    )
+HARMLESS = {
+    *("benchmark", "runs", "device", "model.published", "data.workers", "data.on_error", "data.toy_root"),
+    *("data.source.root", "data.target.root", "data.val.root", "train.iterations", "train.log_every"),
+    *("train.save_every", "train.val_every", "train.panels", "train.restart", "train.deterministic"),
+    *("train.checkpointing", "train.compile", "train.on_nonfinite"),
+    *(key for key in all_keys() if key.startswith("test.")),
 }
 
 
@@ -127,9 +126,11 @@ def fit(cfg: Config, stage_type: type[Stage]) -> dict:
         t = run.cfg.train
         if run.iteration >= t.iterations:
             run.log.info(f"{show_path(run.folder)} is complete; train.restart=true begins anew")
-        # Closing the batches ends the loader processes.
-        with Interruption() as stop, contextlib.closing(run.batches()) as batches, run.progress_bar() as bar:
-            run.meter.start(run.iteration)
+        with (
+            Interruption() as stop,
+            contextlib.closing(run.batches()) as batches,  # which ends the loader processes
+            progress(total=t.iterations, initial=run.iteration, desc=run.cfg.name or run.cfg.stage) as bar,
+        ):
             while run.iteration < t.iterations:
                 source, target = _next(batches, stop)
                 if stop.came():
@@ -144,9 +145,8 @@ def fit(cfg: Config, stage_type: type[Stage]) -> dict:
                 saves = validates or run.iteration % t.save_every == 0
                 if saves or run.iteration % t.log_every == 0:
                     run.log_step(rates, bar)
-                    if saves:
-                        run.save(validates)
-                    run.meter.start(run.iteration)
+                if saves:
+                    run.save(validates)
             if stop.came():  # during the last save
                 run.leave(stop)
         return run.finish()
@@ -203,8 +203,9 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
     files, saved, start = checkpoint.RunFiles(cfg.run_dir), None, "random weights"
     if files.there() and not cfg.train.restart:
         saved, start = files.read()
+        upstream = saved.get("upstream", {})  # older runs have none
         refuse_other_experiment(saved["config"], cfg)
-        checkpoint.refuse_changed_upstream(saved.get("upstream", {}), cfg.run_dir)
+        checkpoint.refuse_changed_upstream(upstream, cfg.run_dir)
         if cfg.train.precision == "auto":  # a resumed run keeps its precision, on another device too
             cfg = copy.deepcopy(cfg)
             cfg.train.precision = saved["config"]["train"]["precision"]
@@ -220,11 +221,11 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
         lambda: _refuse_stale(labels) if labels else None,
     )
     if saved:
-        upstream, file = saved.get("upstream", {}), identify(files.last, saved)
+        file = identify(files.last, saved)
     else:
+        file = read_weights(init) if init else None
         made_from = [path for path in (init, labels and labels / pseudo_labels.MANIFEST) if path]
         upstream = {str(path.resolve()): checkpoint.file_hash(path) for path in made_from}
-        file = read_weights(init) if init else None
     cfg = resolve_auto(cfg, file)
     stage = stage_type(cfg, device)
     if init:
@@ -277,13 +278,13 @@ def seeds(cfg: Config) -> list[int]:
         number = cfg.distill.rounds[0]
     elif cfg.stage == "warmup" and not cfg.loss.adversarial:  # source alone, from its beginning or going on from it
         number = 1 if cfg.model.init in ("scratch", "imagenet", "simclr") else 2
-    link = (TRAINING_STAGES.index(cfg.stage), number)
-    return np.random.SeedSequence([cfg.seed, *link]).generate_state(3).tolist()
+    sequence = np.random.SeedSequence([cfg.seed, TRAINING_STAGES.index(cfg.stage), number])
+    return sequence.generate_state(3).tolist()
 
 
 def refuse_other_experiment(saved: dict, cfg: Config) -> None:
     """UserError if a run's saved configuration, nested as in its config.yml, differs from `cfg` in what is learnt."""
-    defaults = flatten(to_dict(default_config()))  # of keys that are newer than the run
+    defaults = flatten(to_dict(Config()))  # of keys that are newer than the run
     old, new = defaults | flatten(saved), flatten(to_dict(cfg))
     unread = {k for k, key in all_keys().items() if key.stages is not None and cfg.stage not in key.stages}
     changed = [k for k in new if k not in HARMLESS | unread and new[k] not in (old.get(k), "auto")]  # auto: as it was
@@ -307,8 +308,6 @@ class Run:
         self.cfg, self.stage, self.model, self.data = cfg, stage, stage.model, data
         self.folder, self.files, self.upstream = cfg.run_dir, files, upstream
         self.step = GuardedStep(cfg, stage.networks, stage.optimizers, stage.device, files.not_finite)
-        images_per_step = cfg.train.batch_source + (cfg.train.batch_target if stage.uses_target else 0)
-        self.meter = Meter(images_per_step)
         self.iteration = self.saved_at = 0
         self.last_scores: dict | None = None
         self.best: dict | None = None
@@ -340,8 +339,8 @@ class Run:
             self.step.load_state_dict(saved["step"])
             self.unreadable = set(saved["unreadable"])
         except (KeyError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"{self.files.last} cannot be resumed ({reason}); train.restart=true begins anew") from None
+            why = reason(error)
+            raise UserError(f"{self.files.last} cannot be resumed ({why}); train.restart=true begins anew") from None
         self.iteration = self.saved_at = saved["iteration"]
         self.best, self.last_scores = saved["best"], saved["last"]
 
@@ -356,11 +355,11 @@ class Run:
         )
         for note in itertools.chain.from_iterable(dataset.notes for dataset in self.data):
             self.log.info(note)
+        self._start_clock()
 
-    def progress_bar(self):
-        """A bar over the run's steps, on a terminal."""
-        name = self.cfg.name or self.cfg.stage
-        return progress(total=self.cfg.train.iterations, initial=self.iteration, desc=name)
+    def _start_clock(self) -> None:
+        """Measure the speed from here on."""
+        self._clock = self.iteration, time.monotonic()
 
     def batches(self) -> Iterator[tuple[dict, dict]]:
         """Source and target batches from here on, or this process's parts of them, on the device."""
@@ -392,8 +391,11 @@ class Run:
         """Write the mean losses since the last time, rates, speed and time left."""
         for found in distributed.gathered(sorted(self.unreadable)):
             self.count_unreadable(found)
-        means, lr = self.step.take_means(), next(iter(rates.values()))
-        speed, left = self.meter.read(self.iteration, self.cfg.train.iterations)
+        means, lr, t = self.step.take_means(), next(iter(rates.values())), self.cfg.train
+        step, started = self._clock
+        pace = (time.monotonic() - started) / (self.iteration - step)  # seconds a step
+        left = datetime.timedelta(seconds=round((t.iterations - self.iteration) * pace))
+        speed = (t.batch_source + (t.batch_target if self.stage.uses_target else 0)) / pace  # images a second
         faults = {"skipped_steps": self.step.skipped, "float16_overflows": self.step.overflows}
         faults["unreadable_files"] = len(self.unreadable)
         entry = means | {"lr": lr, "images_per_second": speed} | {k: v for k, v in faults.items() if v}
@@ -402,8 +404,8 @@ class Run:
         shown = {n: f"{v:.3f}" for n, v in means["loss"].items()} | {"lr": f"{lr:.1e}", "img/s": f"{speed:.1f}"}
         bar.set_postfix(shown)
         values = "  ".join(f"{k} {v}" for k, v in shown.items())
-        line = f"step {self.iteration}/{self.cfg.train.iterations}  {values}  left {left}"
-        self.log.info(line, terminal=bar.disable)
+        self.log.info(f"step {self.iteration}/{t.iterations}  {values}  left {left}", terminal=bar.disable)
+        self._start_clock()
 
     @torch.compiler.set_stance("force_eager")  # what is compiled are the shapes of training
     def save(self, validates: bool) -> None:
@@ -420,9 +422,10 @@ class Run:
             weights = self._weights(self.model, running)
             if validates and self._validate({"teachers": teachers} if teachers else {}):
                 checkpoint.save_checkpoint(self.files.best, weights)
-            self.files.save(weights | self.state_dict() | rng)
+            checkpoint.save_checkpoint(self.files.last, weights | self.state_dict() | rng, self.files.previous)
         self.saved_at = self.iteration
         checkpoint.set_rng_states(rng)
+        self._start_clock()
 
     @contextlib.contextmanager
     def _inference_statistics(self, network: nn.Module) -> Iterator[dict[str, Tensor]]:
@@ -468,7 +471,8 @@ class Run:
     def leave(self, stop: Interruption) -> NoReturn:
         """Save, and end as a signal asks."""
         if self.saved_at != self.iteration:
-            self.log.info(f"{stop.name} after step {self.iteration}: saved; the same command resumes there")
+            name = signal.Signals(stop.signal).name
+            self.log.info(f"{name} after step {self.iteration}: saved; the same command resumes there")
             self.save(validates=False)
         self.log.close()
         raise SystemExit(128 + stop.signal)  # the conventional status

@@ -34,11 +34,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another run holds it.
     """
-    if distributed.is_main():
-        with _locked(folder):
-            distributed.wait()
-            yield
-    else:
+    with _locked(folder) if distributed.is_main() else contextlib.nullcontext():
         distributed.wait()
         yield
     distributed.wait()
@@ -78,7 +74,7 @@ def _lock(file, folder: Path) -> None:
 
 
 class Interruption:
-    """Ctrl-C, SIGTERM and SIGHUP inside a `with` block: the first is noted in `signal`.
+    """Ctrl-C, SIGTERM and SIGHUP inside a `with` block: the first is noted in `signal`, which is 0 before.
 
     A second Ctrl-C or SIGTERM ends the process at once. Not so after a SIGHUP, which may come several times as a
     terminal goes away. Nor in one of several processes, which would leave the others waiting: torchrun itself ends
@@ -86,7 +82,7 @@ class Interruption:
     """
 
     def __init__(self):
-        self.signal: int | None = None
+        self.signal = 0
         self._before: dict = {}
 
     def __enter__(self) -> Interruption:
@@ -113,12 +109,6 @@ class Interruption:
 
     def came(self) -> bool:
         """Whether a signal has come by now, to any process of the run: all of them leave after the same step."""
-        number = distributed.largest(self.signal or 0)
-        if number:
+        if number := distributed.largest(self.signal):
             self.signal = number
-        return bool(number)
-
-    @property
-    def name(self) -> str:
-        """Of the signal that came."""
-        return signal.Signals(self.signal).name
+        return number > 0

@@ -17,8 +17,8 @@ from models import WeightError, WeightFile, build_model, read_weights, released_
 from models.backbone import check_backbone
 from models.build import default_stride
 from models.weights import SIMCLR_SETTINGS
-from utils.config import Config, ConfigError, UserError, load_config
-from utils.config.keys import DEFAULT_ARCH, DEFAULT_BACKBONE, TRAINING_STAGES
+from utils.config import Config, ConfigError, UserError, load_config, reason
+from utils.config.keys import DEFAULT_ARCH, TRAINING_STAGES
 from utils.engine import checkpoint, distributed
 from utils.evaluation.batchnorm import recompute_batchnorm, set_batchnorm_statistics
 from utils.evaluation.prediction import default_precision
@@ -61,8 +61,7 @@ def choose_device(cfg: Config) -> torch.device:
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)  # where collectives and random streams are by default
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"device={cfg.device} cannot be used: {reason}") from None
+        raise UserError(f"device={cfg.device} cannot be used: {reason(error)}") from None
     tf32 = cfg.train.precision == "tf32" and device.type == "cuda"
     # The older of torch's two interfaces: torch.compile of torch 2.11 refuses to run where the newer was used.
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -109,7 +108,7 @@ def resolve_auto(cfg: Config, file: WeightFile | None = None) -> Config:
                 f"leave model.{key} out"
             )
     m.arch = DEFAULT_ARCH if m.arch == "auto" else m.arch
-    m.backbone = DEFAULT_BACKBONE if m.backbone == "auto" else m.backbone
+    m.backbone = m.backbone_name
     m.output_stride = default_stride(m.arch, m.backbone) if m.output_stride == "auto" else m.output_stride
     m.dilations = released_dilations(m.arch, m.output_stride) if m.dilations == "auto" else m.dilations
     m.bn_clr = m.bn_clr is True
@@ -174,8 +173,8 @@ def compile_networks(networks: dict[str, nn.Module], device: torch.device, graph
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # of many kinds: no C++ compiler, no Triton, headers that are missing, …
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"torch.compile does not work on {device} here; leave train.compile=false: {reason}") from None
+        without = f"torch.compile does not work on {device} here; leave train.compile=false"
+        raise UserError(f"{without}: {reason(error)}") from None
     for network in networks.values():
         network.compile(mode="reduce-overhead" if graphs else None)
 

@@ -74,9 +74,9 @@ class GuardedStep:
         if t.compile == "graphs":  # the call alone imports torch's compiler, which takes seconds
             torch.compiler.cudagraph_mark_step_begin()  # graphs may now write over what the last step's returned
         rng = checkpoint.rng_state()
+        buffers = [b for n in self.networks.values() for b in n.buffers()]
         # A forward pass that is not finite spoils running statistics too; on_nonfinite=skip puts them back.
-        skips = t.on_nonfinite == "skip"
-        buffers = [(b, b.clone()) for n in self.networks.values() for b in n.buffers()] if skips else []
+        before = [b.clone() for b in buffers] if t.on_nonfinite == "skip" else []
         terms: dict[str, Tensor] = {}
 
         def backward(total: Tensor, **named: Tensor) -> None:
@@ -85,8 +85,7 @@ class GuardedStep:
             with torch.autocast(self.device.type, enabled=False), recomputes:
                 self.scaler.scale(total / t.accumulate).backward()
             for name, value in named.items():
-                part = value.detach() / t.accumulate
-                terms[name] = terms[name] + part if name in terms else part
+                terms[name] = terms.get(name, 0) + value.detach() / t.accumulate
 
         with autocast(self.device, t.precision):
             for parts in zip(_split(source, t.accumulate), _split(target, t.accumulate)):
@@ -95,7 +94,7 @@ class GuardedStep:
         # One exchange after all backward passes. DistributedDataParallel exchanges in each of them, in buckets that it
         # lays out anew after a start, so a resumed run would round otherwise than one that was never stopped.
         terms = {name: value.float() for name, value in terms.items()}
-        statistics = [b for n in self.networks.values() for b in n.buffers() if b.is_floating_point()]
+        statistics = [b for b in buffers if b.is_floating_point()]
         distributed.average([*itertools.chain(*gradients.values()), *terms.values(), *statistics])
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
@@ -104,20 +103,19 @@ class GuardedStep:
         values = torch.stack([*terms.values(), *norms.values()]).tolist()
         numbers = {"loss": dict(zip(terms, values)), "grad_norm": dict(zip(norms, values[len(terms) :]))}
         finite = {kind: all(map(math.isfinite, entries.values())) for kind, entries in numbers.items()}
-        overflow = self.scaler.is_enabled() and finite["loss"] and not finite["grad_norm"]
-        if not overflow and not all(finite.values()):
+        if self.scaler.is_enabled() and finite["loss"] and not finite["grad_norm"]:
+            self.scaler.update()  # lowers the scale
+            return self._overflow(iteration)
+        if not all(finite.values()):
             parts = {"source": distributed.joined(source), "target": distributed.joined(target)}
             message = self._keep(numbers, parts | {"rng": rng}, iteration)
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for buffer, value in zip(buffers, before):
+                buffer.copy_(value)
             self.scaler.update()
             return message
-        if not overflow:
-            for optimizer in self.optimizers.values():
-                self.scaler.step(optimizer)
-        self.scaler.update()  # lowers the scale after an overflow
-        if overflow:
-            return self._overflow(iteration)
+        for optimizer in self.optimizers.values():
+            self.scaler.step(optimizer)
+        self.scaler.update()
         self._count += 1
         for kind, entries in numbers.items():
             for name, value in entries.items():
@@ -137,16 +135,16 @@ class GuardedStep:
         )
 
     def _keep(self, numbers: dict, batch: dict, iteration: int) -> str:
-        t = self.cfg.train
-        kinds = {"loss": "loss {}", "grad_norm": "gradient of {}"}
-        named = [(kinds[k].format(n), v) for k, entries in numbers.items() for n, v in entries.items()]
-        name, value = next((n, v) for n, v in named if not math.isfinite(v))
+        """Save a step that is not finite; returns the line about it, or raises it where training shall stop."""
+        named = {f"loss {name}": value for name, value in numbers["loss"].items()}
+        named |= {f"gradient of {name}": value for name, value in numbers["grad_norm"].items()}
+        name, value = next((name, value) for name, value in named.items() if not math.isfinite(value))
         networks = {k: v.state_dict() for k, v in self.networks.items()}
         content = numbers | batch | {"step": iteration, "networks": networks, "config": to_dict(self.cfg)}
         checkpoint.save_checkpoint(self.file, content)
         self.skipped += 1
         message = f"{name} is {value} in step {iteration}; batch, networks and config are in {self.file}"
-        if t.on_nonfinite == "stop":
+        if self.cfg.train.on_nonfinite == "stop":
             raise UserError(f"{message}; nothing was updated; a lower train.lr, or train.on_nonfinite=skip, may help")
         if self.skipped > MAX_SKIPPED:
             raise UserError(f"{message}; {MAX_SKIPPED} steps were left out before")
@@ -178,10 +176,7 @@ class GuardedStep:
 
 def _split(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
     """The batch in equal parts. All parts of all processes have one `normalizer`: their mean of labelled pixels."""
-    if not batch:
-        return [batch] * parts
-    chunks = {key: value.chunk(parts) for key, value in batch.items()}
-    split = [dict(zip(chunks, values)) for values in zip(*chunks.values())]
+    split = [{key: value.chunk(parts)[i] for key, value in batch.items()} for i in range(parts)]
     if "label" in batch:
         labelled = (batch["label"] != IGNORE).sum().float() / parts
         distributed.average([labelled])
