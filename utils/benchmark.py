@@ -117,21 +117,16 @@ class _Alive(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.known: dict[int, weakref.ref] = {}
-        self.alive = self.peak = 0
-
-    def _end(self, key: int, size: int) -> None:
-        del self.known[key]
-        self.alive -= size
+        self.sizes: dict[int, int] = {}  # by storage, as long as it is alive; 0 if it was there before
+        self.peak = 0
 
     def _meet(self, values: object, made: bool) -> None:
         """Take in tensors that an operation made, or that it was given: of these, unknown ones were there before."""
         for value in tree_leaves(values):
-            if isinstance(value, Tensor) and (key := (storage := value.untyped_storage())._cdata) not in self.known:
-                size = storage.nbytes() if made else 0
-                self.known[key] = weakref.ref(storage, lambda _, k=key, s=size: self._end(k, s))
-                self.alive += size
-                self.peak = max(self.peak, self.alive)
+            if isinstance(value, Tensor) and (key := (storage := value.untyped_storage())._cdata) not in self.sizes:
+                self.sizes[key] = storage.nbytes() if made else 0
+                weakref.finalize(storage, self.sizes.pop, key)
+        self.peak = max(self.peak, sum(self.sizes.values()))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self._meet((args, kwargs), made=False)
