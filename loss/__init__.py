@@ -5,12 +5,3 @@ from loss.bidirectional import bidirectional_prototype_loss
 from loss.contrast import prototype_contrast_loss
 from loss.distillation import distillation_loss
 from loss.segmentation import segmentation_loss
-
-__all__ = [
-    "bidirectional_prototype_loss",
-    "discriminator_loss",
-    "distillation_loss",
-    "generator_loss",
-    "prototype_contrast_loss",
-    "segmentation_loss",
-]

@@ -9,16 +9,14 @@ from loss.cosine import cosine_map
 from loss.segmentation import summed_cross_entropy
 
 
-def prototype_contrast_loss(
-    feat: Tensor, labels: Tensor, prototypes: Tensor, temperature: float = 0.07, ignore_index: int = 255
-) -> Tensor:
+def prototype_contrast_loss(feat: Tensor, labels: Tensor, prototypes: Tensor, temperature: float = 0.07) -> Tensor:
     """Cross-entropy of cosine similarities to the prototypes: L_pst.
 
         (1/M) Σ_{i labelled} -log( exp(cos(f_i, p_yi)/τ) / Σ_k exp(cos(f_i, p_k)/τ) )
 
     Args:
         feat: float (N, C, h, w).
-        labels: integer (N, H, W), train ids or `ignore_index`; brought to feature resolution by nearest neighbour.
+        labels: integer (N, H, W), train ids or `IGNORE`; brought to feature resolution by nearest neighbour.
         prototypes: float (K, C), of any length.
         temperature: τ > 0.
 
@@ -32,4 +30,4 @@ def prototype_contrast_loss(
     """
     labels = F.interpolate(labels[:, None].byte(), size=feat.shape[2:], mode="nearest")[:, 0].long()
     similarity = cosine_map(feat, prototypes.flatten(1)) / temperature
-    return summed_cross_entropy(similarity, labels, ignore_index=ignore_index) / labels.numel()
+    return summed_cross_entropy(similarity, labels) / labels.numel()

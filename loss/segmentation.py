@@ -6,31 +6,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+IGNORE = 255  # label of pixels without a class
 
-def summed_cross_entropy(
-    logits: Tensor, labels: Tensor, weight: Tensor | None = None, ignore_index: int = 255
-) -> Tensor:
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
     """Cross-entropy of logits (N, K, ...) and labels (N, ...), times `weight` (N, ...), summed over labelled pixels."""
     if torch.are_deterministic_algorithms_enabled():  # CUDA has a deterministic kernel for rows, not for maps
         logits, labels = logits.movedim(1, -1).flatten(0, -2), labels.flatten()
     if weight is None:
-        return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
-    each = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    each = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
     return (each * weight.view(each.shape)).sum()
 
 
 def segmentation_loss(
-    logits: Tensor,
-    labels: Tensor,
-    normalizer: Tensor | None = None,
-    weight: Tensor | None = None,
-    ignore_index: int = 255,
+    logits: Tensor, labels: Tensor, normalizer: Tensor | None = None, weight: Tensor | None = None
 ) -> Tensor:
     """Mean cross-entropy over labelled pixels; 0 with zero gradient if there is none.
 
     Args:
         logits: float (N, K, H, W), at the labels' size.
-        labels: integer (N, H, W), train ids or `ignore_index`.
+        labels: integer (N, H, W), train ids or `IGNORE`.
         normalizer: divides the sum in place of the number of labelled pixels; float scalar. For one part of a batch,
             give the mean number over the parts: the mean of the parts' losses is then the loss of the whole.
         weight: float (N, H, W), by which each pixel's loss is multiplied; 1 by default.
@@ -40,6 +36,6 @@ def segmentation_loss(
     """
     labels = labels.long()
     if normalizer is None:
-        normalizer = (labels != ignore_index).sum()
+        normalizer = (labels != IGNORE).sum()
     # Where nothing is labelled, the sum is 0. A mean over parts may be any positive number, so the floor is small.
-    return summed_cross_entropy(logits.float(), labels, weight, ignore_index) / normalizer.clamp(min=1e-6)
+    return summed_cross_entropy(logits.float(), labels, weight) / normalizer.clamp(min=1e-6)

@@ -7,22 +7,3 @@ from models.discriminator import PatchDiscriminator
 from models.prediction import predict
 from models.prototypes import Projection, classifier_prototypes
 from models.weights import WeightError, WeightFile, load_model, load_weights, read_checkpoint, read_weights
-
-__all__ = [
-    "DeepLabPBAL",
-    "PatchDiscriminator",
-    "Projection",
-    "WeightError",
-    "WeightFile",
-    "build_model",
-    "classifier_prototypes",
-    "load_model",
-    "load_weights",
-    "parameter_groups",
-    "predict",
-    "read_checkpoint",
-    "read_weights",
-    "released_dilations",
-    "statistics_kept",
-    "upsample",
-]

@@ -26,8 +26,6 @@ NORMALIZATIONS = {  # mean and std of images in [0, 1], by the name that model.n
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
-
-
 SEGMENT = 3  # blocks that are computed again together: in a ResNet-101, the fewest activations at once
 
 
@@ -37,9 +35,7 @@ def statistics_kept(*networks: nn.Module) -> Iterator[None]:
 
     For backward passes through networks with checkpointing: a batch would be counted again when it is computed again.
     """
-    norms = [
-        m for n in networks for m in n.modules() if isinstance(m, _BatchNorm) and m.num_batches_tracked is not None
-    ]
+    norms = [m for network in networks for m in network.modules() if isinstance(m, _BatchNorm)]
     before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm, _, count in before:  # by weight 0: without running statistics at all, a layer would save other tensors
         norm.momentum, norm.num_batches_tracked = 0.0, torch.zeros_like(count)
@@ -103,8 +99,7 @@ def _set_geometry(stage: nn.Sequential, stride: int, dilations: list[int], caffe
         block_stride = stride if i == 0 else 1
         dilation = dilations[min(i, len(dilations) - 1)]
         convs = [m for m in block.children() if isinstance(m, nn.Conv2d)]
-        bottleneck = len(convs) == 3
-        strided = convs[0] if caffe or not bottleneck else convs[1]
+        strided = convs[0] if caffe or len(convs) == 2 else convs[1]
         for conv in convs:
             conv.stride = (block_stride, block_stride) if conv is strided else (1, 1)
             if conv.kernel_size == (3, 3):

@@ -24,13 +24,11 @@ LOW_CHANNELS = 48  # that DeepLabPBAL's decoder takes from the first stage (as r
 class SqueezeExcitation(nn.Module):
     """Channel attention from the global mean, reduction 16 (as released)."""
 
-    def __init__(self, channels: int, reduction: int = 16):
+    def __init__(self, channels: int):
         super().__init__()
+        less = channels // 16
         self.se = nn.Sequential(
-            nn.Linear(channels, channels // reduction),
-            nn.ReLU(inplace=True),
-            nn.Linear(channels // reduction, channels),
-            nn.Sigmoid(),
+            nn.Linear(channels, less), nn.ReLU(inplace=True), nn.Linear(less, channels), nn.Sigmoid()
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,7 +44,6 @@ class ASPP(nn.Module):
     def __init__(self, in_channels: int, dilations: Sequence[int], bn_clr: bool = False):
         super().__init__()
         width = FEATURE_CHANNELS
-
         options = {"norm_layer": functools.partial(nn.GroupNorm, GROUPS), "bias": True}
         self.bn_clr = nn.BatchNorm2d(in_channels) if bn_clr else nn.Identity()
         self.branches = nn.ModuleList([Conv2dNormActivation(in_channels, width, 1, **options)])

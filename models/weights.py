@@ -38,7 +38,7 @@ from models.backbone import NORMALIZATIONS, TimmBackbone, import_timm
 from models.build import build_model
 
 # NumPy scalars stand in published files (`best_iou`); written under NumPy 1 they carry the old module name.
-_SCALAR = np.core.multiarray.scalar if np.__version__ < "2" else np._core.multiarray.scalar
+_SCALAR = np.float64().__reduce__()[0]
 _PLAIN_TYPES = [
     argparse.Namespace,  # a training's settings, in timm's checkpoints and many others
     (_SCALAR, "numpy.core.multiarray.scalar"),
@@ -50,7 +50,6 @@ _PLAIN_TYPES = [
 # That hold a network's tensors.
 _ENTRIES = ("DeepLab", "ResNet101", "model_state", "model_state_dict", "state_dict", "model", "net", "resnet")
 _TRAINING_ENTRIES = {"epoch", "arch", "optimizer"}  # beside the tensors in checkpoints of supervised training
-_DISCRIMINATOR = "FCDiscriminator"  # entry of published files
 _COUNTER = "num_batches_tracked"
 
 _RESNET = {f"{name}.": f"backbone.{name}." for name in ("conv1", "bn1", *(f"layer{i}" for i in range(1, 5)))}
@@ -74,7 +73,6 @@ _PBAL = {
     "decoder.fuse_conv.": "head.fuse.",
     "decoder.head.": "classifier.",
 }
-_SIMCLR_STEM = {"net.0.0.": "backbone.conv1.", "net.0.1.0.": "backbone.bn1."}
 _SIMCLR_BLOCK = {  # behind net.<stage>.blocks.<i>.
     **{f"net.{2 * i}.": f"conv{i + 1}." for i in range(3)},
     **{f"net.{2 * i + 1}.0.": f"bn{i + 1}." for i in range(3)},
@@ -132,8 +130,7 @@ def read_checkpoint(path: str | Path) -> dict:
         with torch.serialization.safe_globals(_PLAIN_TYPES):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        patterns = r"GLOBAL ([\w.]+)", r"Unsupported (?:global|class)[: ]+([\w.]+)"
-        if refused := next(filter(None, (re.search(pattern, str(error)) for pattern in patterns)), None):
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise WeightError(f"{path} is refused: it holds {refused[1]}, not weights alone") from None
         if "Unsupported operand" in str(error):  # a pickle instruction that no weights need
             raise WeightError(f"{path} is refused: it holds more than weights, or is damaged") from None
@@ -153,18 +150,20 @@ def read_weights(path: str | Path) -> WeightFile:
 
 def identify(path: Path, content: dict) -> WeightFile:
     """`read_weights` for a file whose content has been read already."""
-    if "model" in content and "recipe" in content:
+    if "model" in content and isinstance(content.get("recipe"), dict):
         return _own_checkpoint(path, content)
     state = _tensors(path, content)
+    discriminator = content.get("FCDiscriminator")  # of published files
+    networks = {"discriminator": _tensors(path, discriminator)} if isinstance(discriminator, dict) else {}
     if "aspp.aspp1.atrous_conv.weight" in state:
         settings = {"arch": "deeplab_pbal", "backbone": "resnet101", "output_stride": 16, "bn_clr": False}
         settings |= {"dilations": [6, 12, 18], "normalization": "imagenet"}
-        return WeightFile(path, "PBAL", _rename(state, _PBAL), settings, networks=_discriminator(path, content))
+        return WeightFile(path, "PBAL", _rename(state, _PBAL), settings, networks=networks)
     if "layer5.conv2d_list.0.0.weight" in state:
         state = _rename(state, _PRODA)
         settings = {"arch": "deeplabv2", "backbone": "resnet101", "output_stride": 8}
         settings |= {"dilations": [6, 12, 18, 24], "bn_clr": "head.bn_clr.weight" in state, "normalization": "none"}
-        return WeightFile(path, "ProDA", state, settings, networks=_discriminator(path, content))
+        return WeightFile(path, "ProDA", state, settings, networks=networks)
     without_fc = {key: value for key, value in state.items() if not key.startswith("fc.")}
     if "conv1.weight" in state and "layer1.0.conv1.weight" in state:
         told = {"normalization": "imagenet"} if _of_imagenet(content, state) else {}
@@ -181,22 +180,15 @@ def identify(path: Path, content: dict) -> WeightFile:
 
 
 def _own_checkpoint(path: Path, content: dict) -> WeightFile:
-    recipe = content["recipe"] if isinstance(content["recipe"], dict) else {}
-    keys = ("arch", "backbone", "output_stride", "dilations", "bn_clr")
-    settings = {key: recipe[key] for key in keys if key in recipe}
+    recipe = content["recipe"]
+    settings = {k: recipe[k] for k in ("arch", "backbone", "output_stride", "dilations", "bn_clr") if k in recipe}
     if "mean" in recipe and "std" in recipe:
         statistics = (tuple(recipe["mean"]), tuple(recipe["std"]))
-        named = [name for name, known in NORMALIZATIONS.items() if known == statistics]
-        settings["normalization"] = named[0] if named else "auto"  # the backbone's own
-    return WeightFile(
-        path,
-        "PBAL checkpoint",
-        _tensors(path, content["model"]),
-        settings,
-        class_names=recipe.get("class_names"),
-        networks=content.get("networks", {}),
-        running_statistics=content.get("running_statistics", {}),
-    )
+        named = (name for name, known in NORMALIZATIONS.items() if known == statistics)
+        settings["normalization"] = next(named, "auto")  # the backbone's own
+    state, names = _tensors(path, content["model"]), recipe.get("class_names")
+    others = {key: content.get(key, {}) for key in ("networks", "running_statistics")}
+    return WeightFile(path, "PBAL checkpoint", state, settings, class_names=names, **others)
 
 
 def _tensors(path: Path, content: object) -> dict[str, Tensor]:
@@ -228,11 +220,6 @@ def _of_imagenet(content: dict, state: dict[str, Tensor]) -> bool:
     return len(state.get("fc.weight", ())) == 1000 and bool(told)
 
 
-def _discriminator(path: Path, content: dict) -> dict[str, dict[str, Tensor]]:
-    entry = content.get(_DISCRIMINATOR)
-    return {"discriminator": _tensors(path, entry)} if isinstance(entry, dict) else {}
-
-
 def _rename(state: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Tensor]:
     """Keys under other prefixes; one that begins with none of them stays as it is."""
     renamed = {}
@@ -244,15 +231,17 @@ def _rename(state: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Ten
 
 def _simclr_names(state: dict[str, Tensor]) -> dict[str, str]:
     """Prefixes of the SimCLRv2 converter -> ours."""
-    names = dict(_SIMCLR_STEM)
-    for block, stage, i in {m.groups() for m in map(re.compile(r"(net\.(\d)\.blocks\.(\d+)\.)").match, state) if m}:
-        names |= {block + theirs: f"backbone.layer{stage}.{i}.{ours}" for theirs, ours in _SIMCLR_BLOCK.items()}
+    names = {"net.0.0.": "backbone.conv1.", "net.0.1.0.": "backbone.bn1."}
+    for key in state:
+        if block := re.match(r"net\.(\d)\.blocks\.(\d+)\.", key):
+            place = f"backbone.layer{block[1]}.{block[2]}."
+            names |= {block[0] + theirs: place + ours for theirs, ours in _SIMCLR_BLOCK.items()}
     return names
 
 
-def _some(keys: list[str], at_most: int = 6) -> str:
+def _some(keys: list[str]) -> str:
     """The first of a list, for a message."""
-    return ", ".join(keys[:at_most]) + (", …" if len(keys) > at_most else "")
+    return ", ".join(keys[:6]) + (", …" if len(keys) > 6 else "")
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
@@ -278,9 +267,6 @@ def load_weights(model: nn.Module, file: str | Path | WeightFile) -> Loaded:
         file: a path, or the result of `read_weights`. With the file of a backbone alone, the rest of the model keeps
             its values, and the normalisation is the caller's decision.
 
-    Returns:
-        What was loaded.
-
     Raises:
         WeightError: unreadable file, unknown format, missing or unexpected keys, other shapes, numbers that are no
             weights; a network trained with another normalisation, output stride or dilations than the model's.
@@ -295,23 +281,21 @@ def load_weights(model: nn.Module, file: str | Path | WeightFile) -> Loaded:
     for key, value in own.items():  # files older than these counters lack them
         if key.endswith(_COUNTER) and key.replace(_COUNTER, "running_mean") in state:
             state.setdefault(key, torch.zeros_like(value))
-    missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
     shapes = [k for k in state if k in own and state[k].shape != own[k].shape]
+    learnt = [k for k in state if k in own and own[k].is_floating_point()]
+    faults = {
+        "keys missing": [k for k in own if k not in state],
+        "keys unexpected": [k for k in state if k not in own],
+        "tensors are no floating-point numbers": [k for k in learnt if not state[k].is_floating_point()],
+        "tensors hold NaN or infinity": [k for k in learnt if not state[k].isfinite().all()],
+    }
     if "classifier.weight" in shapes:
         problems.append(f"{file.num_classes}-class file, {len(own['classifier.weight'])}-class model")
-    if missing:
-        problems.append(f"{len(missing)} keys missing ({_some(missing)})")
-    if unexpected:
-        problems.append(f"{len(unexpected)} keys unexpected ({_some(unexpected)})")
+    problems += [f"{len(keys)} {fault} ({_some(keys)})" for fault, keys in faults.items() if keys]
     if shapes:
         k = shapes[0]
         sizes = f"{tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the model"
         problems.append(f"{len(shapes)} shapes differ ({k}: {sizes})")
-    learnt = [k for k in state if k in own and own[k].is_floating_point()]
-    if others := [k for k in learnt if not state[k].is_floating_point()]:
-        problems.append(f"{len(others)} tensors are no floating-point numbers ({_some(others)})")
-    if spoilt := [k for k in learnt if state[k].is_floating_point() and not state[k].isfinite().all()]:
-        problems.append(f"{len(spoilt)} tensors hold NaN or infinity ({_some(spoilt)})")
     if problems:
         raise WeightError(f"{file.path} ({file.format}) does not fit the model: {'; '.join(problems)}")
     model.load_state_dict(state, strict=False)

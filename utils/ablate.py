@@ -25,11 +25,12 @@ from utils.engine import checkpoint
 from utils.engine.command_line import run_words, split_words
 from utils.engine.log import show_path
 from utils.engine.loop import refuse_other_experiment
-from utils.engine.setup import check_inputs, checked_config
+from utils.engine.setup import check_inputs
 from utils.pipeline import (
     STEPS,
     first_weights,
     format_summary,
+    load_stage,
     load_stages,
     load_tests,
     over_seeds,
@@ -44,7 +45,6 @@ SHARED = ("benchmark", "stage", "name", "runs", "seed", "checkpoint", "which", "
 # Of the keys pseudo.*, those that training reads; the others make labels.
 ONLINE = {name for name, key in all_keys().items() if name.startswith("pseudo.") and key.stages == ("pst",)}
 SEEDS = [0, 1, 2]
-BY_STAGE = {stage: (script, file, own) for stage, script, file, own in STEPS}
 
 
 def read_variants(path: Path) -> dict[str, list[str]]:
@@ -74,11 +74,6 @@ def read_variants(path: Path) -> dict[str, list[str]]:
     return rows
 
 
-def _load(stage: str, overrides: list[str]) -> Config:
-    _, file, own = BY_STAGE[stage]
-    return checked_config(ROOT / "configs" / file, [*overrides, *own])
-
-
 def _made_from(cfg: Config, stages: dict[str, Config]) -> list[Config]:
     """The stages that must be run before `cfg`, in order; a stage may occur twice."""
     offline = cfg.stage == "pst" and cfg.pseudo.labels == "offline"
@@ -102,8 +97,8 @@ def planned(stages: dict[str, Config], overrides: list[str], row: str, own: list
     """
     stage, _, name = row.partition("/")
     of_labels = [o for o in own if o.startswith("pseudo.") and o.partition("=")[0] not in ONLINE]
-    cfg = _load(stage, [*overrides, *(o for o in own if o not in of_labels)])
-    labels = _load("pseudo_labels", [*overrides, *of_labels])
+    cfg = load_stage(stage, [*overrides, *(o for o in own if o not in of_labels)])
+    labels = load_stage("pseudo_labels", [*overrides, *of_labels])
     other_labels = labels != stages["pseudo_labels"]
     if other_labels or cfg != stages[stage]:
         cfg.name = f"{ABLATION}/{row}"
@@ -134,7 +129,7 @@ def _check(cfg: Config) -> None:
 
 def run(overrides: list[str], seeds: list[int], variants: Path = VARIANTS) -> dict:
     """Train what is not there yet for every variant and seed; returns what is written to ablation.json."""
-    rows, base = read_variants(variants), _load("bpl", overrides)
+    rows, base = read_variants(variants), load_stage("bpl", overrides)
     by_seed = [[*overrides, f"seed={seed}", f"runs={base.runs}/seed{seed}"] for seed in seeds]
     plans = [_plan(seeded, variants) for seeded in by_seed]  # every config is checked before the first run starts
     every = {cfg.run_dir: cfg for plan in plans for steps in plan.values() for cfg in steps}.values()
@@ -157,13 +152,12 @@ def run(overrides: list[str], seeds: list[int], variants: Path = VARIANTS) -> di
 
 def _run_seed(plan: dict[str, list[Config]], tests: Config) -> dict[str, dict]:
     """The rows of one seed; a run is made once, however many rows need it."""
-    finished: dict[Path, dict] = {}
-    rows: dict[str, dict] = {}
+    finished, rows = {}, {}  # metrics by run folder
     for row, steps in plan.items():
         for cfg in steps:
             if cfg.run_dir not in finished:
                 print(f"== seed {cfg.seed}, {cfg.name or cfg.stage}", flush=True)
-                finished[cfg.run_dir] = BY_STAGE[cfg.stage][0].main(cfg)
+                finished[cfg.run_dir] = STEPS[cfg.stage][0].main(cfg)
         stage, run_name = row.partition("/")[0], cfg.name or cfg.stage
         rows |= stage_rows(row, run_name, cfg, finished[cfg.run_dir], tests)
         over_own = rows[row]["miou"] - rows[stage]["miou"] if row != stage else None
@@ -172,8 +166,6 @@ def _run_seed(plan: dict[str, list[Config]], tests: Config) -> dict[str, dict]:
 
 
 def main() -> None:
-    """Command line."""
-
     def call(words: list[str]) -> None:
         own, words = split_words(words, ("variants",))
         overrides, controls, seeds = own_keys(words)

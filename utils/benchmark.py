@@ -86,7 +86,6 @@ class Timing(NamedTuple):
 
     @property
     def median(self) -> float:
-        """Median of the seconds."""
         return statistics.median(self.seconds)
 
 
@@ -118,21 +117,16 @@ class _Alive(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.known: dict[int, weakref.ref] = {}
-        self.alive = self.peak = 0
-
-    def _end(self, key: int, size: int) -> None:
-        del self.known[key]
-        self.alive -= size
+        self.sizes: dict[int, int] = {}  # by storage, as long as it is alive; 0 if it was there before
+        self.peak = 0
 
     def _meet(self, values: object, made: bool) -> None:
         """Take in tensors that an operation made, or that it was given: of these, unknown ones were there before."""
         for value in tree_leaves(values):
-            if isinstance(value, Tensor) and (key := (storage := value.untyped_storage())._cdata) not in self.known:
-                size = storage.nbytes() if made else 0
-                self.known[key] = weakref.ref(storage, lambda _, k=key, s=size: self._end(k, s))
-                self.alive += size
-                self.peak = max(self.peak, self.alive)
+            if isinstance(value, Tensor) and (key := (storage := value.untyped_storage())._cdata) not in self.sizes:
+                self.sizes[key] = storage.nbytes() if made else 0
+                weakref.finalize(storage, self.sizes.pop, key)
+        self.peak = max(self.peak, sum(self.sizes.values()))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self._meet((args, kwargs), made=False)
@@ -242,9 +236,9 @@ def kernel_note(call: Callable[[], object], median: float, tflop: float) -> str:
         call()
         torch.cuda.synchronize()
     spans = [e.time_range.elapsed_us() for e in profiler.events() if e.device_type == DeviceType.CUDA]
-    busy = sum(spans) / 1e6 / median
-    limit = "launch-bound" if busy < 0.9 else "bound by the GPU"
-    kernels = f"{len(spans)} kernels take {1000 * busy * median:.1f} ms, {busy:.0%} of the step: {limit}"
+    busy = sum(spans) / 1e6  # seconds
+    limit = "launch-bound" if busy < 0.9 * median else "bound by the GPU"
+    kernels = f"{len(spans)} kernels take {1000 * busy:.1f} ms, {busy / median:.0%} of the step: {limit}"
     return f"{kernels}; {tflop / median:.0f} TFLOP/s"
 
 
@@ -355,7 +349,7 @@ def run_eval(cfg: Config, device: torch.device, repeats: int = 3) -> None:
     model, options = build_network(cfg, device).eval(), {"precision": cfg.train.precision}
     image = torch.randint(256, (1, 3, *size), dtype=torch.uint8).to(device)
     label = torch.randint(classes, (1, *size), dtype=torch.uint8).to(device)
-    confusion, files = ConfusionMatrix(classes), ("label.png", "confidence.png")
+    confusion, files = ConfusionMatrix(classes, device), ("label.png", "confidence.png")
 
     def network(x: Tensor) -> Tensor:
         with torch.no_grad(), autocast(device, cfg.train.precision):
@@ -398,10 +392,6 @@ class Memory(NamedTuple):
     fixed: int
     batch: int
 
-    def total(self, parts: int = 1) -> float:
-        """Peak in bytes with train.accumulate=parts."""
-        return self.fixed + self.batch / parts
-
 
 def memory_of_step(cfg: Config) -> Memory:
     """Memory of a BPL step with train.accumulate=1. Fake tensors have sizes but no content: no GPU is needed."""
@@ -416,20 +406,24 @@ def memory_of_step(cfg: Config) -> Memory:
         weights = [p for n in networks for p in n.parameters()]
         for p in weights:
             p.grad = torch.empty_like(p)
-        adam_too = cfg.train.optimizer == "adamw"
-        adam = [p for k, n in stage.networks.items() if k != "model" or adam_too for p in n.parameters()]
-        buffers, (source, target) = [b for n in networks for b in n.buffers()], batches(cfg, CPU)
+        source, target = batches(cfg, CPU)
 
         def backward(total: Tensor, **terms: Tensor) -> None:
             with torch.autocast("cpu", enabled=False), statistics_kept(*networks):
                 total.backward()
 
-        there = [*weights, *(p.grad for p in weights), *buffers]
         with _Alive() as counter, autocast(CPU, cfg.train.precision):
             stage.step(source, target, backward)
-        # SGD and Adam keep one number for each weight, Adam a second one.
-        fixed = sum(x.nbytes for x in (*there, *weights, *adam))
-        return Memory(fixed, counter.peak + sum(x.nbytes for batch in (source, target) for x in batch.values()))
+        buffers = [b for network in networks for b in network.buffers()]
+        adam_too = cfg.train.optimizer == "adamw"
+        adam = [p for k, n in stage.networks.items() if k != "model" or adam_too for p in n.parameters()]
+        # A weight has a gradient and one number that SGD or Adam keeps; Adam keeps a second one.
+        fixed = 3 * _bytes(weights) + _bytes(buffers) + _bytes(adam)
+        return Memory(fixed, counter.peak + _bytes([*source.values(), *target.values()]))
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(x.nbytes for x in tensors)
 
 
 def run_plan(cfg: Config, device: torch.device) -> None:
@@ -452,7 +446,7 @@ def run_plan(cfg: Config, device: torch.device) -> None:
     for t.precision, m.output_stride, t.checkpointing in itertools.product((half, "float32"), strides, (False, True)):
         memory, again = memory_of_step(cfg), "yes" if t.checkpointing else "no"
         for n in parts:
-            peak = memory.total(n) / GIB
+            peak = (memory.fixed + memory.batch / n) / GIB
             needs[t.precision, m.output_stride, t.checkpointing, n] = need = (1 + GAPS) * peak + OVERHEAD
             print(f"{t.precision:9} {m.output_stride:7} {again:>14} {n:11} {peak:8.1f} {need:7.1f}", flush=True)
     print(f"\nin all: with {GAPS:.0%} for gaps between tensors and {OVERHEAD:g} GiB for CUDA and its convolutions")
@@ -480,8 +474,6 @@ SECTIONS = {"step": run_step, "data": run_data, "eval": run_eval, "plan": run_pl
 
 
 def main() -> None:
-    """Command line."""
-
     def call(words: list[str]) -> None:
         own, words = split_words(words, ("stage",))
         chosen = [w for w in words if "=" not in w] or [name for name in SECTIONS if name != "plan"]

@@ -54,24 +54,28 @@ from utils.evaluation.pictures import Gallery, save_panel
 from utils.evaluation.prediction import evaluate
 from utils.report.page import score_table, write_report
 
-# (stage, its script, its config, what sets it apart), in order.
-STEPS = (
-    ("source_only", train_bpl, "stage0_warmup.yml", ["name=source_only", "loss.adversarial=0"]),
-    ("warmup", train_bpl, "stage0_warmup.yml", []),
-    ("bpl", train_bpl, "stage1_BPL.yml", []),
-    ("pseudo_labels", gen_pseudo_labels, "pseudo_labels.yml", []),
-    ("pst", train_pst, "stage2_PST.yml", []),
-    ("distill", distill, "stage3_distill.yml", []),
-)
+STEPS = {  # stage: its script, its config, what sets it apart; in order
+    "source_only": (train_bpl, "stage0_warmup.yml", ["name=source_only", "loss.adversarial=0"]),
+    "warmup": (train_bpl, "stage0_warmup.yml", []),
+    "bpl": (train_bpl, "stage1_BPL.yml", []),
+    "pseudo_labels": (gen_pseudo_labels, "pseudo_labels.yml", []),
+    "pst": (train_pst, "stage2_PST.yml", []),
+    "distill": (distill, "stage3_distill.yml", []),
+}
 TESTS = ROOT / "configs" / "test_from_gta_to_city.yml"
 CONTROL, BOUND = "source_only_long", "labelled_bound"
 RAREST = 6  # classes that the tail score averages over
 PICTURES = 5  # rows of the panel
 
 
+def load_stage(stage: str, overrides: list[str]) -> Config:
+    _, file, own = STEPS[stage]
+    return checked_config(ROOT / "configs" / file, [*overrides, *own])
+
+
 def load_stages(overrides: list[str]) -> dict[str, Config]:
     """The configuration of every stage, in order."""
-    return {stage: checked_config(ROOT / "configs" / file, [*overrides, *own]) for stage, _, file, own in STEPS}
+    return {stage: load_stage(stage, overrides) for stage in STEPS}
 
 
 def load_tests(overrides: list[str], cfg: Config) -> Config:
@@ -88,12 +92,11 @@ def run(overrides: list[str], control: bool = True, bound: bool = False) -> dict
     tests = load_tests(overrides, configs["bpl"])
     warn_of_idle_gpus(configs["bpl"])
     final_run, rows = {}, {}
-    for stage, script, _, _ in STEPS:
-        cfg = configs[stage]
+    for stage, cfg in configs.items():
         if stage == "pseudo_labels" and configs["pst"].pseudo.labels == "online":
             continue
         print(f"== {stage}", flush=True)
-        metrics = script.main(cfg)
+        metrics = STEPS[stage][0].main(cfg)
         if stage != "pseudo_labels":
             name = cfg.name or cfg.stage
             final_run[stage] = f"{name}/round{cfg.distill.rounds[-1]}" if stage == "distill" else name
@@ -137,15 +140,19 @@ class LabelledBound(Stage):
 
 
 def add_controls(rows: dict[str, dict], configs: dict[str, Config], tests: Config, with_bound: bool) -> None:
-    """Train the controls and add to `rows` what they reach and how each stage compares, under target statistics."""
+    """Train the controls and add to `rows` what they reach and how each stage compares, under target statistics.
+
+    Of the legs of the control, the last alone has a row, and is tested under running statistics too.
+    """
     steps = steps_by_stage(configs)
     for stage, cfg in control_legs(configs):
         print(f"== control of {stage}", flush=True)
-        row = stage_rows(CONTROL, cfg.name, cfg, fit(cfg, train_bpl.BPL), tests)[CONTROL]
-        control = row["miou_target_bn"]
+        metrics = fit(cfg, train_bpl.BPL)
+        control = _scores_under("target", cfg.name, cfg, metrics, tests)["miou"]
         compared = {"control_miou_target_bn": control, "gain_over_control": rows[stage]["miou_target_bn"] - control}
         rows[stage] |= compared | {"steps": steps[stage]}
-    rows[CONTROL] = row | {"steps": steps[stage]}  # of the last leg
+    rows |= stage_rows(CONTROL, cfg.name, cfg, metrics, tests)
+    rows[CONTROL]["steps"] = steps[stage]
     if with_bound and (cfg := bound_config(configs)):
         print(f"== {BOUND}", flush=True)
         rows |= stage_rows(BOUND, BOUND, cfg, fit(cfg, LabelledBound), tests)
@@ -161,9 +168,8 @@ def rounds_of(cfg: Config) -> list[Config]:
 
 def steps_by_stage(configs: dict[str, Config]) -> dict[str, int]:
     """Training steps from the start of the warm-up to the end of each stage."""
-    stages = [stage for stage in TRAINING_STAGES if stage in configs]
-    own = (sum(cfg.train.iterations for cfg in rounds_of(configs[stage])) for stage in stages)
-    return dict(zip(stages, accumulate(own)))
+    own = (sum(cfg.train.iterations for cfg in rounds_of(configs[stage])) for stage in TRAINING_STAGES)
+    return dict(zip(TRAINING_STAGES, accumulate(own)))
 
 
 def control_legs(configs: dict[str, Config]) -> Iterator[tuple[str, Config]]:
@@ -172,15 +178,14 @@ def control_legs(configs: dict[str, Config]) -> Iterator[tuple[str, Config]]:
     Each has the steps, learning rates and statistics of the stage that it is the control of, and its order of source
     images; it learns from these alone. The first starts where the warm-up starts, each other one from the one before.
     """
-    init, number = configs["warmup"].model.init, 0
-    for stage in TRAINING_STAGES:
-        for own in rounds_of(configs[stage]):
-            number += 1
-            cfg = copy.deepcopy(configs["warmup"])
-            cfg.stage, cfg.distill, cfg.train, cfg.batchnorm = own.stage, own.distill, own.train, own.batchnorm
-            cfg.name, cfg.model.init, cfg.loss.adversarial = f"{CONTROL}/{number}_{stage}", init, 0.0
-            init = cfg.name
-            yield stage, cfg
+    init = configs["warmup"].model.init
+    legs = (own for stage in TRAINING_STAGES for own in rounds_of(configs[stage]))
+    for number, own in enumerate(legs, 1):
+        cfg = copy.deepcopy(configs["warmup"])
+        cfg.stage, cfg.distill, cfg.train, cfg.batchnorm = own.stage, own.distill, own.train, own.batchnorm
+        cfg.name, cfg.model.init, cfg.loss.adversarial = f"{CONTROL}/{number}_{own.stage}", init, 0.0
+        init = cfg.name
+        yield own.stage, cfg
 
 
 def bound_config(configs: dict[str, Config]) -> Config | None:
@@ -212,14 +217,18 @@ def gap_closed(rows: dict[str, dict], stage: str) -> float | None:
 def stage_rows(stage: str, run_name: str, cfg: Config, metrics: dict, tests: Config) -> dict[str, dict]:
     """The summary's row of a trained stage, under both kinds of BatchNorm statistics; source-only has a second one."""
     own, classes = cfg.batchnorm.statistics, class_set(tests.data)
-    other = "target" if own == "running" else "running"
-    scores = {own: metrics["last"], other: _test(tests, run_name, other)}
-    both = {"miou_running": scores["running"]["miou"], "miou_target_bn": scores["target"]["miou"]}
-    rows = {stage: _row(scores[own], classes) | {"statistics": own, **both, "best_miou": metrics["best"]["miou"]}}
+    running, target = (_scores_under(kind, run_name, cfg, metrics, tests) for kind in ("running", "target"))
+    both = {"miou_running": running["miou"], "miou_target_bn": target["miou"]}
+    rows = {stage: _row(metrics["last"], classes) | {"statistics": own, **both, "best_miou": metrics["best"]["miou"]}}
     if stage == "source_only":
-        target = _row(scores["target"], classes) | {"statistics": "target"}
-        rows["source_only_target_bn"] = target | {"miou_target_bn": target["miou"]}
+        more = {"statistics": "target", "miou_target_bn": target["miou"]}
+        rows["source_only_target_bn"] = _row(target, classes) | more
     return rows
+
+
+def _scores_under(statistics: str, run_name: str, cfg: Config, metrics: dict, tests: Config) -> dict:
+    """Scores of a run's last checkpoint under one kind of BatchNorm statistics; tested if the run has others."""
+    return metrics["last"] if statistics == cfg.batchnorm.statistics else _test(tests, run_name, statistics)
 
 
 def _row(scores: dict, classes: ClassSet) -> dict:
@@ -231,7 +240,7 @@ def _row(scores: dict, classes: ClassSet) -> dict:
 
 
 def _test(tests: Config, run_name: str, statistics: str) -> dict:
-    """Scores of a run's last checkpoint under one kind of BatchNorm statistics; kept from an earlier call."""
+    """Test a run's last checkpoint under one kind of BatchNorm statistics; scores are kept from an earlier call."""
     cfg = copy.deepcopy(tests)
     cfg.checkpoint, cfg.which, cfg.batchnorm.statistics = run_name, "last", statistics
     cfg.name, cfg.test.dataset, cfg.test.images = f"test/{run_name}_{statistics}", "val", ""
@@ -265,9 +274,7 @@ def _panel(cfg: Config, runs: dict[str, str], statistics: str, path: Path) -> No
         gallery = Gallery(range(len(val)), classes)
         evaluate(model, val, classes, cfg, device, gallery)
         shown.append(gallery.shown)
-    rows = []
-    for i, (image, _, truth) in shown[0].items():
-        rows.append([image, *(pictures[i][1] for pictures in shown), truth])
+    rows = [[image, *(pictures[i][1] for pictures in shown), truth] for i, (image, _, truth) in shown[0].items()]
     save_panel(path, rows, ["image", *(name.replace("_", " ") for name in runs), "truth"])
 
 
@@ -276,7 +283,7 @@ def _panel(cfg: Config, runs: dict[str, str], statistics: str, path: Path) -> No
 
 def run_seeds(overrides: list[str], seeds: list[int], control: bool = True, bound: bool = False) -> dict:
     """The pipeline once for each seed; returns what is written to seeds.json: mean and deviation by stage and class."""
-    base = checked_config(ROOT / "configs" / "stage1_BPL.yml", overrides)
+    base = load_stage("bpl", overrides)
     summaries, folders = [], {}
     for seed in seeds:
         print(f"==== seed {seed}", flush=True)
@@ -318,16 +325,12 @@ def own_keys(overrides: list[str]) -> tuple[list[str], bool | None, list[int]]:
     return others, controls and controls == "true", seeds
 
 
-def main() -> None:
-    """Command line."""
-
-    def call(words: list[str]) -> None:
-        overrides, controls, seeds = own_keys(words)
-        which = {"control": controls is not False, "bound": controls is True}
-        run_seeds(overrides, seeds, **which) if seeds else run(overrides, **which)
-
-    run_words(call, __doc__)
+def main(words: list[str]) -> None:
+    """Run what the command line asks for."""
+    overrides, controls, seeds = own_keys(words)
+    which = {"control": controls is not False, "bound": controls is True}
+    run_seeds(overrides, seeds, **which) if seeds else run(overrides, **which)
 
 
 if __name__ == "__main__":
-    main()
+    run_words(main, __doc__)

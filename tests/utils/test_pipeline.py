@@ -8,7 +8,7 @@ import pytest
 from survival import use_tiny_networks
 
 from data import datasets
-from data.taxonomy import ClassSet
+from data.taxonomy import ClassSet, class_set
 from utils import pipeline
 from utils.config import ConfigError
 from utils.pipeline import BOUND, CONTROL, bound_config, control_legs, gap_closed, load_stages, steps_by_stage
@@ -35,6 +35,22 @@ def test_the_control_takes_the_steps_and_rates_of_the_stages_one_after_another(b
 
     bound = bound_config(every)
     assert (bound.train.iterations, bound.train.horizon, bound.model.init) == (24, 48, "source_only")
+
+
+def test_of_the_control_the_last_leg_alone_is_tested_under_both_statistics(benchmarks, monkeypatch):
+    every, tested = stages_of(benchmarks, "gta5_to_city", "distill.rounds=[1]"), []
+    tests = pipeline.load_tests([f"benchmark={benchmarks['gta5_to_city']}"], every["bpl"])
+    names = class_set(tests.data).names
+    scores = {"miou": 50.0, "iou": dict.fromkeys(names, 50.0), "pixels": dict.fromkeys(names, 1)}
+    scores |= dict.fromkeys(class_set(tests.data).subsets, 50.0)
+    monkeypatch.setattr(pipeline, "fit", lambda cfg, stage: {"last": scores, "best": scores})
+    monkeypatch.setattr(pipeline, "_test", lambda tests, run, kind: tested.append((run, kind)) or scores)
+    for cfg in every.values():
+        cfg.batchnorm.statistics = "target"
+    rows = {stage: {"miou_target_bn": 60.0} for stage in ("warmup", "bpl", "pst", "distill")}
+    pipeline.add_controls(rows, every, tests, with_bound=False)
+    assert tested == [(f"{CONTROL}/4_distill", "running")]
+    assert all(rows[stage]["gain_over_control"] == 10 for stage in list(rows)[:4]) and rows[CONTROL]["miou"] == 50
 
 
 def test_no_bound_without_target_labels(benchmarks, capsys):
@@ -98,6 +114,8 @@ def test_mean_and_deviation_over_seeds():
     assert row["miou"] == row["iou"]["car"] == {"mean": 41.5, "std": pytest.approx(3 / 2**0.5)}
     assert row["rarest"] == ["car"] and row["best_miou"] is None
     assert "41.5 ± 2.1" in pipeline.format_summary({"pst": row})
+    table = pipeline.format_summary(pipeline.over_seeds([a]))
+    assert "40.0" in table and "±" not in table  # one seed has no deviation
 
 
 def test_rarest_classes_have_a_column_where_they_are_not_all():

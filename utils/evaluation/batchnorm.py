@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -43,21 +43,13 @@ def recompute_batchnorm(model: nn.Module, target: SegmentationDataset, cfg: Conf
     wanted = min(cfg.batchnorm.images or len(plain), len(plain))
     indices = torch.linspace(0, len(plain) - 1, wanted).round().long().tolist()
     loader = whole_images(plain, cfg.train.batch_target, cfg.data.workers, indices)
-    was_training = model.training
-    least, batches = 2 if isinstance(model, DeepLabPBAL) else 1, 0
-
-    def inputs() -> Iterator[Tensor]:
-        nonlocal batches
-        for _, images, _ in same_size_batches(loader, device):
-            if len(images) >= least:  # a single image has no variance of pooled features
-                batches += 1
-                yield normalized(images, model)
-
-    with autocast(device, cfg.train.precision):
-        update_bn(inputs(), model)
-    model.train(was_training)
-    if not batches:
+    least = 2 if isinstance(model, DeepLabPBAL) else 1  # a single image has no variance of pooled features
+    batches = (images for _, images, _ in same_size_batches(loader, device) if len(images) >= least)
+    first = next(batches, None)
+    if first is None:
         raise UserError(
             "batchnorm.statistics=target needs two target images of one size in a batch with model.arch=deeplab_pbal: "
             "see train.batch_target, data.target.size"
         )
+    with autocast(device, cfg.train.precision):
+        update_bn((normalized(images, model) for images in itertools.chain([first], batches)), model)

@@ -10,24 +10,21 @@ from utils.engine import distributed
 
 
 class ConfusionMatrix:
-    """Pixel counts, true class by predicted class: int64 (K, K), on the device of the first update."""
+    """Pixel counts, true class by predicted class: int64 (K, K), on the device of the maps that it counts."""
 
-    def __init__(self, num_classes: int):
-        self.num_classes = num_classes
-        self.counts: Tensor | None = None
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """Count integer maps of one shape; pixels whose label is `IGNORE` are left out."""
-        k = self.num_classes
+        k = len(self.counts)
         rows = label.long().clamp(max=k)  # ignored pixels go to a row of their own: selecting pixels would synchronise
-        counts = torch.bincount(rows.mul_(k).add_(prediction).flatten(), minlength=(k + 1) * k)[: k * k].view(k, k)
-        self.counts = counts if self.counts is None else self.counts.add_(counts)
+        counts = torch.bincount(rows.mul_(k).add_(prediction).flatten(), minlength=(k + 1) * k)
+        self.counts += counts[: k * k].view(k, k)
 
-    def gather(self, device: torch.device) -> None:
-        """Add up the counts of all processes, some of which may have none."""
-        if self.counts is None:
-            self.counts = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=device)
-        self.counts = distributed.total(self.counts.contiguous())
+    def gather(self) -> None:
+        """Add up the counts of all processes."""
+        self.counts = distributed.total(self.counts)
 
     def scores(self, classes: ClassSet) -> dict:
         """Scores in percent, by name.
@@ -70,11 +67,9 @@ def left_out_note(scores: dict) -> str:
     """'mIoU over 17 of 19 classes: no pixel of train, bus', or '' if the mean counts every class."""
     iou = scores["iou"]
     missing = [name for name, value in iou.items() if value is None]
-    return (
-        f"mIoU over {len(iou) - len(missing)} of {len(iou)} classes: no pixel of {', '.join(missing)}"
-        if missing
-        else ""
-    )
+    if not missing:
+        return ""
+    return f"mIoU over {len(iou) - len(missing)} of {len(iou)} classes: no pixel of {', '.join(missing)}"
 
 
 def text_table(head: list[str], rows: list[list[str]]) -> str:
@@ -88,11 +83,15 @@ def text_table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def cell(value: float | dict | None, digits: int = 1) -> str:
-    """A number of a table, whole numbers without digits, or {"mean", "std"} over seeds; "-" for None."""
+    """A number of a table, whole numbers without digits; "-" for None.
+
+    {"mean", "std"} over seeds is shown as "mean ± std"; as the mean alone if the deviation is 0, as with one seed.
+    """
     if value is None:
         return "-"
     if isinstance(value, dict):
-        return f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f}"
+        deviation = f" ± {value['std']:.{digits}f}" if value["std"] else ""
+        return f"{value['mean']:.{digits}f}{deviation}"
     return str(value) if isinstance(value, int) else f"{value:.{digits}f}"
 
 

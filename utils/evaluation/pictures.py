@@ -60,11 +60,7 @@ def save_panel(path: Path, rows: list[list[np.ndarray]], captions: list[str], wi
 
 
 class Gallery:
-    """Collects some of an evaluation's images; a callback of `evaluate`.
-
-    Args:
-        indices: which images, by dataset index.
-    """
+    """Collects the images of some dataset indices; a callback of `evaluate`."""
 
     def __init__(self, indices: list[int], classes: ClassSet):
         self.indices, self.classes = set(indices), classes
@@ -84,12 +80,7 @@ class Gallery:
 
 
 class Worst(Gallery):
-    """Collects the images whose own mIoU is lowest, the worst first.
-
-    Args:
-        count: how many.
-        names: of all images, by dataset index.
-    """
+    """Collects the `count` images whose own mIoU is lowest, the worst first; `names` are those of all images."""
 
     def __init__(self, count: int, names: list[str], classes: ClassSet):
         super().__init__([], classes)
@@ -97,7 +88,7 @@ class Worst(Gallery):
         self.scores: dict[int, dict] = {}  # index -> {"image": name, "miou", "pixel_accuracy"}
 
     def __call__(self, index: int, image: Tensor, prediction: Tensor, label: Tensor) -> None:
-        confusion = ConfusionMatrix(len(self.classes))
+        confusion = ConfusionMatrix(len(self.classes), prediction.device)
         confusion.update(prediction, label)
         scores = confusion.scores(self.classes)
         if math.isnan(scores["miou"]):  # no labelled pixel

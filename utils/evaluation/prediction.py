@@ -82,7 +82,7 @@ def forward_views(
     x, views = normalized(images, model), []
     for scale in scales:
         scaled_size = [max(1, round(side * scale)) for side in size]
-        scaled = x if scaled_size == list(size) else F.resize(x, scaled_size, antialias=True)
+        scaled = F.resize(x, scaled_size)
         windows = list(_windows(scaled_size, size, window, overlap))
         weight = x.new_zeros(size)
         for _, place in windows:
@@ -223,13 +223,13 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    confusion = ConfusionMatrix(len(classes))
+    confusion = ConfusionMatrix(len(classes), device)
     for index, image, prediction, label in predictions(model, dataset, cfg, device, "validate"):
         confusion.update(prediction, label)
         for callback in callbacks:
             callback(index, image, prediction, label)
     model.train(was_training)
-    confusion.gather(device)
+    confusion.gather()
     for callback in callbacks:
         if hasattr(callback, "gather"):
             callback.gather()

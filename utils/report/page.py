@@ -106,7 +106,7 @@ def title_of(name: str) -> str:
     """'distill/round2' -> 'distilled, round 2'."""
     first, *rest = name.split("/")
     rest = [r.replace("round", "round ").replace("_", " ") for r in rest]
-    return ", ".join([STAGES[first] if first in STAGES else first.replace("_", " "), *rest])
+    return ", ".join([STAGES.get(first, first.replace("_", " ")), *rest])
 
 
 def _section(title: str, body: str, lead: str = "") -> str:
