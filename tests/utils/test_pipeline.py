@@ -116,6 +116,7 @@ def test_mean_and_deviation_over_seeds():
     assert "41.5 ± 2.1" in pipeline.format_summary({"pst": row})
     table = pipeline.format_summary(pipeline.over_seeds([a]))
     assert "40.0" in table and "±" not in table  # one seed has no deviation
+    assert "nan" not in pipeline.format_summary({"pst": {"miou": {"mean": None, "std": None}}})
 
 
 def test_rarest_classes_have_a_column_where_they_are_not_all():

@@ -90,6 +90,8 @@ def cell(value: float | dict | None, digits: int = 1) -> str:
     if value is None:
         return "-"
     if isinstance(value, dict):
+        if value["mean"] is None:  # not a number over seeds, as JSON has it
+            return "-"
         deviation = f" ± {value['std']:.{digits}f}" if value["std"] else ""
         return f"{value['mean']:.{digits}f}{deviation}"
     return str(value) if isinstance(value, int) else f"{value:.{digits}f}"
