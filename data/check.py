@@ -184,7 +184,7 @@ def check_samples(
     if batch > len(dataset):
         raise UserError(f"train.batch_{name}={batch} is larger than {key}: {len(dataset)} images")
     paths = [path for s in dataset.samples for path in (s.image, s.label) if path]
-    empty = [path for path in paths if path.stat().st_size == 0]
+    empty = [path for path in paths if path.is_file() and path.stat().st_size == 0]  # a broken link is named below
     if empty and not dataset.skips:
         raise UserError(f"{len(empty)} files of {key} are empty, the first is {show_name(empty[0])}")
     labels, sizes = Labels(getattr(cfg.data, name), class_set(cfg.data)), []

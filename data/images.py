@@ -215,8 +215,9 @@ def read_label_ids(path: Path) -> np.ndarray:
             high, low = (np.asarray(png.decode(f"{png.deep};16{order}").getchannel(0)) for order in "BL")
             return high.astype(np.uint16) << 8 | low
         if picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+            kind = "a floating-point" if picture.mode == "F" else "an 8-bit"
             raise UserError(
-                f"label {show_name(path)} is an 8-bit picture of mode {picture.mode}; a grey, palette or 16-bit PNG of "
+                f"label {show_name(path)} is {kind} picture of mode {picture.mode}; a grey, palette or 16-bit PNG of "
                 "label ids is needed"
             )
         mode, _, option = layout.partition(";")

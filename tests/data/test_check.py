@@ -124,6 +124,19 @@ def test_training_stops_at_train_ids_and_is_silent_otherwise(configure, copied, 
         check_samples(build_dataset(wrong.data.source, class_set(cfg.data)), "source", wrong)
 
 
+def test_a_broken_link_is_named_or_left_out(configure, copied, tmp_path):
+    cfg, tree = configure("gta5_to_city", "stage1_BPL.yml", tmp_path / "runs"), copied("gta5")
+    cfg.data.source.root = str(tree.root)
+    image = sorted(tree.root.glob("images/*.png"))[0]
+    image.unlink()
+    image.symlink_to(tmp_path / "gone.png")
+    dataset = build_dataset(cfg.data.source, class_set(cfg.data))
+    with pytest.raises(UserError, match=f"{image}"):
+        check_samples(dataset, "source", cfg)
+    dataset.skips = True
+    assert check_samples(dataset, "source", cfg) is dataset
+
+
 def test_look_at_a_sample(trees):
     tree = trees["gta5"]
     (name, ids), path = next(iter(tree.ids.items())), tree.root / "labels/00001.png"

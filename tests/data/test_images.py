@@ -104,7 +104,7 @@ def test_first_channel_of_16_bit_colour(tmp_path, filtered):
         ("x.pbm", some(2).astype(bool), {}, "stored inverted"),
         ("x.tif", some(19, np.int32) - 1, {}, "it holds -1 to"),
         ("x.tif", some(19, np.int32) + 2**16, {}, "label ids are 0 to 65535"),
-        ("x.tif", some(19, np.float32), {}, "picture of mode F"),
+        ("x.tif", some(19, np.float32), {}, "a floating-point picture of mode F"),
         ("x.png", np.dstack([some(19)] * 3), {}, "8-bit picture of mode RGB"),
         ("x.png", np.dstack([some(19)] * 2), {}, "8-bit picture of mode LA"),
     ],
