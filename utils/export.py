@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from models import upsample
-from utils.config import ROOT, UserError
+from utils.config import ROOT, UserError, reason
 from utils.config.keys import require
 from utils.engine import checkpoint
 from utils.engine.command_line import run_words, split_words
@@ -146,8 +146,8 @@ def run(words: list[str]) -> Path:
                 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
                 exported = export(network, form, file)
         except Exception as error:  # of many kinds
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise UserError(f"format={form} cannot hold this network for images of any size: {reason}") from None
+            why = reason(error)
+            raise UserError(f"format={form} cannot hold this network for images of any size: {why}") from None
         if exported:
             difference = largest_difference(network, exported)
             if not difference <= TOLERANCE:
