@@ -9,13 +9,12 @@ which names are learnt and in which order. Whatever has no train id is `IGNORE`.
 from __future__ import annotations
 
 import colorsys
-import difflib
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from utils.config.errors import ConfigError
-from utils.config.keys import DataConfig, DatasetConfig
+from utils.config.keys import DataConfig, DatasetConfig, nearest
 
 IGNORE = 255
 UNKNOWN = 254  # stands for label ids that a dataset cannot hold; samples with it are refused
@@ -148,8 +147,8 @@ def resolve_id_map(id_map: dict, classes: ClassSet) -> dict[int, str]:
         if isinstance(label_id, bool) or not isinstance(label_id, int) or not 0 <= label_id < 2**16:
             raise ValueError(f"id_map: {label_id!r} is not a label id (0..65535)")
         if name not in classes.names and name != "ignore":
-            near = difflib.get_close_matches(str(name), [*classes.names, "ignore"], 1, 0)
-            raise ValueError(f"id_map: label id {label_id} -> {name!r} is not a class; nearest is {near[0]!r}")
+            near = nearest(name, [*classes.names, "ignore"])
+            raise ValueError(f"id_map: label id {label_id} -> {name!r} is not a class; nearest is {near!r}")
     return dict(id_map)
 
 

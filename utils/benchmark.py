@@ -118,15 +118,19 @@ class _Alive(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.sizes: dict[int, int] = {}  # by storage, as long as it is alive; 0 if it was there before
-        self.peak = 0
+        self.alive = self.peak = 0
+
+    def _free(self, key: int) -> None:
+        self.alive -= self.sizes.pop(key)
 
     def _meet(self, values: object, made: bool) -> None:
         """Take in tensors that an operation made, or that it was given: of these, unknown ones were there before."""
         for value in tree_leaves(values):
             if isinstance(value, Tensor) and (key := (storage := value.untyped_storage())._cdata) not in self.sizes:
                 self.sizes[key] = storage.nbytes() if made else 0
-                weakref.finalize(storage, self.sizes.pop, key)
-        self.peak = max(self.peak, sum(self.sizes.values()))
+                self.alive += self.sizes[key]
+                weakref.finalize(storage, self._free, key)
+        self.peak = max(self.peak, self.alive)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self._meet((args, kwargs), made=False)

@@ -200,8 +200,9 @@ class ModelConfig:
         """As `Config.validate`."""
         name, stride = self.backbone_name, self.output_stride
         if not name.startswith("timm/"):
-            near = nearest(name, RESNETS)
-            require(name in RESNETS, f"model.backbone={name!r} is unknown; nearest is {near!r}, or timm/NAME")
+            if name not in RESNETS:
+                near = nearest(name, RESNETS)
+                raise ConfigError(f"model.backbone={name!r} is unknown; nearest is {near!r}, or timm/NAME")
             fits = stride in ("auto", 8, 16)
             require(fits, f"model.output_stride={stride}, but model.backbone={name} has 8 and 16")
         variant = self.bn_clr is not True or self.arch != "deeplab_pbal"

@@ -217,9 +217,10 @@ def _find_benchmark(name: str) -> Path:
     if name.endswith((".yml", ".yaml")):
         return Path(os.path.abspath(find_path(name, os.path.isfile)))
     path = ROOT / "configs" / "benchmarks" / f"{name}.yml"
-    known = sorted(p.stem for p in path.parent.glob("*.yml"))
-    unknown = f"benchmark={name!r} is neither a .yml file nor one of {', '.join(known)}"
-    require(path.is_file(), f"{unknown}; nearest is {nearest(name, known)!r}")
+    if not path.is_file():
+        known = sorted(p.stem for p in path.parent.glob("*.yml"))
+        unknown = f"benchmark={name!r} is neither a .yml file nor one of {', '.join(known)}"
+        raise ConfigError(f"{unknown}; nearest is {nearest(name, known)!r}")
     return path
 
 
@@ -270,7 +271,8 @@ def _stage_deltas(content: Any, file: Path) -> dict[str, dict]:
         raise ConfigError(f"stages in {file} must hold one section per stage, not {content!r}")
     for run, delta in content.items():
         where = f"stages.{run} of {file}"
-        require(run in RUNS, f"unknown {where}; nearest is {nearest(run, RUNS)!r}")
+        if run not in RUNS:
+            raise ConfigError(f"unknown {where}; nearest is {nearest(run, RUNS)!r}")
         if not isinstance(delta, dict):
             raise ConfigError(f"{where} is a section, not {delta!r}")
         _apply(Config(), delta, where)
