@@ -33,7 +33,7 @@ from utils.report.page import write_report
 class Distillation(Stage):
     """L = CE(z_s, y_s) + CE(z_t, ŷ_t) + KL(teacher || student), target in a strong view, source as it is.
 
-    CE's mean is over the pixels that cutout leaves.
+    The target's CE is the mean over the pixels that geometry and cutout leave labelled.
     """
 
     uses_pseudo_labels = True

@@ -31,6 +31,7 @@ from utils.engine.command_line import run_cli
 from utils.engine.log import progress, show_path
 from utils.engine.run_folder import run_lock
 from utils.engine.setup import check_inputs, choose_device, load_network, prepare_data
+from utils.evaluation.metrics import text_table
 from utils.evaluation.prediction import predict_confidence, same_size_batches
 
 
@@ -65,7 +66,7 @@ def main(cfg: Config) -> dict:
         manifest = wanted | statistics | {"weights": made_by, "left_out": left_out, "config": to_dict(cfg)}
         checkpoint.write_json(cfg.run_dir / store.MANIFEST, manifest)
         distributed.wait()
-        print(store.table(statistics["classes"]))
+        print(_table(statistics["classes"]))
         images = f"{len(target) - len(left_out)} pseudo labels in {show_path(cfg.run_dir)}"
         print(f"{images}: {statistics['kept']:.1%} of all pixels kept")
         return store.read_manifest(cfg.run_dir)
@@ -87,6 +88,15 @@ def _settings(cfg: Config, weights: Path, target: SegmentationDataset) -> dict:
         "flip": True,
         **{key: getattr(cfg.pseudo, key) for key in ("threshold", "selection", "keep")},
     }
+
+
+def _table(by_class: dict[str, dict]) -> str:
+    """The manifest's `classes` for the terminal."""
+    total, rows = sum(c["predicted"] for c in by_class.values()), []
+    for name, c in by_class.items():
+        kept = f"{c['kept'] / c['predicted']:.1%}" if c["predicted"] else "-"
+        rows.append([name, f"{c['predicted'] / total:.2%}", f"{c['threshold']:.4f}", kept])
+    return text_table(["class", "share", "threshold", "kept"], rows)
 
 
 def _predict(

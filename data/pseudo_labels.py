@@ -143,16 +143,6 @@ def statistics(
     return {"kept": kept.sum() / predicted.sum(), "classes": by_class}
 
 
-def table(by_class: dict[str, dict]) -> str:
-    """The manifest's `classes` for the terminal."""
-    total = sum(c["predicted"] for c in by_class.values())
-    rows = [f"{'class':16} {'share':>7} {'threshold':>9} {'kept':>7}"]
-    for name, c in by_class.items():
-        fraction = f"{c['kept'] / c['predicted']:7.1%}" if c["predicted"] else "      -"
-        rows.append(f"{name:16} {c['predicted'] / total:7.2%} {c['threshold']:9.4f} {fraction}")
-    return "\n".join(rows)
-
-
 def read_manifest(folder: Path) -> dict:
     """The manifest of finished pseudo labels; raises UserError if there is none or it cannot be read."""
     path = folder / MANIFEST

@@ -1,9 +1,8 @@
-"""Names, ids, colours and class sets: the one place where classes are written down.
+"""Names, ids, colours and class sets.
 
-Three numberings meet in this field. A *label id* is what a dataset stores on disk (Cityscapes and GTA5
-share one numbering, SYNTHIA has its own). A *train id* is the index of a class in the network's output.
-A *class name* connects the two: every dataset says which name a label id stands for, a class set says
-which names are learnt and in which order. Whatever has no train id is `IGNORE`.
+A *label id* is what a dataset stores on disk (Cityscapes and GTA5 share one numbering, SYNTHIA has its own). A *train
+id* is the index of a class in the network's output. A *class name* connects the two: every dataset says which name a
+label id stands for, a class set says which names are learnt and in which order. Whatever has no train id is `IGNORE`.
 """
 
 from __future__ import annotations

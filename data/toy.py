@@ -3,8 +3,8 @@
     python -m data.toy --root data/toy --seed 0
 
 They hold all 19 Cityscapes classes with exact label maps and take seconds to draw, so that the whole pipeline runs
-without any download. Runs draw seed 0 into `data.toy_root` themselves. For other drawings, name a folder of their own
-as the three roots and set data.toy_root=''.
+without any download. Runs draw seed 0 into `data.toy_root` themselves. For other drawings, call this with another
+folder and seed, name its subfolders in data.source.root, data.target.root and data.val.root, and set data.toy_root=''.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Random geometry on the CPU, on uint8; colour and normalisation on the device, a batch at a time.
 
-One crop serves both views: the *weak* view is the crop normalised, the *strong* view is colour-jittered first.
+One crop serves every view: *weak* is the crop normalised, *strong* is colour-jittered first (warm-up, BPL, PST),
+*distill* goes through RandAugment and cutout (distillation).
 """
 
 from __future__ import annotations
@@ -141,7 +142,10 @@ class Views:
         return self.weak(views), kept
 
     def _hole(self, height: int, width: int) -> tuple[slice, slice]:
-        """Rows and columns of a square hole whose centre is uniform in the image (as released)."""
+        """Rows and columns of a square hole around a random pixel (as released).
+
+        At the top and left, it is shifted inside; at the bottom and right, it is cut off.
+        """
         side = round(self.cutout * min(height, width))
         top, left = (max(0, int(torch.randint(length, ())) - side // 2) for length in (height, width))
         return slice(top, top + side), slice(left, left + side)

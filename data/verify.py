@@ -20,6 +20,7 @@ from data.loaders import mapped, spread
 from data.taxonomy import ClassSet, class_set, label_ids
 from utils.config import Config, UserError
 from utils.config.keys import DatasetConfig
+from utils.engine.checkpoint import atomic_write
 from utils.engine.command_line import run_cli
 from utils.engine.log import progress, show_path
 from utils.engine.setup import prepare_data
@@ -153,9 +154,9 @@ def main(cfg: Config) -> dict[str, Report]:
         warnings += [f"{name}: warning: {text}" for text in report.warnings]
     for line in warnings:
         print(line)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, lines in (("faults.txt", faults), ("warnings.txt", warnings)):
-        (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        text = "".join(f"{line}\n" for line in lines)
+        atomic_write(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
     if faults:
         raise UserError(f"{len(faults)} faults, listed in {folder / 'faults.txt'}")
     listed = f", {len(warnings)} warnings" if warnings else ""

@@ -19,9 +19,9 @@ def bidirectional_prototype_loss(
 
     With c_ik = 1 - cos(f_i, p_k), i over all pixels of the batch and k over the classes:
 
-        s2t = mean_i Σ_k softmax_k(z_i)_k c_ik      every pixel spreads itself over the classes
-        t2s = mean_k Σ_i softmax_i(z_·k)_i c_ik     every class spreads itself over the pixels, so that a rare
-                                                    class weighs as much as road
+        s2t = mean_i Σ_k softmax_k(z_i)_k c_ik      each pixel weighs the classes by its softmax over them
+        t2s = mean_k Σ_i softmax_i(z_·k)_i c_ik     each class weighs the pixels by its softmax over them, so that
+                                                    a rare class counts as much as road
 
     Args:
         feat: float (N, C, h, w), target features.

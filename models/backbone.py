@@ -1,6 +1,6 @@
 """Feature extractors: torchvision's ResNets, re-strided and dilated to output stride 8 or 16, or timm's networks.
 
-Every backbone maps (N, 3, H, W) to {"low": layer1's output at stride 4, "out": the last stage's output} and has
+Every backbone maps (N, 3, H, W) to {"low": the map at stride 4 (or the finest), "out": the last stage's output} and has
 `channels` (of "out"), `low_channels`, and `mean` and `std`, the input statistics of its ImageNet weights.
 """
 
@@ -61,7 +61,7 @@ class ResNet(nn.Module):
         output_stride: 8 or 16; strides of the last stages become dilations.
         caffe: as ProDA's DeepLabV2: the stride of a bottleneck sits on its first 1x1 convolution, and max-pooling
             rounds up. Otherwise as torchvision: on the 3x3 convolution, rounding down.
-        last_dilations: dilations of the last stage's blocks, over those that the output stride calls for.
+        last_dilations: dilations of the last stage's blocks, in place of those that the output stride implies.
     """
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD

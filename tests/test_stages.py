@@ -20,7 +20,7 @@ import gen_pseudo_labels
 import test
 import train_bpl
 import train_pst
-from data.datasets import build_dataset
+from data.datasets import build_dataset, list_samples
 from data.loaders import training_batches
 from data.taxonomy import IGNORE, class_set
 from loss import (
@@ -246,6 +246,17 @@ def test_a_dataset_may_move_between_the_parts_of_a_run(finished, configure, tmp_
         moved.symlink_to(getattr(cfg.data, name).root)
         getattr(cfg.data, name).root = str(moved)
     assert train_bpl.main(cfg) == finished.returned["bpl"]
+
+
+@one_layout
+def test_a_run_does_not_go_on_with_other_images(finished, configure, tmp_path):
+    cfg = configure(finished.layout, "stage1_BPL.yml", finished.runs)
+    shutil.copytree(cfg.data.target.root, tmp_path / "target")
+    cfg.data.target.root = str(tmp_path / "target")
+    before = len(list_samples(cfg.data.target, with_labels=False))
+    list_samples(cfg.data.target, with_labels=False)[0].image.unlink()
+    with pytest.raises(UserError, match=rf"data\.target has {before - 1} images .* begun with {before} images"):
+        train_bpl.main(cfg)
 
 
 @one_layout

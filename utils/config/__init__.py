@@ -13,19 +13,3 @@ from utils.config.loading import (
     to_dict,
     to_yaml,
 )
-
-__all__ = [
-    "ROOT",
-    "Config",
-    "ConfigError",
-    "UserError",
-    "all_keys",
-    "find_path",
-    "flatten",
-    "key_help",
-    "load_config",
-    "read_yaml",
-    "reason",
-    "to_dict",
-    "to_yaml",
-]

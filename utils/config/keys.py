@@ -101,7 +101,7 @@ class DataConfig:
     class_names: list[str] = opt([], "custom: class names in train-id order")
     palette: list[list[int]] = opt([], "custom: one [r, g, b] per class; [] = around the hue circle", most=255)
     source: DatasetConfig = opt(DatasetConfig, "labelled domain", stages=TRAIN_OR_TEST)
-    target: DatasetConfig = opt(DatasetConfig, "domain adapted to; its labels are never read in training")
+    target: DatasetConfig = opt(DatasetConfig, "domain adapted to; its labels are read by labelled_bound alone")
     val: DatasetConfig = opt(DatasetConfig, "the target's labelled split, to measure by", stages=TRAIN_OR_TEST)
     base_width: int = opt(
         2200, "width in px that scale 1 stands for (as released); 0 = the image's own width", stages=TRAINING_STAGES
@@ -222,7 +222,7 @@ class LossConfig:
     )
     bidirectional: float = opt(0.1, "weight of each prototype term (as released); 0 = warm-up", stages=("bpl",))
     directions: Literal["both", "s2t", "t2s"] = opt(
-        "both", "s2t: every pixel spreads itself over the classes; t2s: every class over the pixels", stages=("bpl",)
+        "both", "s2t: each pixel weighs the classes by its softmax; t2s: each class weighs the pixels", stages=("bpl",)
     )
     pseudo_ce: float = opt(1.0, "weight of cross-entropy on pseudo labels (as released)", stages=("pst", "distill"))
     contrast: float = opt(1.0, "weight of prototypical contrast, each domain (as released)", stages=("pst",))
@@ -246,7 +246,7 @@ class TrainConfig:
     iterations: int = opt(60_000, "steps to run (as released)", least=1)
     horizon: int = opt(90_000, "steps after which the poly schedule would reach zero (as released)", least=1)
     lr: float = opt(1e-4, "learning rate of the backbone (as released)", least=TINY)
-    head_lr_factor: float = opt(10.0, "learning rate of the head over the backbone's (as released)", least=TINY)
+    head_lr_factor: float = opt(10.0, "head: this many times the backbone's learning rate (as released)", least=TINY)
     optimizer: Literal["sgd", "adamw"] = opt(
         "sgd", "of the network: SGD with momentum (as released) | AdamW, which transformers need"
     )
@@ -354,7 +354,7 @@ class TestConfig:
 
 @dataclass
 class Config:
-    benchmark: str = opt("gta5_to_cityscapes", "who adapts to whom: a name in configs/benchmarks/ or a YAML file")
+    benchmark: str = opt("gta5_to_cityscapes", "the pair of domains: a name in configs/benchmarks/ or a YAML file")
     stage: Literal[STAGES] = opt("bpl", "set by the stage file", stages=())
     name: str = opt("", "run folder below runs/<benchmark>/; '' = the stage's name")
     runs: str = opt("runs", "folder of all runs, below the one that you start from")

@@ -1,7 +1,7 @@
 """Several processes that train, evaluate or label together: those that torchrun started, one for each GPU.
 
 Each takes its part of every batch; the first one alone speaks and writes the run's files, in a folder that all of them
-see. Without torchrun, and with one process, every function here is an identity.
+see. With one process, no function here communicates.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import hashlib
 import itertools
 import signal
 import time
@@ -52,7 +53,7 @@ Backward = Callable[..., None]
 
 MOMENTUM, POWER = 0.9, 0.9  # of SGD; of the poly schedule (as released)
 
-# Keys that may differ between the two parts of a resumed run: they change where and how fast, not what is learnt.
+# Keys that may differ between the two parts of a resumed run: they change where, how fast and how long it learns.
 HARMLESS = {
     *("benchmark", "runs", "device", "model.published", "data.workers", "data.on_error", "data.toy_root"),
     *("data.source.root", "data.target.root", "data.val.root", "train.iterations", "train.log_every"),
@@ -196,6 +197,15 @@ class Data(NamedTuple):
     target: SegmentationDataset
     val: SegmentationDataset
 
+    def trained_on(self) -> dict[str, str]:
+        """How many images source and target have, and a hash of their names; where the folder is does not count."""
+        found = {}
+        for name in ("source", "target"):
+            names = "\n".join(sample.name for sample in getattr(self, name).samples)
+            digest = hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+            found[name] = f"{len(getattr(self, name))} images with names of hash {digest}"
+        return found
+
 
 def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
     """Check every input, build the networks, and fill them from the run's saved state or from `model.init`."""
@@ -220,7 +230,9 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
         lambda: None if saved else checkpoint.find_init(cfg),
         lambda: _refuse_stale(labels) if labels else None,
     )
+    data = Data(*datasets)
     if saved:
+        refuse_other_images(saved.get("images", {}), data.trained_on(), cfg.run_dir)
         file = identify(files.last, saved)
     else:
         file = read_weights(init) if init else None
@@ -230,7 +242,7 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
     stage = stage_type(cfg, device)
     if init:
         start = checkpoint.load_networks(stage.networks, file, cfg)
-    run = Run(cfg, stage, Data(*datasets), files, upstream)
+    run = Run(cfg, stage, data, files, upstream)
     checkpoint.seed_generators(own_seed)
     if saved:
         run.load_state_dict(saved)
@@ -296,6 +308,16 @@ def refuse_other_experiment(saved: dict, cfg: Config) -> None:
         )
 
 
+def refuse_other_images(saved: dict[str, str], found: dict[str, str], run: Path) -> None:
+    """UserError if source or target no longer consist of the images that a run has begun with."""
+    for name, images in saved.items():  # older runs have none
+        if found[name] != images:
+            raise UserError(
+                f"data.{name} has {found[name]}, but {run} has begun with {images}; put them back, begin anew with "
+                "train.restart=true, or give this run a name="
+            )
+
+
 class Run:
     """A run between its steps: what it has, where it stands, what it writes.
 
@@ -323,6 +345,7 @@ class Run:
             "last": self.last_scores,
             "unreadable": sorted(self.unreadable),
             "upstream": self.upstream,
+            "images": self.data.trained_on(),
             "lengths": self.log.sync(),
         }
 
