@@ -5,6 +5,7 @@ import re
 import pytest
 
 from data.taxonomy import class_set
+from distill import teacher_config
 from models import WeightFile, read_weights
 from utils.config import UserError
 from utils.engine import checkpoint
@@ -79,6 +80,7 @@ def test_batch_of_one_is_refused_where_pooled_features_are_normalised(cfg):
     settled(cfg)
     with pytest.raises(UserError, match="deeplab_pbal"):
         settled(cfg, {"arch": "deeplab_pbal"})
+    assert settled(teacher_config(cfg), {}, PBAL)[0] == "deeplab_pbal"  # a teacher does not learn
 
 
 def test_own_checkpoints_tell_all(cfg, tmp_path):
