@@ -142,13 +142,13 @@ class LabelledBound(Stage):
 def add_controls(rows: dict[str, dict], configs: dict[str, Config], tests: Config, with_bound: bool) -> None:
     """Train the controls and add to `rows` what they reach and how each stage compares, under target statistics.
 
-    Of the legs of the control, the last alone has a row, and is tested under running statistics too.
+    Of the legs of the control, the last alone has a row.
     """
     steps = steps_by_stage(configs)
     for stage, cfg in control_legs(configs):
         print(f"== control of {stage}", flush=True)
         metrics = fit(cfg, train_bpl.BPL)
-        control = _scores_under("target", cfg.name, cfg, metrics, tests)["miou"]
+        control = _scores_of_target_bn(cfg.name, cfg, metrics, tests)["miou"]
         compared = {"control_miou_target_bn": control, "gain_over_control": rows[stage]["miou_target_bn"] - control}
         rows[stage] |= compared | {"steps": steps[stage]}
     rows |= stage_rows(CONTROL, cfg.name, cfg, metrics, tests)
@@ -215,20 +215,19 @@ def gap_closed(rows: dict[str, dict], stage: str) -> float | None:
 
 
 def stage_rows(stage: str, run_name: str, cfg: Config, metrics: dict, tests: Config) -> dict[str, dict]:
-    """The summary's row of a trained stage, under both kinds of BatchNorm statistics; source-only has a second one."""
-    own, classes = cfg.batchnorm.statistics, class_set(tests.data)
-    running, target = (_scores_under(kind, run_name, cfg, metrics, tests) for kind in ("running", "target"))
-    both = {"miou_running": running["miou"], "miou_target_bn": target["miou"]}
-    rows = {stage: _row(metrics["last"], classes) | {"statistics": own, **both, "best_miou": metrics["best"]["miou"]}}
+    """The summary's row of a trained stage; source-only has a second one, under target BatchNorm statistics."""
+    classes, target = class_set(tests.data), _scores_of_target_bn(run_name, cfg, metrics, tests)
+    more = {"miou_target_bn": target["miou"], "best_miou": metrics["best"]["miou"]}
+    rows = {stage: _row(metrics["last"], classes) | {"statistics": cfg.batchnorm.statistics} | more}
     if stage == "source_only":
         more = {"statistics": "target", "miou_target_bn": target["miou"]}
         rows["source_only_target_bn"] = _row(target, classes) | more
     return rows
 
 
-def _scores_under(statistics: str, run_name: str, cfg: Config, metrics: dict, tests: Config) -> dict:
-    """Scores of a run's last checkpoint under one kind of BatchNorm statistics; tested if the run has others."""
-    return metrics["last"] if statistics == cfg.batchnorm.statistics else _test(tests, run_name, statistics)
+def _scores_of_target_bn(run_name: str, cfg: Config, metrics: dict, tests: Config) -> dict:
+    """Scores of a run's last checkpoint under target BatchNorm statistics; tested if the run has others."""
+    return metrics["last"] if cfg.batchnorm.statistics == "target" else _test(tests, run_name)
 
 
 def _row(scores: dict, classes: ClassSet) -> dict:
@@ -239,11 +238,11 @@ def _row(scores: dict, classes: ClassSet) -> dict:
     return kept | {"rarest": present[:RAREST], "miou_rarest": mean_over(scores["iou"], present[:RAREST])}
 
 
-def _test(tests: Config, run_name: str, statistics: str) -> dict:
-    """Test a run's last checkpoint under one kind of BatchNorm statistics; scores are kept from an earlier call."""
+def _test(tests: Config, run_name: str) -> dict:
+    """Test a run's last checkpoint under target BatchNorm statistics; scores are kept from an earlier call."""
     cfg = copy.deepcopy(tests)
-    cfg.checkpoint, cfg.which, cfg.batchnorm.statistics = run_name, "last", statistics
-    cfg.name, cfg.test.dataset, cfg.test.images = f"test/{run_name}_{statistics}", "val", ""
+    cfg.checkpoint, cfg.which, cfg.batchnorm.statistics = run_name, "last", "target"
+    cfg.name, cfg.test.dataset, cfg.test.images = f"test/{run_name}_target", "val", ""
     before = cfg.run_dir / "metrics.json"
     if before.is_file():
         scores = json.loads(before.read_text(encoding="utf-8"))

@@ -37,20 +37,24 @@ def test_the_control_takes_the_steps_and_rates_of_the_stages_one_after_another(b
     assert (bound.train.iterations, bound.train.horizon, bound.model.init) == (24, 48, "source_only")
 
 
-def test_of_the_control_the_last_leg_alone_is_tested_under_both_statistics(benchmarks, monkeypatch):
+@pytest.mark.parametrize("statistics", ["target", "running"])
+def test_stages_are_held_against_controls_under_target_statistics(benchmarks, monkeypatch, statistics):
     every, tested = stages_of(benchmarks, "gta5_to_city", "distill.rounds=[1]"), []
     tests = pipeline.load_tests([f"benchmark={benchmarks['gta5_to_city']}"], every["bpl"])
     names = class_set(tests.data).names
     scores = {"miou": 50.0, "iou": dict.fromkeys(names, 50.0), "pixels": dict.fromkeys(names, 1)}
     scores |= dict.fromkeys(class_set(tests.data).subsets, 50.0)
     monkeypatch.setattr(pipeline, "fit", lambda cfg, stage: {"last": scores, "best": scores})
-    monkeypatch.setattr(pipeline, "_test", lambda tests, run, kind: tested.append((run, kind)) or scores)
+    monkeypatch.setattr(pipeline, "_test", lambda tests, run: tested.append(run) or scores | {"miou": 55.0})
     for cfg in every.values():
-        cfg.batchnorm.statistics = "target"
+        cfg.batchnorm.statistics = statistics
     rows = {stage: {"miou_target_bn": 60.0} for stage in ("warmup", "bpl", "pst", "distill")}
     pipeline.add_controls(rows, every, tests, with_bound=False)
-    assert tested == [(f"{CONTROL}/4_distill", "running")]
-    assert all(rows[stage]["gain_over_control"] == 10 for stage in list(rows)[:4]) and rows[CONTROL]["miou"] == 50
+    legs = [cfg.name for _, cfg in control_legs(every)]
+    assert tested == ([] if statistics == "target" else [*legs, legs[-1]])  # what a run was not validated with
+    gains = [row["gain_over_control"] for name, row in rows.items() if name != CONTROL]
+    assert gains == [10 if statistics == "target" else 5] * 4
+    assert (rows[CONTROL]["miou"], rows[CONTROL]["miou_target_bn"]) == (50, 60 - gains[0])
 
 
 def test_no_bound_without_target_labels(benchmarks, capsys):

@@ -39,7 +39,6 @@ COLUMNS = {  # of a table of stages, where any row has them: title and key of th
     "control": "control_miou_target_bn",
     "gain": "gain_over_control",
     "of the gap": "gap_closed_from_source_only_long",
-    "running BN": "miou_running",
     "mIoU": "miou",
     "16 classes": "miou16",
     "13 classes": "miou13",
