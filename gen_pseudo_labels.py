@@ -21,7 +21,7 @@ from torch import nn
 
 from data import pseudo_labels as store
 from data.check import check_samples
-from data.datasets import SegmentationDataset, build_dataset
+from data.datasets import SegmentationDataset, build_dataset, fingerprint
 from data.loaders import whole_images
 from data.taxonomy import class_set
 from utils.config import Config, to_dict
@@ -50,18 +50,21 @@ def main(cfg: Config) -> dict:
         if finished:
             print(f"{show_path(cfg.run_dir)} is complete: {len(target)} pseudo labels")
             return finished
-        if distributed.is_main():
-            store.clear(cfg.run_dir)
-        distributed.wait()
         model, message = load_network(cfg, weights, device, target)
+        if distributed.is_main():
+            store.begin(cfg.run_dir)
+        distributed.wait()
         print(*target.notes, message, sep="\n")
-        own, histogram, highest = _predict(model, target, cfg, device)
+        folder = cfg.run_dir / store.UNFINISHED
+        own, histogram, highest = _predict(model, target, cfg, device, folder)
         left_out = store.left_out(target.samples, set().union(*distributed.gathered(own)), MAX_SKIPPED)
         limits = store.level_limits(histogram, cfg.pseudo.threshold, cfg.pseudo.selection, cfg.pseudo.keep)
         statistics = store.statistics(histogram, limits, class_set(cfg.data).names, cfg.pseudo.threshold, highest)
-        store.drop_unsure(cfg.run_dir, own, limits)
+        store.drop_unsure(folder, own, limits)
         os.sync()  # all labels are on the disk before the manifest says so
         distributed.wait()
+        if distributed.is_main():
+            store.finish(cfg.run_dir)
         made_by = os.path.relpath(weights, cfg.run_dir)  # holds where all runs are moved together
         manifest = wanted | statistics | {"weights": made_by, "left_out": left_out, "config": to_dict(cfg)}
         checkpoint.write_json(cfg.run_dir / store.MANIFEST, manifest)
@@ -83,6 +86,7 @@ def _settings(cfg: Config, weights: Path, target: SegmentationDataset) -> dict:
     return {
         "checkpoint": checkpoint.file_hash(weights),
         "images": len(target),
+        "files": fingerprint(target.samples),
         "statistics": cfg.batchnorm.statistics,
         "statistics_of": cfg.batchnorm.images if cfg.batchnorm.statistics == "target" else None,
         "flip": True,
@@ -100,15 +104,15 @@ def _table(by_class: dict[str, dict]) -> str:
 
 
 def _predict(
-    model: nn.Module, target: SegmentationDataset, cfg: Config, device: torch.device
+    model: nn.Module, target: SegmentationDataset, cfg: Config, device: torch.device, folder: Path
 ) -> tuple[set[str], np.ndarray, float]:
-    """Write the label and the confidence of every image.
+    """Write the label and the confidence of every image into `folder`.
 
     Returns:
         The names of the images of this process; of all processes, int (K, 256) pixels by class and confidence level,
         and the highest confidence.
     """
-    folder, threshold = cfg.run_dir, cfg.pseudo.threshold
+    threshold = cfg.pseudo.threshold
     counts = torch.zeros(len(class_set(cfg.data)) * 256, dtype=torch.int64, device=device)
     highest, own, writing = torch.zeros((), device=device), set(), ()
     mine = distributed.shard_indices(len(target), cfg.test.batch)

@@ -17,14 +17,16 @@ test.export=true, predictions/ in colour, over the image, as train ids and as la
 from __future__ import annotations
 
 from data.check import check_samples
-from data.datasets import SegmentationDataset, build_dataset, find_images
+from data.datasets import SegmentationDataset, build_dataset, find_images, fingerprint
 from data.loaders import spread
+from data.pseudo_labels import MANIFEST
 from data.taxonomy import class_set, label_ids
 from models import read_weights
 from utils.config import Config, UserError
-from utils.engine import checkpoint, distributed
+from utils.engine import checkpoint
 from utils.engine.command_line import run_cli
 from utils.engine.log import open_log, show_path
+from utils.engine.run_folder import run_lock
 from utils.engine.setup import check_inputs, choose_device, load_network, prepare_data, resolve_auto
 from utils.evaluation.export import Exporter
 from utils.evaluation.metrics import class_table
@@ -40,13 +42,19 @@ def mode(cfg: Config) -> dict:
 
 def main(cfg: Config) -> dict:
     """Evaluate `checkpoint`; returns what is written to metrics.json, for `test.images` what was predicted."""
+    for holds, what in (("checkpoints", "a training run"), (MANIFEST, "a folder of pseudo labels")):
+        if (cfg.run_dir / holds).exists():
+            raise UserError(f"{cfg.run_dir} is {what}: choose another name= for its test")
+    with run_lock(cfg.run_dir):
+        return _evaluated(cfg)
+
+
+def _evaluated(cfg: Config) -> dict:
     device = choose_device(cfg)
-    if (cfg.run_dir / "checkpoints").exists():
-        raise UserError(f"{cfg.run_dir} is a training run: choose another name= for its test")
     prepare_data(cfg)
     section, images = getattr(cfg.data, cfg.test.dataset), cfg.test.images
     dataset, weights = check_inputs(
-        lambda: SegmentationDataset(find_images(images)) if images else build_dataset(section, class_set(cfg.data)),
+        lambda: _photos(cfg) if images else build_dataset(section, class_set(cfg.data)),
         lambda: checkpoint.find_checkpoint(cfg, cfg.checkpoint, cfg.model.published),
     )
     file = read_weights(weights)
@@ -64,6 +72,7 @@ def main(cfg: Config) -> dict:
         "statistics": cfg.batchnorm.statistics,
         "dataset": cfg.test.dataset,
         "images": len(dataset),
+        "files": fingerprint(dataset.samples),
         "mode": mode(cfg),
     }
     export = None
@@ -88,8 +97,12 @@ def main(cfg: Config) -> dict:
         write_report(cfg.run_dir)
         log.info(f"written to {show_path(cfg.run_dir)}")
     log.close()
-    distributed.wait()
     return result
+
+
+def _photos(cfg: Config) -> SegmentationDataset:
+    """The images that `test.images` names, without pictures of earlier runs."""
+    return SegmentationDataset(find_images(cfg.test.images, cfg.runs))
 
 
 if __name__ == "__main__":

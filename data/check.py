@@ -89,7 +89,7 @@ class Labels:
         looks, found = self.looks_like(), []
         if not self._pixels(self.learnt):
             found.append(("no label holds any class", f"no pixel of any class; {self._held()}{looks and ': ' + looks}"))
-        elif looks:
+        elif looks and not self._all_named():
             found.append(("label ids of another numbering", f"{self._ignored()}: {looks}"))
         if self.other_palette:
             found.append(("palettes differ, so that their indices are no ids", self.other_palette))
@@ -103,7 +103,9 @@ class Labels:
     def mostly_ignored(self) -> list[str]:
         """A warning if most pixels are of no class."""
         total, learnt = self.ids.total(), self._pixels(self.learnt)
-        return [self._ignored()] if learnt and total - learnt > MOST_IGNORED * total else []
+        looks = self.looks_like() if learnt and self._all_named() else ""
+        mostly = learnt and total - learnt > MOST_IGNORED * total
+        return [f"{self._ignored()}{looks and f'; {looks}, but every id of id_map occurs'}"] if mostly or looks else []
 
     def warnings(self, every_class: bool) -> list[str]:
         """What looks odd but may be intended; classes without a pixel are named if `every_class`."""
@@ -120,6 +122,10 @@ class Labels:
             listed = ", ".join(f"{i} ({self.ids[i] / self.ids.total():.1%})" for i in stray[:8])
             found.append(f"ids that id_map does not name are ignored: {listed}{', …' if len(stray) > 8 else ''}")
         return found
+
+    def _all_named(self) -> bool:
+        """Whether the user names ids, and every one occurs: then it is hardly a mistake that others are ignored."""
+        return bool(self.cfg.id_map) and self.names.keys() <= set(self.ids)
 
     def looks_like(self) -> str:
         """Which numbering the ids more likely have, or what has happened to them; "" if they are as expected."""

@@ -6,6 +6,7 @@ A format is a way to list files and an id map; all else is shared. Samples leave
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import os
 import re
@@ -68,6 +69,15 @@ def list_samples(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
     return listing
 
 
+def fingerprint(samples: list[Sample]) -> str:
+    """How many images there are, and a hash of their names and sizes in bytes; where their folder is does not count."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        size = os.path.getsize(sample.image) if sample.image.is_file() else 0
+        digest.update(f"{sample.name}\0{size}\n".encode("utf-8", "surrogateescape"))
+    return f"{len(samples)} images of hash {digest.hexdigest()[:12]}"
+
+
 class Listing(list[Sample]):
     """Samples, sorted by name.
 
@@ -90,6 +100,11 @@ def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
     # Names of samples become paths below a run's folder.
     if any(not pattern or leaves_folder(pattern) for pattern in cfg.images):
         raise UserError(f"images: {cfg.images} must be globs relative to {root}, without '..'")
+    for pattern in cfg.images:
+        if not has_magic(pattern) and (root / pattern).is_dir():
+            raise UserError(
+                f"images: {pattern!r} is a folder below {root}; {os.path.join(pattern, '*')!r} is its images"
+            )
     images, left = find_files(root, cfg.images)
     if not images:
         globs = " or ".join(cfg.images[:3])
@@ -100,7 +115,7 @@ def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
     for image in images:
         relative = image.relative_to(root)
         label = _in_any_case(root / _label_of(relative, cfg)) if cfg.labels else None
-        labels.add(label)
+        labels.add(label and Path(os.path.normpath(label)))  # a template may hold ..
         samples.append(Sample(image, label if with_labels else None, relative.with_suffix("").as_posix()))
     refuse_double_names(samples)
     if both := sorted(labels.intersection(images)):
@@ -115,8 +130,10 @@ def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
     return Listing(samples, orphans, _note(root, [path for path in left if path not in labels]))
 
 
-def find_images(pattern: str) -> Listing:
+def find_images(pattern: str, runs: str = "") -> Listing:
     """Images without labels: one file, all below a folder, or what a glob matches; names are below its fixed part.
+
+    What lies below the folder `runs` is not taken, if that is below the pattern's fixed part.
 
     Raises UserError if there is none, or two would have one name.
     """
@@ -128,6 +145,8 @@ def find_images(pattern: str) -> Listing:
         root = path if path.is_dir() else Path(*fixed)
         found, left = find_files(root, ["**/*" if path.is_dir() else path.relative_to(root).as_posix()])
         odd = {file for file in found if not file.is_file() or file.suffix.lower() not in IMAGE_ENDINGS}
+        own = Path(runs).expanduser().absolute() if runs else None
+        odd |= {file for file in found if own and root in own.parents and own in file.parents}
         found, left = [file for file in found if file not in odd], left + sorted(odd)
     if not found:
         endings = ", ".join(sorted(IMAGE_ENDINGS))

@@ -24,13 +24,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.datasets import Sample, SegmentationDataset
-from data.images import reason
+from data.datasets import Sample, SegmentationDataset, fingerprint
 from data.taxonomy import IGNORE, ClassSet
-from utils.config import UserError
+from utils.config import UserError, reason
 
 MANIFEST = "manifest.json"
 KINDS = ("labels", "confidence")
+UNFINISHED = ".unfinished"  # folder below the run's, in which they are made
 THREADS = min(8, os.cpu_count() or 1)  # that write files: PNG compression runs outside of Python's lock
 
 
@@ -55,16 +55,21 @@ def write_png(path: Path, array: np.ndarray) -> None:
         raise UserError(f"cannot write {path}: {reason(error)}") from None
 
 
-def clear(folder: Path) -> None:
-    """Delete pseudo labels, finished or not; raises UserError if the folder holds anything else."""
-    if not folder.exists():
-        return
+def begin(folder: Path) -> None:
+    """Empty the folder's `UNFINISHED`, which finished labels stay beside; UserError if `folder` holds anything else."""
     foreign = sorted({p.name for p in folder.iterdir() if p.name[0] != "."} - {*KINDS, MANIFEST})
     if foreign:
         raise UserError(f"{folder} holds {foreign[0]}, which is not a pseudo label: choose another name=")
-    (folder / MANIFEST).unlink(missing_ok=True)  # first: a half-deleted folder must count as unfinished
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+
+
+def finish(folder: Path) -> None:
+    """Put the labels in `UNFINISHED` in place of those that were there; the manifest is still to be written."""
+    (folder / MANIFEST).unlink(missing_ok=True)  # first: a half-replaced folder must count as unfinished
     for kind in KINDS:
         shutil.rmtree(folder / kind, ignore_errors=True)
+        os.replace(folder / UNFINISHED / kind, folder / kind)
+    (folder / UNFINISHED).rmdir()
 
 
 def confidence_levels(confidence: Tensor, threshold: float) -> Tensor:
@@ -168,7 +173,8 @@ def finished(folder: Path, wanted: dict, replace: bool) -> dict | None:
     if replace or not (folder / MANIFEST).is_file():
         return None
     manifest = read_manifest(folder)
-    changes = ", ".join(f"{k}: {manifest.get(k)} -> {v}" for k, v in wanted.items() if manifest.get(k) != v)
+    old = {k: manifest.get(k) for k in wanted if k in manifest or k != "files"}  # older manifests lack it
+    changes = ", ".join(f"{k}: {v} -> {wanted[k]}" for k, v in old.items() if v != wanted[k])
     if changes:
         raise UserError(
             f"{folder} holds other pseudo labels ({changes}); choose a name=, or replace them with train.restart=true"
@@ -188,12 +194,15 @@ def attach(target: SegmentationDataset, folder: Path, classes: ClassSet) -> None
     """Make the pseudo labels the labels of a target dataset, without the images that the generator left out.
 
     Raises:
-        UserError: they are unfinished, one is missing, or they are of other classes.
+        UserError: they are unfinished, one is missing, or they are of other images or classes.
     """
     manifest = read_manifest(folder)
     again = "make them again with `python gen_pseudo_labels.py train.restart=true`"
     if list(manifest.get("classes", {})) != list(classes.names):
         raise UserError(f"the pseudo labels in {folder} are of other classes; {again}")
+    made_of, found = manifest.get("files"), fingerprint(target.samples)
+    if made_of not in (None, found):
+        raise UserError(f"the pseudo labels in {folder} are of other images ({made_of}, not {found}); {again}")
     left_out = set(manifest.get("left_out", []))
     kept = [s for s in target.samples if s.name not in left_out]
     samples = [dataclasses.replace(s, label=label_path(folder, s.name)) for s in kept]

@@ -28,7 +28,7 @@ def predict(model: nn.Module, image: Image.Image | str | Path | Tensor) -> Tenso
         uint8 (H, W) on the CPU: train ids, in 0..K-1.
 
     Raises:
-        ValueError: not an 8-bit image, or a tensor of another shape or type.
+        ValueError: not an 8-bit image, a tensor of another shape or type, or something else, such as an array.
         OSError: the file cannot be read.
     """
     if isinstance(image, str | Path):
@@ -37,6 +37,10 @@ def predict(model: nn.Module, image: Image.Image | str | Path | Tensor) -> Tenso
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"an 8-bit image is needed, not mode {image.mode}")
         image = F.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+    if not isinstance(image, Tensor):
+        raise ValueError(
+            f"a PIL image, the path of one or a uint8 tensor (3, H, W) is needed, not {type(image).__name__}"
+        )
     if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
         raise ValueError(f"uint8 (3, H, W) is needed, not {image.dtype} {tuple(image.shape)}")
     with torch.no_grad():

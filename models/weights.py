@@ -174,6 +174,8 @@ def identify(path: Path, content: dict) -> WeightFile:
         return WeightFile(path, "SimCLRv2", renamed, dict(SIMCLR_SETTINGS), backbone_alone=True)
     if "_conv_stem.weight" in state and not any("._se_" in key for key in state):
         return WeightFile(path, "EfficientNet-Lite", state, {"normalization": "half"}, backbone_alone=True)
+    if "classifier.weight" in state and any(key.startswith("backbone.") for key in state):
+        raise WeightError(f"{path} holds a network of this code without its recipe: take the run's checkpoint")
     if any(value.ndim == 4 and value.shape[1] == 3 for value in state.values()):
         return WeightFile(path, "backbone", state, backbone_alone=True)
     raise WeightError(f"{path} is in no known format; its keys are {_some(list(state))}")

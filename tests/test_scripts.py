@@ -63,6 +63,13 @@ def test_config_of_another_script_is_refused(tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "stage" in done.stderr
 
 
+def test_keys_that_a_script_does_not_read_are_named(tmp_path):
+    given = ["device=cpu", "pseudo.threshold=0.5", "checkpoint=mine.pth", "train.lr=1e-3"]
+    done = run(tmp_path, ROOT / "train_pst.py", *given)
+    warned = [line.split(" is not read by stage pst")[0] for line in done.stderr.splitlines() if "not read" in line]
+    assert done.returncode == 1 and warned == ["warning: pseudo.threshold=", "warning: checkpoint="]
+
+
 @pytest.mark.parametrize("command", [["gen_pseudo_labels.py"], ["-m", "utils.pipeline"]], ids=" ".join)
 def test_help(command):
     done = run(ROOT, *command, "--help")

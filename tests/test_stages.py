@@ -20,6 +20,7 @@ import gen_pseudo_labels
 import test
 import train_bpl
 import train_pst
+from data import pseudo_labels as store
 from data.datasets import build_dataset, list_samples
 from data.loaders import training_batches
 from data.taxonomy import IGNORE, class_set
@@ -252,11 +253,19 @@ def test_a_dataset_may_move_between_the_parts_of_a_run(finished, configure, tmp_
 def test_a_run_does_not_go_on_with_other_images(finished, configure, tmp_path):
     cfg = configure(finished.layout, "stage1_BPL.yml", finished.runs)
     shutil.copytree(cfg.data.target.root, tmp_path / "target")
-    cfg.data.target.root = str(tmp_path / "target")
-    before = len(list_samples(cfg.data.target, with_labels=False))
-    list_samples(cfg.data.target, with_labels=False)[0].image.unlink()
-    with pytest.raises(UserError, match=rf"data\.target has {before - 1} images .* begun with {before} images"):
-        train_bpl.main(cfg)
+    moved = ["data.target.root=" + str(tmp_path / "target")]
+    labels = configure(finished.layout, "pseudo_labels.yml", finished.runs, *moved)
+    before, images = gen_pseudo_labels.main(labels)["files"], list_samples(labels.data.target, with_labels=False)
+    with open(images[0].image, "ab") as file:  # other content under the same name
+        file.write(b"\0")
+    for stage, script, file in (
+        ("target", train_bpl, "stage1_BPL.yml"),
+        ("files", gen_pseudo_labels, "pseudo_labels.yml"),
+    ):
+        with pytest.raises(UserError, match=rf"{stage}.*{before}|{before} -> "):
+            script.main(configure(finished.layout, file, finished.runs, *moved))
+    with pytest.raises(UserError, match=rf"pseudo labels in .* are of other images \({before}, not "):
+        train_pst.main(configure(finished.layout, "stage2_PST.yml", finished.runs, "name=x", *moved))
 
 
 @one_layout
@@ -298,6 +307,11 @@ def test_other_pseudo_labels_are_refused_until_they_are_to_be_replaced(finished,
     cfg.train.restart = True
     after = gen_pseudo_labels.main(cfg)
     assert before["kept"] < 1 and after["kept"] == 1
+    cfg.pseudo.selection, cfg.pseudo.threshold = "constant", 1.0
+    with pytest.raises(UserError, match="no pixel of any class reaches"):
+        gen_pseudo_labels.main(cfg)
+    cfg.pseudo.selection, cfg.pseudo.threshold = "class_balanced", 0.01
+    assert store.read_manifest(cfg.run_dir) == after  # what was there stays until new labels are whole
     lost = sorted((cfg.run_dir / "labels").rglob("*.png"))[0]
     lost.unlink()
     assert gen_pseudo_labels.main(cfg) == after and lost.is_file()  # of the same settings too

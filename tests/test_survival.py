@@ -362,8 +362,13 @@ def test_stage_notices_that_what_it_was_made_from_has_changed(configure, upstrea
         state = read(base / "checkpoints" / "last.pth")
         torch.save(state | {"iteration": 7}, base / "checkpoints" / "last.pth")
     main, _ = long_run(configure, upstream, folders("runs"), stage)
-    with pytest.raises(UserError, match=rf"{stage} was started from .*/{changed}/.* made anew since"):
+    with pytest.raises(UserError, match=rf"{stage} was started from .*/runs/.*/{changed}/.* made anew since"):
         main()
+    folders("runs").rename(folders("moved"))
+    main, _ = long_run(configure, upstream, folders("moved"), stage)
+    with pytest.raises(UserError, match=rf"{stage} was started from .*/moved/.*/{changed}/.* made anew since"):
+        main()
+    folders("moved").rename(folders("runs"))
     with contextlib.suppress(UserError):  # pseudo labels of a model that changed are refused as stale
         restarted, _ = long_run(configure, upstream, folders("runs"), stage, "train.restart=true")
         restarted()

@@ -24,7 +24,6 @@ Two keys are the pipeline's own:
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -37,7 +36,7 @@ import gen_pseudo_labels
 import test
 import train_bpl
 import train_pst
-from data.datasets import build_dataset, list_samples
+from data.datasets import build_dataset, fingerprint, list_samples
 from data.loaders import spread
 from data.taxonomy import ClassSet, class_set
 from loss import segmentation_loss
@@ -52,7 +51,7 @@ from utils.engine.setup import check_inputs, checked_config, choose_device, load
 from utils.evaluation.metrics import mean_over, text_table
 from utils.evaluation.pictures import Gallery, save_panel
 from utils.evaluation.prediction import evaluate
-from utils.report.page import score_table, write_report
+from utils.report.page import read_mapping, score_table, write_report
 
 STEPS = {  # stage: its script, its config, what sets it apart; in order
     "source_only": (train_bpl, "stage0_warmup.yml", ["name=source_only", "loss.adversarial=0"]),
@@ -243,13 +242,13 @@ def _test(tests: Config, run_name: str) -> dict:
     cfg = copy.deepcopy(tests)
     cfg.checkpoint, cfg.which, cfg.batchnorm.statistics = run_name, "last", "target"
     cfg.name, cfg.test.dataset, cfg.test.images = f"test/{run_name}_target", "val", ""
-    before = cfg.run_dir / "metrics.json"
-    if before.is_file():
-        scores = json.loads(before.read_text(encoding="utf-8"))
-        same = scores["checkpoint_hash"] == checkpoint.file_hash(checkpoint.find_checkpoint(cfg, run_name))
-        if same and scores.get("mode") == test.mode(cfg):
-            return scores
-    return test.main(cfg)
+    scores = read_mapping(cfg.run_dir / "metrics.json")
+    same = {
+        "checkpoint_hash": checkpoint.file_hash(checkpoint.find_checkpoint(cfg, run_name)),
+        "files": fingerprint(list_samples(cfg.data.val)),
+        "mode": test.mode(cfg),
+    }
+    return scores if scores | same == scores else test.main(cfg)
 
 
 def format_summary(rows: dict[str, dict]) -> str:

@@ -221,6 +221,38 @@ def test_what_looks_like_a_key_that_stands_twice_is_read(tmp_path):
     assert read_yaml(tmp_path / "mine.yml") == yaml.safe_load(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed: 010", "010 means 8 in YAML"),
+        ("seed: 1:30", "1:30 means 90 in YAML"),
+        ("train: {lr: 1:30.5}", "1:30.5 means 90.5 in YAML"),
+        ("data: {source: {id_map: {000: sky, 026: car}}}", "000 means 0 in YAML"),
+        ("", "holds no key"),
+        ("train.lr: 5", r"'train\.lr' in .*: a YAML has sections in place of dots, as in 'train: {lr: …}'"),
+        ("runs: ~/r", r"runs='~/r' in a YAML must be a relative path"),
+        ("data: {val: {format: cityscapes, images: [a.png]}}", r"data\.val\.images is set, but format=cityscapes"),
+        ("data: {palette: [[0, 0, 0]]}", r"data\.palette is set, but data\.class_set=cityscapes19"),
+    ],
+)
+def test_what_a_benchmark_does_not_mean_is_named(tmp_path, text, said):
+    (tmp_path / "mine.yml").write_text(text)
+    refused(said, f"benchmark={tmp_path / 'mine.yml'}")
+
+
+def test_numbers_and_names_of_the_command_line_that_are_not_meant():
+    refused(r"seed='010': 010 means 8 in YAML", "seed=010")
+    refused("benchmark= is empty", "benchmark=")
+    assert checked_config(BPL, ["seed=0", "train.lr=0.5"]).seed == 0
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "day").mkdir()
+    cfg = checked_config(BPL, ["data.source.root=~/day", "runs=~/r"])
+    assert cfg.data.source.root == str(tmp_path / "day") and cfg.run_dir == tmp_path / "r/gta5_to_cityscapes/bpl"
+
+
 def test_a_key_that_stands_twice_on_the_command_line_is_named():
     refused(r"data\.source\.id_map=.* key 2 stands twice", "data.source.id_map={2: car, 2: road}")
 

@@ -95,6 +95,14 @@ def test_what_may_be_meant_is_a_warning():
     assert len(found) == 3
 
 
+def test_ids_that_are_all_named_and_all_there_are_no_fault():
+    """Two classes of a street, of which most is background."""
+    two = custom_class_set(["road", "car"], [])
+    found = labels(section(id_map={1: "road", 2: "car"}), two, {0: 69, 1: 20, 2: 11})
+    assert not found.faults() and "look like train ids" in found.mostly_ignored()[0]
+    assert labels(section(id_map={1: "road", 7: "car"}), two, {0: 69, 1: 20, 2: 11}).faults()
+
+
 def test_optimised_labels_among_others():
     sample, found = Sample(Path("i.png"), Path("l.png"), "i"), labels(section(), TWO, {0: 90, 1: 10})
     found.add(sample, {"ids": {0: 1}, "stored": "1"})

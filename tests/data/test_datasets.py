@@ -160,9 +160,12 @@ def test_missing_files_are_named(copied, tmp_path):
 def test_a_label_is_no_image(tmp_path, with_labels):
     for name in ("a.jpg", "b.jpg", "a_L.png", "b_L.png"):
         Image.new("L", (8, 8)).save(tmp_path / name)
-    cfg = dataset_config(format="folder", root=str(tmp_path), images=["*"], labels="{stem}_L.png")
-    with pytest.raises(UserError, match=r"2 files are both image and label, the first is .*a_L\.png: narrow the globs"):
-        list_samples(cfg, with_labels)
+    for labels in ("{stem}_L.png", f"../{tmp_path.name}/{{stem}}_L.png"):
+        cfg = dataset_config(format="folder", root=str(tmp_path), images=["*"], labels=labels)
+        with pytest.raises(
+            UserError, match=r"2 files are both image and label, the first is .*a_L\.png: narrow the globs"
+        ):
+            list_samples(cfg, with_labels)
 
 
 def test_an_id_beyond_the_classes_is_refused_without_an_id_map(tmp_path):
@@ -173,8 +176,9 @@ def test_an_id_beyond_the_classes_is_refused_without_an_id_map(tmp_path):
         build_dataset(cfg, NINETEEN)[0]
 
 
-@pytest.mark.parametrize("glob", ["/abs/*.jpg", ""])
+@pytest.mark.parametrize("glob", ["/abs/*.jpg", "", ".", "day", "day/"])
 def test_impossible_glob_is_the_users_mistake(tmp_path, glob):
+    (tmp_path / "day").mkdir()
     with pytest.raises(UserError, match="images"):
         list_samples(dataset_config(format="folder", root=str(tmp_path), images=[glob]), with_labels=False)
 
@@ -307,6 +311,11 @@ def test_images_of_a_path_a_folder_or_a_glob(tmp_path, monkeypatch):
     for nothing in ("c", "a/*.gif", "a/*.txt"):
         with pytest.raises(UserError, match="no image at "):
             find_images(nothing)
+    (tmp_path / "a/runs").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a/runs/panel.png")
+    assert "runs/panel" in [name for name, _ in names("a")]
+    assert [s.name for s in find_images("a", "a/runs")] == ["deep/er/y", "x", "x[2]"]  # what the code wrote itself
+    assert [s.name for s in find_images("a/runs", "a/runs")] == ["panel"]
     touch(tmp_path, "a/x.webp")
     with pytest.raises(UserError, match=f"{tmp_path}/a/x.JPG and {tmp_path}/a/x.webp would have one name"):
         find_images("a")

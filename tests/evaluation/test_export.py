@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,9 @@ from PIL import Image
 from torch import nn
 
 import test
-from data.datasets import build_dataset
-from data.taxonomy import CLASS_SETS, class_set, label_ids
-from utils.config import UserError
+from data.datasets import Sample, SegmentationDataset, build_dataset
+from data.taxonomy import CLASS_SETS, ID_TO_NAME, class_set, label_ids
+from utils.config import ROOT, UserError
 from utils.engine.setup import build_network, resolve_auto
 from utils.evaluation.export import KINDS, Exporter
 from utils.evaluation.prediction import evaluate
@@ -128,6 +130,28 @@ def test_images_of_any_kind_without_labels(configure, trees, weights, tmp_path):
     names = json.loads((folder / "train_ids" / "classes.json").read_text(encoding="utf-8"))
     assert names == {str(k): name for k, name in enumerate(NINETEEN.names)}
     shutil.rmtree(folder)
+
+
+def test_an_image_that_no_jpeg_can_hold_is_named(tmp_path):
+    sample = Sample(tmp_path / "wide.png", None, "wide")
+    export = Exporter(tmp_path / "out", SegmentationDataset([sample]), NINETEEN, ID_TO_NAME["cityscapes"])
+    with pytest.raises(UserError, match=r"cannot write .*overlay/wide\.jpg"):
+        export(0, torch.zeros(3, 1, 66000, dtype=torch.uint8), torch.zeros(1, 66000, dtype=torch.uint8))
+
+
+def test_a_test_keeps_its_folder_to_itself(configure, weights, tmp_path, monkeypatch):
+    held = []
+
+    def in_the_way(cfg):
+        held.append(cfg.run_dir)
+        code = "import pathlib, sys; from utils.engine.run_folder import run_lock as lock"
+        code += "; lock(pathlib.Path(sys.argv[1])).__enter__()"
+        command = [sys.executable, "-c", code, cfg.run_dir]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100).stderr
+
+    monkeypatch.setattr(test, "_evaluated", in_the_way)
+    said, _ = predict_images(configure, weights, tmp_path)
+    assert f"{held[0]} is in use by process" in said
 
 
 def test_unusable_images_are_named(configure, weights, tmp_path):

@@ -85,7 +85,9 @@ class DatasetConfig:
         if self.format == "folder":
             require(self.images, f"{key}.images is empty, but format=folder needs globs")
         else:
-            require(not self.id_map, f"{key}.id_map is set, but format={self.format} has its own; use folder")
+            for name in ("images", "labels", "strip", "id_map"):
+                unread = f"{key}.{name} is set, but format={self.format} has its own; use folder"
+                require(not getattr(self, name), unread)
         require(len(self.size) in (0, 2), f"{key}.size={self.size}: [width, height]")
         splits = {"cityscapes": ("train", "val", "test"), "gta5": ("all", "train", "val", "test")}.get(self.format)
         require(not splits or self.split in splits, f"{key}.split={self.split!r} is not one of {splits}")
@@ -138,8 +140,9 @@ class DataConfig:
         if self.class_set == "custom":
             require(self.class_names, "data.class_set=custom needs data.class_names")
         else:
-            unused = f"data.class_names is set, but data.class_set={self.class_set}; use custom"
-            require(not self.class_names, unused)
+            for name in ("class_names", "palette"):
+                unused = f"data.{name} is set, but data.class_set={self.class_set}; use custom"
+                require(not getattr(self, name), unused)
         for name in ("source", "target", "val"):
             section = getattr(self, name)
             section.validate(f"data.{name}")
@@ -426,4 +429,4 @@ class Config:
 
     def sibling_run(self, name: str) -> Path:
         """Folder of another run of the same benchmark."""
-        return Path(self.runs).absolute() / self.benchmark_name / name
+        return Path(self.runs).expanduser().absolute() / self.benchmark_name / name

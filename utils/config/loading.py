@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -142,6 +143,9 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
 
 def _unknown(key: str, where: str) -> ConfigError:
     keys = list(all_keys())
+    if key in keys:
+        nested = "".join(f"{{{part}: " for part in key.split("."))[1:] + "…" + "}" * key.count(".")
+        return ConfigError(f"{key!r} in {where}: a YAML has sections in place of dots, as in {nested!r}")
     same_leaf = [k for k in keys if k.rpartition(".")[2] == key.rpartition(".")[2]]
     near = same_leaf[0] if same_leaf else nearest(key, keys)
     return ConfigError(f"unknown key {key!r} in {where}; nearest is {near!r}")
@@ -172,8 +176,9 @@ def find_path(path: str, is_there: Callable[[str], bool] = os.path.exists, besid
     """A relative path from the first folder that has it: `beside`, the working folder, the checkout.
 
     Returns:
-        `path` as it is where it is absolute, found from the working folder, or found nowhere.
+        `path` as it is where it is absolute, found from the working folder, or found nowhere; ~ is the home folder.
     """
+    path = os.path.expanduser(path)
     if path and not os.path.isabs(path):
         for folder in (beside or os.curdir, os.curdir, ROOT):
             found = os.path.join(folder, path)
@@ -183,7 +188,11 @@ def find_path(path: str, is_there: Callable[[str], bool] = os.path.exists, besid
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping: of two values, YAML would take the second without a word."""
+    """Refuses what YAML would misread without a word.
+
+    Of a key that stands twice in one mapping, the second value would count; a number that begins with 0, or holds
+    colons, would be octal, or count seconds.
+    """
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         mapping, lines = super().compose_mapping_node(anchor), {}
@@ -195,6 +204,18 @@ class _Loader(yaml.SafeLoader):
                     raise ConfigError(f"key {key!r} stands twice, in {first} {line}")
                 lines[key] = line
         return mapping
+
+
+def _plain_number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    kind = node.tag.rpartition(":")[2]
+    value = getattr(yaml.SafeLoader, f"construct_yaml_{kind}")(loader, node)
+    misread = ":" in node.value or (kind == "int" and re.match(r"[-+]?0[\d_]", node.value))
+    require(not misread, f"{node.value} means {value} in YAML: write the number without leading zeros and colons")
+    return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _plain_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _plain_number)
 
 
 def read_yaml(path: Path) -> dict:
@@ -307,9 +328,11 @@ def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
     commands = [_override(o) for o in overrides]
     chosen = dict(commands)
     require("stage" not in chosen, "stage is set by the stage file: give another one with --config")
-    benchmark = str(chosen.get("benchmark") or stage_delta.get("benchmark") or config.benchmark)
+    benchmark = str(chosen.get("benchmark", stage_delta.get("benchmark", config.benchmark)) or "")
+    require(benchmark, "benchmark= is empty: a name or a .yml file is needed")
     benchmark_file = _find_benchmark(benchmark)
     benchmark_delta = read_yaml(benchmark_file)
+    require(benchmark_delta, f"{benchmark_file} holds no key")
     by_stage = _stage_deltas(benchmark_delta.pop("stages", None) or {}, benchmark_file)
 
     def apply(delta: dict, file: Path, where: str) -> None:
@@ -324,7 +347,7 @@ def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
     for key, value in (("runs", config.runs), ("data.toy_root", config.data.toy_root)):
         # Who passes a YAML on does not decide where it writes.
         message = f"{key}={value!r} in a YAML must be a relative path without '..'; give it as {key}=…"
-        require(not leaves_folder(value), message)
+        require(not leaves_folder(os.path.expanduser(value)), message)
     for key, value in commands:
         for part in reversed(key.split(".")):
             value = {part: value}

@@ -180,9 +180,13 @@ class RunFiles:
 
 
 def refuse_changed_upstream(upstream: dict[str, str], run: Path) -> None:
-    """UserError if a file that a run was started from, {path: hash}, has been made anew since."""
-    for path, digest in upstream.items():
-        if Path(path).is_file() and file_hash(Path(path)) != digest:
+    """UserError if a file that a run was started from, {path: hash}, has been made anew since.
+
+    A relative path is from the run's own folder.
+    """
+    for name, digest in upstream.items():
+        path = (run.resolve() / name).resolve()
+        if path.is_file() and file_hash(path) != digest:
             raise UserError(
                 f"{run} was started from {path}, which has been made anew since: they no longer belong together; "
                 "begin anew with train.restart=true, or give this run a name="

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import torch
 
 from models import WeightError
-from utils.config import ROOT, Config, ConfigError, UserError, find_path, key_help, to_dict, to_yaml
+from utils.config import ROOT, Config, ConfigError, UserError, all_keys, find_path, key_help, to_dict, to_yaml
 from utils.config.keys import TRAINING_STAGES
 from utils.engine import distributed
 from utils.engine.setup import checked_config
@@ -51,6 +51,7 @@ def run_cli(main: Callable[[Config], Any], default_config: str, usage: str, stag
             print(to_yaml(to_dict(config)), end="")
         else:
             warn_of_idle_gpus(config)
+            warn_of_unread_keys(config, args.overrides)
             main(config)
 
     guarded(call, args.debug)
@@ -86,6 +87,14 @@ def warn_of_idle_gpus(config: Config) -> None:
             "`python` uses all, device=cuda:0 hides this line",
             file=sys.stderr,
         )
+
+
+def warn_of_unread_keys(config: Config, overrides: list[str]) -> None:
+    """A line for each key of the command line that the configuration's stage does not read."""
+    keys = all_keys()
+    for key in dict.fromkeys(word.partition("=")[0] for word in overrides):
+        if (stages := keys[key].stages) is not None and config.stage not in stages and distributed.is_main():
+            print(f"warning: {key}= is not read by stage {config.stage}, but by {', '.join(stages)}", file=sys.stderr)
 
 
 def guarded(call: Callable[[], Any], debug: bool = False) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
-import hashlib
 import itertools
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from data import pseudo_labels
 from data.check import check_samples
-from data.datasets import SegmentationDataset, build_dataset
+from data.datasets import SegmentationDataset, build_dataset, fingerprint
 from data.loaders import UNREADABLE, spread, training_batches
 from data.taxonomy import class_set
 from data.transforms import RandomScaleCropFlip, Views
@@ -197,15 +197,6 @@ class Data(NamedTuple):
     target: SegmentationDataset
     val: SegmentationDataset
 
-    def trained_on(self) -> dict[str, str]:
-        """How many images source and target have, and a hash of their names; where the folder is does not count."""
-        found = {}
-        for name in ("source", "target"):
-            names = "\n".join(sample.name for sample in getattr(self, name).samples)
-            digest = hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-            found[name] = f"{len(getattr(self, name))} images with names of hash {digest}"
-        return found
-
 
 def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
     """Check every input, build the networks, and fill them from the run's saved state or from `model.init`."""
@@ -231,18 +222,19 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
         lambda: _refuse_stale(labels) if labels else None,
     )
     data = Data(*datasets)
+    images = {name: fingerprint(dataset.samples) for name, dataset in data._asdict().items()}
     if saved:
-        refuse_other_images(saved.get("images", {}), data.trained_on(), cfg.run_dir)
+        refuse_other_images(saved.get("images", {}), images, cfg.run_dir)
         file = identify(files.last, saved)
     else:
         file = read_weights(init) if init else None
         made_from = [path for path in (init, labels and labels / pseudo_labels.MANIFEST) if path]
-        upstream = {str(path.resolve()): checkpoint.file_hash(path) for path in made_from}
+        upstream = {_beside(path, cfg): checkpoint.file_hash(path) for path in made_from}
     cfg = resolve_auto(cfg, file)
     stage = stage_type(cfg, device)
     if init:
         start = checkpoint.load_networks(stage.networks, file, cfg)
-    run = Run(cfg, stage, data, files, upstream)
+    run = Run(cfg, stage, data, files, upstream, images)
     checkpoint.seed_generators(own_seed)
     if saved:
         run.load_state_dict(saved)
@@ -253,6 +245,12 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
         files.clear()  # only now: a refusal above leaves the run that was to be replaced as it is
     run.open_log(start, saved and saved.get("lengths"))
     return run
+
+
+def _beside(path: Path, cfg: Config) -> str:
+    """A file as a run remembers it: from its own folder, where all runs may move together, or the whole path."""
+    path, folder = path.resolve(), cfg.run_dir.resolve()
+    return os.path.relpath(path, folder) if path.is_relative_to(cfg.sibling_run("").resolve()) else str(path)
 
 
 def _training_set(
@@ -309,7 +307,7 @@ def refuse_other_experiment(saved: dict, cfg: Config) -> None:
 
 
 def refuse_other_images(saved: dict[str, str], found: dict[str, str], run: Path) -> None:
-    """UserError if source or target no longer consist of the images that a run has begun with."""
+    """UserError if source, target or val no longer consist of the images that a run has begun with."""
     for name, images in saved.items():  # older runs have none
         if found[name] != images:
             raise UserError(
@@ -324,11 +322,20 @@ class Run:
     Args:
         cfg: resolved.
         upstream: {path: hash} of the files that the run was started from.
+        images: `fingerprint` of source, target and val.
     """
 
-    def __init__(self, cfg: Config, stage: Stage, data: Data, files: checkpoint.RunFiles, upstream: dict[str, str]):
+    def __init__(
+        self,
+        cfg: Config,
+        stage: Stage,
+        data: Data,
+        files: checkpoint.RunFiles,
+        upstream: dict[str, str],
+        images: dict[str, str],
+    ):
         self.cfg, self.stage, self.model, self.data = cfg, stage, stage.model, data
-        self.folder, self.files, self.upstream = cfg.run_dir, files, upstream
+        self.folder, self.files, self.upstream, self.images = cfg.run_dir, files, upstream, images
         self.step = GuardedStep(cfg, stage.networks, stage.optimizers, stage.device, files.not_finite)
         self.iteration = self.saved_at = 0
         self.last_scores: dict | None = None
@@ -345,7 +352,7 @@ class Run:
             "last": self.last_scores,
             "unreadable": sorted(self.unreadable),
             "upstream": self.upstream,
-            "images": self.data.trained_on(),
+            "images": self.images,
             "lengths": self.log.sync(),
         }
 

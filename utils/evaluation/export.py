@@ -14,6 +14,7 @@ from data.datasets import SegmentationDataset, resize_label
 from data.images import read_image
 from data.pseudo_labels import write_png
 from data.taxonomy import ClassSet
+from utils.config import UserError, reason
 from utils.engine.distributed import is_main, wait
 from utils.evaluation.pictures import colorize, to_picture
 
@@ -60,4 +61,8 @@ class Exporter:
         write_png(self.folder / "label_ids" / f"{sample.name}.png", self.label_ids[train_ids])
         overlay = self.folder / "overlay" / f"{sample.name}.jpg"
         overlay.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.uint8((to_picture(image).astype(np.uint16) + color) // 2)).save(overlay, quality=90)
+        mixed = Image.fromarray(np.uint8((to_picture(image).astype(np.uint16) + color) // 2))
+        try:
+            mixed.save(overlay, quality=90)
+        except OSError as error:  # a full disk; a side above 65,500 pixels, which JPEG cannot hold
+            raise UserError(f"cannot write {overlay}: {reason(error)}") from None
