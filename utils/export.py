@@ -145,16 +145,16 @@ def run(words: list[str]) -> Path:
                 warnings.simplefilter("ignore")  # TorchScript is deprecated, but asked for
                 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
                 exported = export(network, form, file)
+                difference = largest_difference(network, exported) if exported else 0.0
         except Exception as error:  # of many kinds
             why = reason(error)
             raise UserError(f"format={form} cannot hold this network for images of any size: {why}") from None
+        if not difference <= TOLERANCE:
+            raise UserError(
+                f"format={form} computes other {output} than the network, by up to "
+                f"{difference:.1e} in probability; {path} is not written"
+            )
         if exported:
-            difference = largest_difference(network, exported)
-            if not difference <= TOLERANCE:
-                raise UserError(
-                    f"format={form} computes other {output} than the network, by up to "
-                    f"{difference:.1e} in probability; {path} is not written"
-                )
             print(f"checked: probabilities differ by at most {difference:.1e}")
         else:
             print("not checked: ONNX Runtime is missing (pip install -r utils/requirements-onnx.txt)")

@@ -58,7 +58,7 @@ def work(monkeypatch):
 
         monkeypatch.setattr(owner, name, watched)
 
-    for owner, name in ((train_bpl.BPL, "step"), (train_pst.PST, "step"), (pseudo_labels, "clear")):
+    for owner, name in ((train_bpl.BPL, "step"), (train_pst.PST, "step"), (pseudo_labels, "begin")):
         watch(owner, name)
     return seen
 

@@ -66,6 +66,10 @@ def test_the_file_gives_what_the_network_gives(trained, tmp_path, capsys, form, 
     for output in export.OUTPUTS if form == "torchscript" else ("labels",):
         files[output] = tmp_path / f"{output}.bin"
         words = [f"checkpoint={checkpoint}", f"format={form}", f"output={output}", f"file={files[output]}"]
+        if form == "pt2" and "resnet" in backbone and torch.__version__.startswith("2.11."):
+            with pytest.raises(UserError, match="cannot hold this network for images of any size: Guard failed"):
+                export.run(words)
+            return
         assert export.run(words) == files[output]
         assert "checked: probabilities differ by at most" in capsys.readouterr().out
     model, rng = load_model(checkpoint), np.random.default_rng(0)
