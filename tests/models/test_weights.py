@@ -371,6 +371,11 @@ def test_other_efficientnet_lite_packages_fill_their_backbones(tmp_path, number)
         assert theirs.rsplit(".", 1)[1] == ours.rsplit(".", 1)[1] and torch.equal(value, own), (theirs, ours)
 
 
+def test_our_network_without_its_recipe_is_no_backbone(tmp_path):
+    torch.save(build_model("deeplabv2", 7, "resnet18", 16).state_dict(), tmp_path / "x.pth")
+    one_line(lambda: read_weights(tmp_path / "x.pth"), r"x\.pth holds a network of this code without its recipe")
+
+
 TIMM = ("test_resnet", "resnet18", "tf_efficientnet_lite1", "test_vit", "pvt_v2_b0")
 TIMM += tuple(
     pytest.param(name, marks=(pytest.mark.slow, pytest.mark.full_size))
