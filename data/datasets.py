@@ -5,6 +5,7 @@ A format is a way to list files and an id map; all else is shared. Samples leave
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -73,7 +74,9 @@ def fingerprint(samples: list[Sample]) -> str:
     """How many images there are, and a hash of their names and sizes in bytes; where their folder is does not count."""
     digest = hashlib.sha256()
     for sample in samples:
-        size = os.path.getsize(sample.image) if sample.image.is_file() else 0
+        size = 0  # of a broken link
+        with contextlib.suppress(OSError):
+            size = os.stat(sample.image).st_size
         digest.update(f"{sample.name}\0{size}\n".encode("utf-8", "surrogateescape"))
     return f"{len(samples)} images of hash {digest.hexdigest()[:12]}"
 
