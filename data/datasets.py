@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from data.images import IMAGE_ENDINGS, read_label_ids, read_picture, show_name
+from data.images import IMAGE_ENDINGS, read_label_ids, read_upper_rows, show_name
 from data.taxonomy import UNKNOWN, ClassSet, known_ids, label_ids
 from data.transforms import Crop
 from utils.config import UserError, reason
@@ -346,15 +346,15 @@ class SegmentationDataset(Dataset):
             return self.transform(self.size or size, np.random.default_rng([self.seed, draw, 1]))
 
         # Some GTA5 labels differ in size from their image: each is brought to the common size, or cropped, by itself.
-        picture = read_picture(sample.image, (lambda size: crop_of(size).depth) if self.transform else None)
-        crop = crop_of(picture.size) if self.transform else None
-        hw = self.size[::-1] or [picture.height, picture.width]
-        image = crop.of_image(picture) if crop else F.resize(F.pil_to_tensor(picture), hw, antialias=True)
+        share = (lambda size: crop_of(size).depth) if self.transform else (lambda size: 1)
+        picture, size = read_upper_rows(sample.image, share)
+        crop, hw = crop_of(size) if self.transform else None, self.size[::-1] or size[::-1]
+        image = crop.of_image(picture, size) if crop else F.resize(F.pil_to_tensor(picture), hw, antialias=True)
         item = {"image": image, "index": index}
         if sample.label is None:
             return item
         ids = read_label_ids(sample.label)
-        self.refuse_unlike_sizes(sample, picture.size, ids.shape[::-1])
+        self.refuse_unlike_sizes(sample, size, ids.shape[::-1])
         train_ids = functools.partial(self.train_ids, sample.label)
         label = crop.of_label(ids, train_ids) if crop else resize_label(torch.from_numpy(train_ids(ids)), hw)
         return item | {"label": label}

@@ -49,24 +49,30 @@ class _Png:
     """A PNG file without its metadata."""
 
     def __init__(self, content: bytes):
-        width, height, self.depth, self.colour, _, _, self.interlaced = struct.unpack_from(">IIBBBBB", content, 16)
+        width, height, depth, colour, _, _, self.interlaced = struct.unpack_from(">IIBBBBB", content, 16)
         self.size, self.turned = (width, height), False
         # RGB or RGBA where colours have 16 bits, of which Pillow keeps the upper 8.
-        self.deep = {_COLOUR: "RGB", _COLOUR_ALPHA: "RGBA"}.get(self.colour, "") if self.depth == 16 else ""
-        chunks, view, place, kind = [content[:8]], memoryview(content), 8, b""
-        self._pixels = []  # compressed
+        self.deep = {_COLOUR: "RGB", _COLOUR_ALPHA: "RGBA"}.get(colour, "") if depth == 16 else ""
+        view, place, kind = memoryview(content), 8, b""
+        self._chunks, self._pixels = [view[:8]], []  # what is copied is most of the time that this takes
         while place + 8 <= len(content) and kind != b"IEND":
             length, kind = struct.unpack_from(">I4s", content, place)
             chunk = view[place : place + 12 + length]
             place += 12 + length
-            exif = kind == b"eXIf" and zlib.crc32(chunk[4:-4]).to_bytes(4) == chunk[-4:]
+            exif = kind == b"eXIf" and _sound(chunk)
             self.turned |= exif
             if exif or kind[:1].isupper():  # the others are ancillary
-                chunks.append(chunk)
+                self._chunks.append(chunk)
             if kind == b"IDAT":
                 self._pixels.append(chunk[8 : 8 + length])
-        self.complete = kind == b"IEND" and place <= len(content)
-        self.content = b"".join(chunks)
+        # Of a file that is cut off, no rows are read by themselves: that is to be said at once, not when a crop needs
+        # what is missing.
+        complete = kind == b"IEND" and place <= len(content) and _sound(view[8:33])
+        self.plain = complete and (depth, colour, self.interlaced, self.turned) == (8, _COLOUR, 0, False)
+
+    def content(self) -> bytes:
+        """The file."""
+        return b"".join(self._chunks)
 
     def decode(self, layout: str, rows: int | None = None) -> Image.Image:
         """The picture, or its uppermost rows; `layout` is Pillow's name for how pixels are stored."""
@@ -74,19 +80,32 @@ class _Png:
         return Image.frombytes(layout.partition(";")[0], size, b"".join(self._pixels), "zip", layout, self.interlaced)
 
 
-def _open(path: Path) -> tuple[Image.Image, _Png | None]:
-    """A picture that is not decoded yet; ValueError for a size that no image has: a few bytes must not fill memory."""
+def _sound(chunk: memoryview) -> bool:
+    """Whether a PNG's chunk has its checksum."""
+    return zlib.crc32(chunk[4:-4]).to_bytes(4) == chunk[-4:]
+
+
+def _read(path: Path) -> tuple[bytes, _Png | None]:
     content = path.read_bytes()
-    png = _Png(content) if content.startswith(_PNG_START) else None
+    return content, _Png(content) if content.startswith(_PNG_START) else None
+
+
+def _refuse_huge(width: int, height: int) -> None:
+    """ValueError for a size that no image has: a few bytes must not fill memory."""
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{width}x{height} pixels are too many")
+
+
+def _open(content: bytes, png: _Png | None) -> Image.Image:
+    """A picture that is not decoded yet."""
     try:
-        picture = Image.open(io.BytesIO(png.content if png else content), formats=_FORMATS)
+        picture = Image.open(io.BytesIO(png.content() if png else content), formats=_FORMATS)
     except UnidentifiedImageError:
         raise ValueError(f"not a picture of a known format ({', '.join(_FORMATS)})") from None
-    if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{picture.width}x{picture.height} pixels are too many")
+    _refuse_huge(*picture.size)
     if picture.format == "BMP" and picture.mode == "1" and content[28] == 8:  # which Pillow decodes as one bit each
         raise ValueError("a BMP of 8 bits whose palette is black and white alone: save it as PNG")
-    return picture, png
+    return picture
 
 
 def _layout(picture: Image.Image) -> tuple[str, int | None]:
@@ -104,7 +123,7 @@ def stored_as(path: Path) -> tuple[str, dict[int, tuple[int, ...]]]:
     With it {index: (r, g, b)} of what a picture with a colour palette uses; {} of others.
     """
     with _named("file", path):
-        picture, _ = _open(path)
+        picture = _open(*_read(path))
         layout, _ = _layout(picture)
         if picture.mode != "P":
             return layout, {}
@@ -134,29 +153,38 @@ def show_name(name: object) -> str:
     return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def read_picture(path: Path, depth: Callable[[tuple[int, int]], float] | None = None) -> Image.Image:
+def read_picture(path: Path) -> Image.Image:
     """8-bit RGB picture, upright as its EXIF entry says, without alpha.
-
-    Args:
-        depth: gives, for a size (width, height), the share of the height, from the top, that will be looked at. Rows
-            further down may be left undecoded, and are black then: decoding is most of a training sample's time.
 
     Raises:
         UserError: the file cannot be decoded, or its numbers have no meaning in 8 bits.
     """
+    return read_upper_rows(path, lambda size: 1)[0]
+
+
+def read_upper_rows(path: Path, share: Callable[[tuple[int, int]], float]) -> tuple[Image.Image, tuple[int, int]]:
+    """As `read_picture`, but rows further down than needed may be missing: decoding is most of a sample's time.
+
+    Args:
+        share: gives, for the picture's (width, height), the share of the height, from the top, that is needed.
+
+    Returns:
+        The rows, and the whole picture's (width, height).
+    """
     with _named("image", path):
-        picture, png = _open(path)
-        # A PNG that is cut off is decoded whole: that is to be said at once, not when a crop needs what is missing.
-        plain = png and png.complete and (png.depth, png.colour, png.interlaced, png.turned) == (8, _COLOUR, 0, False)
-        if depth and plain:
-            rows = math.ceil(picture.height * depth(picture.size)) + 1  # one more, where a filter magnifies
-            if rows < picture.height:
-                return png.decode("RGB", rows).crop((0, 0, *picture.size))
+        content, png = _read(path)
+        if png and png.plain:
+            _refuse_huge(*png.size)
+            width, height = png.size
+            rows = math.ceil(height * share(png.size)) + 1  # one more, where a filter magnifies
+            if rows < height:
+                return png.decode("RGB", rows), png.size
+        picture = _open(content, png)
         layout, _ = _layout(picture)
         picture.load()
         upright, turn = _eight_bits(picture, layout, png), _turn_of(picture)  # Pillow's own call rewrites all EXIF
         upright = upright if turn is None else upright.transpose(turn)
-        return upright if upright.mode == "RGB" else upright.convert("RGB")
+        return upright if upright.mode == "RGB" else upright.convert("RGB"), upright.size
 
 
 def _turn_of(picture: Image.Image) -> Image.Transpose | None:
@@ -203,7 +231,8 @@ def read_label_ids(path: Path) -> np.ndarray:
             picture of 8 bits, or has a grey palette that leaves open whether index or grey is the id.
     """
     with _named("label", path):
-        picture, png = _open(path)
+        content, png = _read(path)
+        picture = _open(content, png)
         if picture.format not in _EXACT_FORMATS or picture.info.get("compression") in _LOSSY_TIFF:
             raise ValueError(f"{picture.format} compression does not keep ids exactly: save it as PNG")
         if picture.format == "TIFF" and _pages_of_one_size(picture):
@@ -223,7 +252,7 @@ def read_label_ids(path: Path) -> np.ndarray:
         mode, _, option = layout.partition(";")
         if mode in ("1", "L") and "I" in option:
             raise ValueError("its greys are stored inverted: save it as PNG")
-        if picture.format == "BMP" and picture.mode != "P" and path.read_bytes()[28] != 8:
+        if picture.format == "BMP" and picture.mode != "P" and content[28] != 8:
             raise ValueError("a grey BMP of few bits: save it as PNG")
         ids = np.asarray(picture)
         if mode == "P":

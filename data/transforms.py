@@ -41,13 +41,15 @@ class Crop:
         """Share of an image's height, from the top, that the crop needs."""
         return (self.top + self.covered[1] + 1) / self.scaled[1]  # the filter reaches one pixel further
 
-    def of_image(self, picture: Image.Image) -> Tensor:
+    def of_image(self, picture: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
         """RGB picture of any size -> uint8 (3, H, W), black where not covered.
+
+        Of a picture of (width, height) `size` its rows down to `depth` are enough.
 
         Equal to scaling the whole picture (bilinear, antialiased) and then cropping: the box has fractions of a pixel,
         and the filter sees the picture beyond it.
         """
-        (width, height), (x, y) = self.covered, (picture.width / self.scaled[0], picture.height / self.scaled[1])
+        (width, height), (x, y) = self.covered, (side / scaled for side, scaled in zip(size or picture.size, self.scaled))
         box = (self.left * x, self.top * y, (self.left + width) * x, (self.top + height) * y)
         part = picture.resize((width, height), Image.Resampling.BILINEAR, box)
         if self.flip:

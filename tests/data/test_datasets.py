@@ -10,7 +10,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from data.datasets import SegmentationDataset, build_dataset, find_images, list_samples
-from data.images import read_image, read_label_ids, read_picture
+from data.images import read_image, read_label_ids, read_picture, read_upper_rows
 from data.loaders import whole_images
 from data.taxonomy import CLASS_SETS, IGNORE, custom_class_set
 from data.transforms import RandomScaleCropFlip
@@ -239,15 +239,21 @@ def test_rows_below_the_crop_are_not_decoded_of_a_sound_png_alone(tmp_path):
     picture.save(tmp_path / "sound.png")
     picture.save(tmp_path / "turned.png", exif=turned)
     picture.save(tmp_path / "other.tif")
-    top = np.asarray(read_picture(tmp_path / "sound.png", lambda size: 0.25 if size == (80, 100) else 1))
-    assert (top[:25] == pixels[:25]).all() and (top[30:] == 0).all()
-    np.testing.assert_array_equal(read_picture(tmp_path / "turned.png", lambda size: 0.25), pixels[::-1, ::-1])
-    np.testing.assert_array_equal(read_picture(tmp_path / "other.tif", lambda size: 0.25), pixels)
+    top, size = read_upper_rows(tmp_path / "sound.png", lambda size: 0.25 if size == (80, 100) else 1)
+    assert size == (80, 100)
+    np.testing.assert_array_equal(top, pixels[:26])
+    for name, expected in {"turned.png": pixels[::-1, ::-1], "other.tif": pixels}.items():
+        picture, size = read_upper_rows(tmp_path / name, lambda size: 0.25)
+        assert size == (80, 100)
+        np.testing.assert_array_equal(picture, expected)
     whole = (tmp_path / "sound.png").read_bytes()
     for cut in (500, 4000):  # of the last quarter
         (tmp_path / "cut.png").write_bytes(whole[:-cut])
         with pytest.raises(UserError, match=r"cannot read image .*cut\.png: "):
-            read_picture(tmp_path / "cut.png", lambda size: 0.25)
+            read_upper_rows(tmp_path / "cut.png", lambda size: 0.25)
+    (tmp_path / "checksum.png").write_bytes(whole[:29] + bytes(4) + whole[33:])  # of the header
+    with pytest.raises(UserError, match=r"cannot read image .*checksum\.png: "):
+        read_upper_rows(tmp_path / "checksum.png", lambda size: 0.25)
     (tmp_path / "longer.png").write_bytes(whole + b"trailing bytes")
     np.testing.assert_array_equal(read_picture(tmp_path / "longer.png"), pixels)
 
