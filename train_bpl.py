@@ -35,7 +35,8 @@ class BPL(Stage):
         self.uses_target = bool(cfg.loss.adversarial or cfg.loss.bidirectional)
         self.discriminator = None
         if cfg.loss.adversarial:
-            self.discriminator = PatchDiscriminator(len(class_set(cfg.data))).to(device)
+            self.discriminator = PatchDiscriminator(len(class_set(cfg.data)))
+            self.discriminator.to(device, memory_format=torch.channels_last)  # as the model's
             self.networks["discriminator"] = self.discriminator
             self.optimizers["discriminator"] = torch.optim.Adam(
                 self.discriminator.parameters(), lr=cfg.train.lr_discriminator, betas=(0.9, 0.99), fused=fuses(device)
