@@ -49,7 +49,10 @@ class Crop:
         Equal to scaling the whole picture (bilinear, antialiased) and then cropping: the box has fractions of a pixel,
         and the filter sees the picture beyond it.
         """
-        (width, height), (x, y) = self.covered, (side / scaled for side, scaled in zip(size or picture.size, self.scaled))
+        (width, height), (x, y) = (
+            self.covered,
+            (side / scaled for side, scaled in zip(size or picture.size, self.scaled)),
+        )
         box = (self.left * x, self.top * y, (self.left + width) * x, (self.top + height) * y)
         part = picture.resize((width, height), Image.Resampling.BILINEAR, box)
         if self.flip:

@@ -45,6 +45,7 @@ import distill
 import train_bpl
 import train_pst
 from data.datasets import SegmentationDataset, build_dataset
+from data.images import decode_png
 from data.loaders import training_batches
 from data.pseudo_labels import confidence_levels, write_png
 from data.taxonomy import CLASS_SETS, IGNORE, class_set
@@ -340,7 +341,10 @@ def run_data(cfg: Config, device: torch.device, repeats: int = 31) -> None:
     rate = (t.batch_source + t.batch_target) / step
     cores = f"{rate * cost:.1f} CPU cores at {1000 * cost:.0f} ms a sample (this machine has {os.cpu_count()})"
     whose = "a step" if device.type == "cuda" else "a GPU's assumed step"
-    print(f"{whose} of {1000 * step:.0f} ms takes {rate:.0f} samples a second: {cores}\n", flush=True)
+    print(f"{whose} of {1000 * step:.0f} ms takes {rate:.0f} samples a second: {cores}")
+    if not decode_png:
+        print("Pillow decodes PNG here; kornia-rs takes a quarter of the time: pip install -r data/requirements-kornia.txt")
+    print(flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- eval

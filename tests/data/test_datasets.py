@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import CUSTOM, HEIGHT, WIDTH
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from scipy.io import savemat
 
 from data.datasets import SegmentationDataset, build_dataset, find_images, list_samples
@@ -232,7 +233,11 @@ def test_training_takes_crops_of_what_is_read_whole_otherwise(trees):
             assert torch.equal(item["label"], label)
 
 
-def test_rows_below_the_crop_are_not_decoded_of_a_sound_png_alone(tmp_path):
+@pytest.mark.parametrize("library", ["Pillow", "kornia_rs"])
+def test_rows_below_the_crop_are_not_decoded_of_a_sound_png_alone(tmp_path, monkeypatch, library):
+    if library == "Pillow":
+        monkeypatch.setattr("data.images.decode_png", None)
+    rows = 26 if library == "Pillow" else 100
     pixels = np.random.default_rng(0).integers(1, 256, (100, 80, 3), np.uint8)
     picture, turned = Image.fromarray(pixels), Image.Exif()
     turned[0x0112] = 3  # upside down
@@ -241,7 +246,7 @@ def test_rows_below_the_crop_are_not_decoded_of_a_sound_png_alone(tmp_path):
     picture.save(tmp_path / "other.tif")
     top, size = read_upper_rows(tmp_path / "sound.png", lambda size: 0.25 if size == (80, 100) else 1)
     assert size == (80, 100)
-    np.testing.assert_array_equal(top, pixels[:26])
+    np.testing.assert_array_equal(top, pixels[:rows])
     for name, expected in {"turned.png": pixels[::-1, ::-1], "other.tif": pixels}.items():
         picture, size = read_upper_rows(tmp_path / name, lambda size: 0.25)
         assert size == (80, 100)
@@ -256,6 +261,41 @@ def test_rows_below_the_crop_are_not_decoded_of_a_sound_png_alone(tmp_path):
         read_upper_rows(tmp_path / "checksum.png", lambda size: 0.25)
     (tmp_path / "longer.png").write_bytes(whole + b"trailing bytes")
     np.testing.assert_array_equal(read_picture(tmp_path / "longer.png"), pixels)
+
+
+def test_kornia_and_pillow_read_the_same_of_any_png(tmp_path, monkeypatch):
+    from data.images import decode_png
+
+    rng = np.random.default_rng(0)
+    picture, entries = Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)), PngInfo()
+    entries.add(b"gAMA", (100000).to_bytes(4))
+    entries.add(b"tIME", b"damaged")
+    for name, options in {
+        "plain": {},
+        "transparent": {"transparency": (1, 2, 3)},
+        "entries": {"pnginfo": entries},
+    }.items():
+        picture.save(tmp_path / f"{name}.png", **options)
+    for mode in ("L", "P", "1", "RGBA", "LA", "I;16"):
+        picture.convert("L" if mode == "I;16" else mode).convert(mode).save(tmp_path / f"{mode[:2]}.png")
+    whole = (tmp_path / "plain.png").read_bytes()
+    for i in range(200):
+        damaged = bytearray(whole)
+        for place in rng.integers(8, len(whole), 1 + i % 3):
+            damaged[place] ^= int(rng.integers(1, 256))
+        (tmp_path / f"{i}.png").write_bytes(damaged[: rng.integers(len(whole))] if i % 2 else damaged)
+    read = 0
+    for file in sorted(tmp_path.iterdir()):
+        seen = []
+        for decoder in (decode_png, None):
+            monkeypatch.setattr("data.images.decode_png", decoder)
+            try:
+                seen.append(read_picture(file).tobytes())
+                read += decoder is None
+            except UserError as error:
+                seen.append(str(error))
+        assert seen[0] == seen[1], file
+    assert 9 <= read < 209
 
 
 def test_unknown_id_is_said_where_it_is_in_the_crop(copied):
