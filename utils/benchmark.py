@@ -343,7 +343,7 @@ def run_data(cfg: Config, device: torch.device, repeats: int = 31) -> None:
     whose = "a step" if device.type == "cuda" else "a GPU's assumed step"
     print(f"{whose} of {1000 * step:.0f} ms takes {rate:.0f} samples a second: {cores}")
     if not decode_png:
-        print("Pillow decodes PNG here; kornia-rs takes a quarter of the time: pip install -r data/requirements-kornia.txt")
+        print("Pillow decodes PNG here; pip install -r data/requirements-kornia.txt makes that four times as fast")
     print(flush=True)
 
 
