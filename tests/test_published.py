@@ -80,6 +80,7 @@ def weights(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(
     ("stage", "script", "file", "overrides"),
     [
@@ -87,7 +88,9 @@ def weights(tmp_path):
         ("pst", train_pst, "stage2_PST.yml", ("train.lr=2.5e-4", "loss.prototype_gradient=true")),
     ],
 )
-def test_four_released_steps(configure, weights, tmp_path, monkeypatch, stage, script, file, overrides):
+def test_four_released_steps(configure, weights, tmp_path, monkeypatch, stage, script, file, overrides, fused):
+    for module in (loop, train_bpl):
+        monkeypatch.setattr(module, "fuses", lambda device: fused)
     domains = iter(("source", "target"))
     monkeypatch.setattr(loop, "training_batches", lambda *args: golden_batches(next(domains)))
     overrides = (*AS_RELEASED, *overrides, f"model.init={weights}", "model.backbone=auto", "model.output_stride=auto")

@@ -558,6 +558,21 @@ def test_two_and_two_steps_are_four_steps(configure, runs, monkeypatch, way):
         assert same(once[key], parts[key]), key
 
 
+def test_momenta_that_were_laid_out_otherwise_are_resumed_by_fused_optimizers(configure, runs, monkeypatch):
+    for module in (loop, train_bpl):
+        monkeypatch.setattr(module, "fuses", lambda device: True)
+    for kind in ("at_once", "in_parts"):
+        train(configure, runs / kind, "train.iterations=2")
+    last = runs / "in_parts" / "gta5_to_city" / "bpl" / "checkpoints" / "last.pth"
+    saved = read(last)
+    for optimizer in saved["optimizers"].values():
+        for state in optimizer["state"].values():
+            state |= {name: value.contiguous() for name, value in state.items()}
+    torch.save(saved, last)
+    at_once, in_parts = (train(configure, runs / kind) for kind in ("at_once", "in_parts"))
+    assert at_once == in_parts
+
+
 def test_a_run_that_is_shortened_reports_the_network_it_has(configure, runs, monkeypatch):
     given = ("train.val_every=2", "train.save_every=3")
     killed_in_fourth_step(configure, runs, monkeypatch, *given)

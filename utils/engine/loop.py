@@ -172,6 +172,15 @@ def fuses(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def _lay_out_as_weights(optimizer: Optimizer) -> None:
+    """Give momenta the memory layout of their weights, which may have had another one when a run was killed: fused
+    kernels need one layout."""
+    for weight, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == weight.shape:
+                state[name] = torch.empty_like(weight).copy_(value)
+
+
 def poly_schedule(iteration: int, train: TrainConfig) -> float:
     """Share of the initial learning rates in a step, the first of which is 1: (1 - iteration / horizon)^0.9, as
     released, after a linear rise over `warmup_steps` steps."""
@@ -365,6 +374,7 @@ class Run:
                 self.stage.networks[name].load_state_dict(state)
             for name, state in saved["optimizers"].items():
                 self.stage.optimizers[name].load_state_dict(state)
+                _lay_out_as_weights(self.stage.optimizers[name])
             checkpoint.set_rng_states(saved)
             self.step.load_state_dict(saved["step"])
             self.unreadable = set(saved["unreadable"])
