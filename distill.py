@@ -13,13 +13,12 @@ from __future__ import annotations
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import gen_pseudo_labels
 from data.taxonomy import IGNORE
 from data.transforms import renormalize
-from loss import distillation_loss, segmentation_loss
+from loss import distillation_loss, labels_at, segmentation_loss
 from models import upsample
 from utils.config import Config, UserError
 from utils.config.keys import ModelConfig
@@ -59,7 +58,7 @@ class Distillation(Stage):
         if self.cfg.distill.resolution == "quarter":
             quarter = [side // 4 for side in label.shape[1:]]
             student = upsample(student, quarter)
-            label = F.interpolate(label[:, None].byte(), quarter, mode="nearest")[:, 0]
+            label = labels_at(label, quarter)
         normalizer = target.get("normalizer")
         if normalizer is not None:  # it counts labels before cutout and at full size: take the share that is left
             normalizer = normalizer * (label != IGNORE).sum() / (target["label"] != IGNORE).sum().clamp(min=1)
@@ -92,7 +91,7 @@ def main(cfg: Config) -> dict:
     """Run the rounds asked for; returns the metrics of the last one."""
     metrics = {}
     refuse_unusable_backbone(cfg)  # before the teacher labels
-    first = cfg.sibling_run(f"{cfg.name or cfg.stage}/round1") / "checkpoints" / f"{cfg.which}.pth"
+    first = checkpoint.RunFiles(cfg.sibling_run(f"{cfg.name or cfg.stage}/round1")).of(cfg.which)
     if cfg.distill.rounds[0] == 2 and not first.is_file():
         raise UserError(f"distill.rounds=[2] learns from round 1's result, but there is no {first}; run rounds [1, 2]")
     for number in cfg.distill.rounds:

@@ -22,17 +22,16 @@ from torch import nn
 from data import pseudo_labels as store
 from data.check import check_samples
 from data.datasets import SegmentationDataset, build_dataset, fingerprint
-from data.loaders import whole_images
 from data.taxonomy import class_set
 from utils.config import Config, to_dict
 from utils.config.keys import MAX_SKIPPED
 from utils.engine import checkpoint, distributed
 from utils.engine.command_line import run_cli
-from utils.engine.log import progress, show_path
+from utils.engine.log import show_path
 from utils.engine.run_folder import run_lock
 from utils.engine.setup import check_inputs, choose_device, load_network, prepare_data
 from utils.evaluation.metrics import text_table
-from utils.evaluation.prediction import predict_confidence, same_size_batches
+from utils.evaluation.prediction import own_batches, predict_confidence
 
 
 def main(cfg: Config) -> dict:
@@ -48,7 +47,7 @@ def main(cfg: Config) -> dict:
         finished = store.finished(cfg.run_dir, wanted, cfg.train.restart)
         distributed.wait()  # no process deletes the folder before all have read it
         if finished:
-            print(f"{show_path(cfg.run_dir)} is complete: {len(target)} pseudo labels")
+            print(f"{show_path(cfg.run_dir)} is complete: {len(target) - len(finished['left_out'])} pseudo labels")
             return finished
         model, message = load_network(cfg, weights, device, target)
         if distributed.is_main():
@@ -115,10 +114,8 @@ def _predict(
     threshold = cfg.pseudo.threshold
     counts = torch.zeros(len(class_set(cfg.data)) * 256, dtype=torch.int64, device=device)
     highest, own, writing = torch.zeros((), device=device), set(), ()
-    mine = distributed.shard_indices(len(target), cfg.test.batch)
-    loader = whole_images(target, cfg.test.batch, cfg.data.workers, mine)
-    with progress(total=len(mine), desc="predict", unit="img") as bar, ThreadPoolExecutor(store.THREADS) as pool:
-        for indices, images, _ in same_size_batches(loader, device):
+    with ThreadPoolExecutor(store.THREADS) as pool:
+        for indices, images, _ in own_batches(target, cfg, device, "predict", leave=True):
             labels, confidence = predict_confidence(
                 model, images, flip=True, precision=cfg.train.precision, softmax_first=True
             )
@@ -126,11 +123,10 @@ def _predict(
             highest = torch.maximum(highest, confidence.max())
             counts += torch.bincount((labels.long() * 256 + levels).flatten(), minlength=len(counts))
             names = [target.samples[index].name for index in indices]
-            paths = [path(folder, name) for path in (store.label_path, store.confidence_path) for name in names]
+            paths = [store.path_of(folder, kind, name) for kind in store.KINDS for name in names]
             list(writing)  # waits for the files of the batch before
             writing = pool.map(store.write_png, paths, [*labels.cpu().numpy(), *levels.cpu().numpy()])
             own.update(names)
-            bar.update(len(indices))
         list(writing)
     histogram = distributed.total(counts).view(-1, 256).cpu().numpy()
     return own, histogram, max(distributed.gathered(highest.item()))

@@ -71,8 +71,7 @@ class BPL(Stage):
         if self.discriminator:
             self.discriminator.requires_grad_(True)
             maps_s = upsample(logits_s.float(), size).softmax(1)
-            judged = (self.discriminator(maps) for maps in (maps_s, maps_t.detach()))
-            d_loss = discriminator_loss(*judged, options.gan)
+            d_loss = discriminator_loss(self.discriminator(maps_s), self.discriminator(maps_t.detach()), options.gan)
             backward(d_loss, discriminator=d_loss)
 
 

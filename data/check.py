@@ -232,10 +232,12 @@ def _refuse_unusable(dataset: SegmentationDataset, sample: Sample, found: dict, 
 def _refuse_small(sizes: list[tuple[int, int]], key: str, cfg: Config) -> None:
     """UserError if no image fills the crop even at the largest scale: every crop would have a dead rim."""
     d = cfg.data
-    width, height = max(sizes, key=min)
-    factor = d.scale[1] * (d.base_width or width) / width
-    if round(width * factor) < d.crop[0] or round(height * factor) < d.crop[1]:
-        raise UserError(
-            f"data.crop={d.crop} is larger than the images of {key}: {width}x{height} at data.scale's {d.scale[1]:g} "
-            f"and data.base_width={d.base_width} is {round(width * factor)}x{round(height * factor)}"
-        )
+    factors = {(width, height): d.scale[1] * (d.base_width or width) / width for width, height in sizes}
+    scaled = {size: [round(side * factor) for side in size] for size, factor in factors.items()}
+    if any(width >= d.crop[0] and height >= d.crop[1] for width, height in scaled.values()):
+        return
+    (width, height), (w, h) = max(scaled.items(), key=lambda item: min(item[1]))
+    raise UserError(
+        f"data.crop={d.crop} is larger than the images of {key}: {width}x{height} at data.scale's {d.scale[1]:g} "
+        f"and data.base_width={d.base_width} is {w}x{h}"
+    )

@@ -295,7 +295,8 @@ def _gta5_images(cfg: DatasetConfig) -> list[str]:
 def _label_of(image: Path, cfg: DatasetConfig) -> Path:
     """The path of an image's label, as that of the image below the root."""
     stem = image.stem.removesuffix(cfg.strip)
-    return Path(cfg.labels.format(dir=image.parent.as_posix(), parent=image.parent.name, stem=stem))
+    label = cfg.labels.format(dir=image.parent.as_posix(), parent=image.parent.name, stem=stem)
+    return Path(label.lstrip("/"))  # an image directly below the root has no parent's name
 
 
 @dataclass(eq=False, repr=False)

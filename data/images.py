@@ -252,7 +252,8 @@ def read_label_ids(path: Path) -> np.ndarray:
             high, low = (np.asarray(png.decode(f"{png.deep};16{order}").getchannel(0)) for order in "BL")
             return high.astype(np.uint16) << 8 | low
         if picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
-            kind = "a floating-point" if picture.mode == "F" else "an 8-bit"
+            depth = "a 16-bit" if ";16" in layout else "an 8-bit"
+            kind = "a floating-point" if picture.mode == "F" else depth
             raise UserError(
                 f"label {show_name(path)} is {kind} picture of mode {picture.mode}; a grey, palette or 16-bit PNG of "
                 "label ids is needed"

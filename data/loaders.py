@@ -214,6 +214,6 @@ def _end_worker(error: BaseException) -> None:
 
 
 def spread(length: int, count: int) -> list[int]:
-    """`count` indices spread evenly over 0..length-1, without the ends."""
+    """`count` indices, fewer if there are not so many, from the middles of equal parts of 0..length-1."""
     count = min(count, length)
     return [(2 * i + 1) * length // (2 * count) for i in range(count)]

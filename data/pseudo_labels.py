@@ -34,18 +34,13 @@ UNFINISHED = ".unfinished"  # folder below the run's, in which they are made
 THREADS = min(8, os.cpu_count() or 1)  # that write files: PNG compression runs outside of Python's lock
 
 
-def label_path(folder: Path, name: str) -> Path:
-    """File of the label of image `name` (its path below root, no ending)."""
-    return folder / "labels" / f"{name}.png"
-
-
-def confidence_path(folder: Path, name: str) -> Path:
-    """File of the confidence of image `name`."""
-    return folder / "confidence" / f"{name}.png"
+def path_of(folder: Path, kind: str, name: str) -> Path:
+    """File of one of `KINDS` of image `name` (its path below root, no ending)."""
+    return folder / kind / f"{name}.png"
 
 
 def write_png(path: Path, array: np.ndarray) -> None:
-    """Save a uint8 array (H, W) or (H, W, 3); raises UserError if it cannot be written."""
+    """Save an array uint8 or uint16 (H, W), or uint8 (H, W, 3); raises UserError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Label maps consist of runs: run-length encoding makes them smaller than the default search does. Confidences
@@ -116,12 +111,12 @@ def drop_unsure(folder: Path, names: Iterable[str], limits: np.ndarray) -> None:
     """Set the pixels of labels to `IGNORE` whose confidence level is below the limit of their class, int (K,)."""
 
     def drop(name: str) -> None:
-        labels, levels = (np.array(Image.open(path(folder, name))) for path in (label_path, confidence_path))
+        labels, levels = (np.array(Image.open(path_of(folder, kind, name))) for kind in KINDS)
         labels[levels < limits[labels]] = IGNORE
-        write_png(label_path(folder, name), labels)
+        write_png(path_of(folder, "labels", name), labels)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(drop, sorted(names)))  # raises what a call raised
+        list(pool.map(drop, names))  # raises what a call raised
 
 
 def statistics(
@@ -205,7 +200,7 @@ def attach(target: SegmentationDataset, folder: Path, classes: ClassSet) -> None
         raise UserError(f"the pseudo labels in {folder} are of other images ({made_of}, not {found}); {again}")
     left_out = set(manifest.get("left_out", []))
     kept = [s for s in target.samples if s.name not in left_out]
-    samples = [dataclasses.replace(s, label=label_path(folder, s.name)) for s in kept]
+    samples = [dataclasses.replace(s, label=path_of(folder, "labels", s.name)) for s in kept]
     missing = [s.name for s in samples if not (s.label.is_file() and s.label.stat().st_size)]
     if missing:
         raise UserError(

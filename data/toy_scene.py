@@ -12,10 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from data.taxonomy import IGNORE
+
 # Train ids.
 ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN = range(10)
 SKY, PERSON, RIDER, CAR, TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE = range(10, 19)
-VOID = 255
 RARE = (WALL, TRAIN, BICYCLE, TERRAIN, MOTORCYCLE, BUS, FENCE, TRUCK, RIDER)  # classes shown in turn
 FAR = 90.0  # metres: where streets end; also the distance given to the sky
 
@@ -450,7 +451,7 @@ def draw_scene(style: Style, size: tuple[int, int], index: int, rng: np.random.G
     image = develop(c, label)
     if rng.random() < style.hood:
         top = size[1] - rng.integers(3, 9)
-        image[top:], label[top:] = (30, 32, 34), VOID
+        image[top:], label[top:] = (30, 32, 34), IGNORE
     return image, label
 
 

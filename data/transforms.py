@@ -49,10 +49,8 @@ class Crop:
         Equal to scaling the whole picture (bilinear, antialiased) and then cropping: the box has fractions of a pixel,
         and the filter sees the picture beyond it.
         """
-        (width, height), (x, y) = (
-            self.covered,
-            (side / scaled for side, scaled in zip(size or picture.size, self.scaled)),
-        )
+        width, height = self.covered
+        x, y = (side / scaled for side, scaled in zip(size or picture.size, self.scaled))
         box = (self.left * x, self.top * y, (self.left + width) * x, (self.top + height) * y)
         part = picture.resize((width, height), Image.Resampling.BILINEAR, box)
         if self.flip:
@@ -98,7 +96,7 @@ class Views:
     """Network inputs from uint8 batches, on the batch's device.
 
     Random numbers are drawn on the host and passed to the GPU's kernels as arguments. Nothing here waits for the GPU,
-    except RandAugment's sharpness, which copies its filter.
+    except RandAugment's sharpness and geometry, which copy a filter and a matrix.
 
     Args:
         cfg: strengths of the strong view.

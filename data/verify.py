@@ -3,7 +3,7 @@
     python -m data.verify benchmark=gta5_to_cityscapes
     python -m data.verify benchmark=path/to/mine.yml data.workers=16
 
-Decodes every file. Prints a table, and names whatever training would stumble over or silently learn wrong; then the
+Decodes every file that training reads. Prints a table, and names whatever training would stumble over or silently learn wrong; then the
 exit status is 1. All of that, and samples as contact sheets, go to runs/<benchmark>/verify/.
 """
 

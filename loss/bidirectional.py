@@ -37,7 +37,7 @@ def bidirectional_prototype_loss(
         >>> feat, logits = torch.randn(2, 256, 8, 16), torch.randn(2, 19, 8, 16)
         >>> s2t, t2s = bidirectional_prototype_loss(feat, logits, torch.randn(19, 256))
     """
-    cosine = cosine_map(feat, prototypes.flatten(1))
+    cosine = cosine_map(feat, prototypes)
     logits = logits.to(cosine.dtype)
     s2t = 1 - (logits.softmax(1) * cosine).sum(1).mean()  # softmaxes sum to 1
     logits_by_class, cosine_by_class = (x.transpose(0, 1).flatten(1) for x in (logits, cosine))  # (K, N*h*w)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from loss.cosine import cosine_map
-from loss.segmentation import summed_cross_entropy
+from loss.segmentation import labels_at, summed_cross_entropy
 
 
 def prototype_contrast_loss(feat: Tensor, labels: Tensor, prototypes: Tensor, temperature: float = 0.07) -> Tensor:
@@ -28,6 +27,6 @@ def prototype_contrast_loss(feat: Tensor, labels: Tensor, prototypes: Tensor, te
         >>> feat, labels = torch.randn(2, 256, 8, 16), torch.randint(0, 19, (2, 64, 128))
         >>> prototype_contrast_loss(feat, labels, torch.randn(19, 256)).backward()
     """
-    labels = F.interpolate(labels[:, None].byte(), size=feat.shape[2:], mode="nearest")[:, 0].long()
-    similarity = cosine_map(feat, prototypes.flatten(1)) / temperature
+    labels = labels_at(labels, feat.shape[2:]).long()
+    similarity = cosine_map(feat, prototypes) / temperature
     return summed_cross_entropy(similarity, labels) / labels.numel()

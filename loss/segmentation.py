@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = 255  # label of pixels without a class
+
+
+def labels_at(labels: Tensor, size: Sequence[int]) -> Tensor:
+    """Train ids, integer (N, H, W), at (height, width) `size`, by nearest neighbour; uint8."""
+    return F.interpolate(labels[:, None].byte(), size=tuple(size), mode="nearest")[:, 0]
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -207,7 +207,7 @@ class TimmBackbone(nn.Module):
 @functools.lru_cache
 @torch.no_grad()
 def check_backbone(name: str, output_stride: int | None = None, coarsest: int = 16) -> int | None:
-    """Raise ValueError if there is no such network, which for timm's only building and using it shows.
+    """Raise ValueError if timm has no such network, or one that cannot be used: only building and using it shows.
 
     Arguments are those of `TimmBackbone`.
 

@@ -18,7 +18,7 @@ def default_stride(arch: str, backbone: str) -> int:
     """As released; of timm's networks that cannot be dilated, their own: the patch of a plain transformer, else 16, or
     32 for deeplab_pbal, whose decoder has a finer map too.
 
-    Raises ValueError if there is no such backbone.
+    Raises ValueError if timm has no such backbone.
     """
     return check_backbone(backbone, coarsest=2 * OUTPUT_STRIDE[arch]) or OUTPUT_STRIDE[arch]
 
@@ -78,11 +78,9 @@ def parameter_groups(model: nn.Module, lr: float, head_factor: float, spare_vect
 
     With `spare_vectors`, norms and biases are groups of their own, without weight decay, as transformers are trained.
     """
-    backbone = list(model.backbone.parameters())
-    inside = {id(p) for p in backbone}
-    head = [p for p in model.parameters() if id(p) not in inside]
+    head = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
     groups = [
-        {"name": "backbone", "params": backbone, "lr": lr},
+        {"name": "backbone", "params": list(model.backbone.parameters()), "lr": lr},
         {"name": "head", "params": head, "lr": lr * head_factor},
     ]
     if not spare_vectors:

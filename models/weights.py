@@ -61,7 +61,6 @@ _PRODA = _RESNET | {
     "bn_pretrain.": "head.bn_clr.",
 }
 _PBAL = {
-    "backbone.": "backbone.",
     **{f"aspp.aspp{i + 1}.atrous_conv.": f"head.branches.{i}.0." for i in range(4)},
     **{f"aspp.aspp{i + 1}.bn.": f"head.branches.{i}.1." for i in range(4)},
     "aspp.global_avg_pool.1.": "head.pooled.0.",

@@ -68,6 +68,9 @@ def test_keys_that_a_script_does_not_read_are_named(tmp_path):
     done = run(tmp_path, ROOT / "train_pst.py", *given)
     warned = [line.split(" is not read by stage pst")[0] for line in done.stderr.splitlines() if "not read" in line]
     assert done.returncode == 1 and warned == ["warning: pseudo.threshold=", "warning: checkpoint="]
+    read = ["batchnorm.statistics=target", "train.batch_target=2", "train.deterministic=true", "checkpoint=none"]
+    done = run(tmp_path, ROOT / "test.py", "device=cpu", *read)
+    assert done.returncode == 1 and "is not read" not in done.stderr
 
 
 @pytest.mark.parametrize("command", [["gen_pseudo_labels.py"], ["-m", "utils.pipeline"]], ids=" ".join)

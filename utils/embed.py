@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from data.datasets import SegmentationDataset, build_dataset
 from data.loaders import spread, whole_images
 from data.taxonomy import IGNORE, ClassSet, class_set
+from loss import labels_at
 from models import classifier_prototypes
 from utils.config import ROOT, Config, UserError
 from utils.engine import checkpoint
@@ -87,7 +88,7 @@ def measure(
     for _, images, labels in same_size_batches(whole_images(dataset, cfg.test.batch, cfg.data.workers), device):
         with torch.no_grad(), autocast(device, cfg.train.precision):
             maps = model(normalized(images, model))["feat"].float()
-        small = F.interpolate(labels[:, None].float(), size=maps.shape[2:], mode="nearest")[:, 0].long()
+        small = labels_at(labels, maps.shape[2:]).long()
         for feat, label in zip(maps.flatten(2).transpose(1, 2), small.flatten(1)):
             centres.update(feat, label)
             for k in set(label.tolist()) - {IGNORE}:
@@ -108,7 +109,7 @@ def run(overrides: list[str]) -> dict:
     """
     cfg = checked_config(ROOT / "configs" / "test_from_gta_to_city.yml", overrides)
     device, folder, classes = choose_device(cfg), cfg.sibling_run(""), class_set(cfg.data)
-    files = {run.name: run.folder / "checkpoints" / f"{cfg.which}.pth" for run in find_runs(folder)}
+    files = {run.name: checkpoint.RunFiles(run.folder).of(cfg.which) for run in find_runs(folder)}
     files = {name: file for name, file in files.items() if file.is_file()}
     if not files:
         raise UserError(f"{folder} holds no run with checkpoints/{cfg.which}.pth")

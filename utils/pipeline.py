@@ -116,7 +116,7 @@ def first_weights(cfg: Config) -> None:
     refuse_unusable_backbone(cfg)
     if cfg.stage == "distill":
         cfg = distill.round_config(cfg, cfg.distill.rounds[0])
-    done = (cfg.run_dir / "checkpoints" / "last.pth").is_file()
+    done = checkpoint.RunFiles(cfg.run_dir).last.is_file()
     if cfg.stage in TRAINING_STAGES and cfg.model.init in ("imagenet", "simclr") and not done:
         checkpoint.find_init(cfg)
 

@@ -132,6 +132,19 @@ def test_training_stops_at_train_ids_and_is_silent_otherwise(configure, copied, 
         check_samples(build_dataset(wrong.data.source, class_set(cfg.data)), "source", wrong)
 
 
+def test_one_image_that_fills_the_crop_is_enough(configure, tmp_path):
+    given = ("data.target.format=folder", "data.target.images=['*.png']", f"data.target.root={tmp_path}")
+    sizes = ("data.base_width=100", "data.scale=[1,1]", "data.crop=[100,50]")
+    cfg = configure("gta5_to_city", "stage1_BPL.yml", tmp_path / "runs", *given, *sizes)
+    Image.new("RGB", (400, 60)).save(tmp_path / "wide.png")  # 100x15 at scale 1
+    with pytest.raises(
+        UserError, match=r"data\.crop=\[100, 50\] is larger than the images of data\.target: 400x60 .* 100x15"
+    ):
+        check_samples(build_dataset(cfg.data.target, class_set(cfg.data), with_labels=False), "target", cfg)
+    Image.new("RGB", (58, 58)).save(tmp_path / "small.png")  # 100x100
+    check_samples(build_dataset(cfg.data.target, class_set(cfg.data), with_labels=False), "target", cfg)
+
+
 def test_a_broken_link_is_named_or_left_out(configure, copied, tmp_path):
     cfg, tree = configure("gta5_to_city", "stage1_BPL.yml", tmp_path / "runs"), copied("gta5")
     cfg.data.source.root = str(tree.root)

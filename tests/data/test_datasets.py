@@ -127,6 +127,12 @@ def test_label_of_a_folder_image(tmp_path, template, label):
         assert sample.label == tmp_path / label and sample.name == "a/b/x_rgb"
 
 
+def test_an_image_directly_below_the_root_has_a_parent_without_name(tmp_path):
+    touch(tmp_path, "x.jpg", "x_gt.png")
+    cfg = dataset_config(format="folder", root=str(tmp_path), images=["*.jpg"], labels="{parent}/{stem}_gt.png")
+    assert [s.label for s in list_samples(cfg)] == [tmp_path / "x_gt.png"]
+
+
 def test_strip_cuts_the_ending_of_the_stem_alone(tmp_path):
     touch(tmp_path, "x_rgb_rgb.jpg", "y.jpg", "x_rgb.png", "y.png")
     cfg = dataset_config(format="folder", root=str(tmp_path), images=["*.jpg"], labels="{stem}.png", strip="_rgb")

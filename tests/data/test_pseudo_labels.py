@@ -56,13 +56,13 @@ def test_what_is_dropped_is_what_was_counted(tmp_path, selection):
     counts = np.zeros((3, 256), np.int64)
     for name, labels in maps.items():
         np.add.at(counts, (labels, levels[name]), 1)
-        store.write_png(store.label_path(tmp_path, name), labels.astype(np.uint8))
-        store.write_png(store.confidence_path(tmp_path, name), levels[name])
+        store.write_png(store.path_of(tmp_path, "labels", name), labels.astype(np.uint8))
+        store.write_png(store.path_of(tmp_path, "confidence", name), levels[name])
     limits = store.level_limits(counts, 0.5, selection, 0.5)
     store.drop_unsure(tmp_path, names, limits)
     said, pixels = store.statistics(counts, limits, ["x", "y", "z"], 0.5, 0.7)["classes"], np.zeros(3, int)
     for name, labels in maps.items():
-        written = np.array(Image.open(store.label_path(tmp_path, name)))
+        written = np.array(Image.open(store.path_of(tmp_path, "labels", name)))
         np.testing.assert_array_equal(written, np.where(levels[name] >= limits[labels], labels, IGNORE))
         pixels += [(written == k).sum() for k in range(3)]
     assert pixels.tolist() == [c["kept"] for c in said.values()] and (pixels > 0).all()
@@ -75,7 +75,7 @@ def test_attached_labels_are_train_ids_as_they_stand(trees, tmp_path):
     written = {}
     for i, sample in enumerate(target.samples):
         written[i] = np.random.default_rng(i).choice([0, 7, 18, IGNORE], (64, 96)).astype(np.uint8)
-        store.write_png(store.label_path(tmp_path, sample.name), written[i])
+        store.write_png(store.path_of(tmp_path, "labels", sample.name), written[i])
     with pytest.raises(
         UserError, match=r"manifest\.json does not exist; make them with `python gen_pseudo_labels\.py`"
     ):
@@ -87,7 +87,7 @@ def test_attached_labels_are_train_ids_as_they_stand(trees, tmp_path):
     store.attach(target, tmp_path, CLASS_SETS["cityscapes19"])
     for i, labels in written.items():
         np.testing.assert_array_equal(target[i]["label"], labels)
-    store.label_path(tmp_path, target.samples[3].name).unlink()
+    store.path_of(tmp_path, "labels", target.samples[3].name).unlink()
     with pytest.raises(UserError, match=f"1 of 5 pseudo labels are missing .* first {target.samples[3].name}"):
         store.attach(target, tmp_path, CLASS_SETS["cityscapes19"])
 

@@ -102,6 +102,11 @@ def test_batchnorm_statistics_over_several_batches(cfg, target):
     assert not model.training
 
 
+def test_batchnorm_statistics_need_no_label(cfg, target):
+    target.samples = [dataclasses.replace(s, label=s.image.with_name("missing.png")) for s in target.samples]
+    recompute_batchnorm(OneLayer(), target, cfg, CPU)
+
+
 def test_recomputing_leaves_the_dataset_augmented_and_the_weights_alone(cfg, target):
     model = build_model("deeplabv2", 16, "resnet18", 16)
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -91,8 +91,7 @@ class DatasetConfig:
         require(len(self.size) in (0, 2), f"{key}.size={self.size}: [width, height]")
         splits = {"cityscapes": ("train", "val", "test"), "gta5": ("all", "train", "val", "test")}.get(self.format)
         require(not splits or self.split in splits, f"{key}.split={self.split!r} is not one of {splits}")
-        absolute = Path(self.labels.replace("{dir}", "d")).is_absolute()
-        require(not absolute, f"{key}.labels={self.labels!r} must be relative to root")
+        require(not Path(self.labels).is_absolute(), f"{key}.labels={self.labels!r} must be relative to root")
 
 
 @dataclass
@@ -259,7 +258,7 @@ class TrainConfig:
         1e-4, "Adam's on the discriminator, same schedule (as released)", least=TINY, stages=ADVERSARIAL
     )
     batch_source: int = opt(4, "source crops a step, of all processes together (as released)", least=1)
-    batch_target: int = opt(4, "target crops a step, of all processes together (as released)", least=1)
+    batch_target: int = opt(4, "target crops a step, of all processes together (as released)", least=1, stages=STAGES)
     precision: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = opt(
         "auto",
         "of the forward passes. auto = bfloat16 on GPUs and CPUs that compute in it, float16 with loss scaling on "
@@ -286,7 +285,7 @@ class TrainConfig:
         f"a loss or gradient that is not finite ends the run, or its step is skipped ({MAX_SKIPPED} at most); "
         "no weight is touched",
     )
-    deterministic: bool = opt(False, "bit-equal runs on one machine, by slower kernels where needed")
+    deterministic: bool = opt(False, "bit-equal runs on one machine, by slower kernels where needed", stages=STAGES)
     restart: bool = opt(
         False,
         "begin anew although the run folder holds a run; without it, the run is resumed",

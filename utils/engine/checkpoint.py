@@ -53,7 +53,7 @@ def atomic_write(path: Path, write: Any, previous: Path | None = None) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; what was there before is kept") from None
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
 
 
 def plain(value: object) -> object:
@@ -214,7 +214,7 @@ def find_checkpoint(cfg: Config, name: str, published: Sequence[str] = ()) -> Pa
         return file
     if name.endswith(WEIGHT_ENDINGS):
         raise UserError(f"no weights at {file}")
-    paths = [cfg.sibling_run(name) / "checkpoints" / f"{cfg.which}.pth", *(PRETRAINED / file for file in published)]
+    paths = [RunFiles(cfg.sibling_run(name)).of(cfg.which), *(PRETRAINED / file for file in published)]
     for path in paths:
         if path.is_file():
             return path

@@ -56,7 +56,6 @@ class RunLog:
 
     def __init__(self, cfg: Config, first_step: int = 0, lengths: dict[str, int] | None = None):
         self.folder = cfg.run_dir
-        self.folder.mkdir(parents=True, exist_ok=True)
         text = to_yaml({"git": git_sha(), **to_dict(cfg)})
         atomic_write(self.folder / "config.yml", lambda p: p.write_text(text, encoding="utf-8"))
         self.text_file, self.metrics_file = self.folder / "log.txt", self.folder / "metrics.jsonl"

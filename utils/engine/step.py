@@ -170,8 +170,7 @@ class GuardedStep:
         """Undo `state_dict`."""
         self._sums, self._count, self.skipped = state["sums"], state["count"], state["skipped"]
         self.overflows = state.get("overflows", 0)  # runs from before float16 have none
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
+        self.scaler.load_state_dict(state["scaler"])
 
 
 def _split(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import itertools
 
 import torch
@@ -38,8 +38,8 @@ def recompute_batchnorm(model: nn.Module, target: SegmentationDataset, cfg: Conf
     """
     if not batchnorm_statistics(model):
         return
-    plain = copy.copy(target)
-    plain.transform = None
+    images = [dataclasses.replace(sample, label=None) for sample in target.samples]
+    plain = dataclasses.replace(target, samples=images, transform=None)
     wanted = min(cfg.batchnorm.images or len(plain), len(plain))
     indices = torch.linspace(0, len(plain) - 1, wanted).round().long().tolist()
     loader = whole_images(plain, cfg.train.batch_target, cfg.data.workers, indices)

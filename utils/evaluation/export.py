@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -28,7 +27,8 @@ class Exporter:
         <folder>/overlay/<name>.jpg          the same, half transparent over the image
         <folder>/train_ids/<name>.png        8-bit, as the network numbers the classes
         <folder>/train_ids/classes.json      {train id: class name}
-        <folder>/label_ids/<name>.png        8-bit, as the dataset does; Cityscapes' server and scorer read these
+        <folder>/label_ids/<name>.png        8-bit, or 16-bit for ids above 255, as the dataset does; Cityscapes'
+                                             server and scorer read these
 
     A name is the image's path below its root, without ending. Photographs that EXIF turns are written upright.
 
@@ -51,7 +51,7 @@ class Exporter:
 
     def __call__(self, index: int, image: Tensor, prediction: Tensor, label: Tensor | None = None) -> None:
         sample = self.dataset.samples[index]
-        image, prediction = image.cpu(), prediction.cpu()
+        prediction = prediction.cpu()
         if self.dataset.size:  # the network saw a resized image
             image = read_image(sample.image)
             prediction = resize_label(prediction, image.shape[1:])
@@ -61,8 +61,7 @@ class Exporter:
         write_png(self.folder / "label_ids" / f"{sample.name}.png", self.label_ids[train_ids])
         overlay = self.folder / "overlay" / f"{sample.name}.jpg"
         overlay.parent.mkdir(parents=True, exist_ok=True)
-        mixed = Image.fromarray(np.uint8((to_picture(image).astype(np.uint16) + color) // 2))
         try:
-            mixed.save(overlay, quality=90)
+            Image.blend(Image.fromarray(to_picture(image)), Image.fromarray(color), 0.5).save(overlay, quality=90)
         except OSError as error:  # a full disk; a side above 65,500 pixels, which JPEG cannot hold
             raise UserError(f"cannot write {overlay}: {reason(error)}") from None

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data.taxonomy import IGNORE, ClassSet
+from data.images import show_name
+from data.taxonomy import ClassSet
 from utils.engine import distributed
 from utils.evaluation.metrics import ConfusionMatrix
 
 
-def colorize(label: Tensor | np.ndarray, classes: ClassSet) -> np.ndarray:
-    """Integer (H, W) of train ids -> uint8 (H, W, 3) in the class set's palette, `IGNORE` black."""
+def colorize(label: Tensor, classes: ClassSet) -> np.ndarray:
+    """uint8 (H, W) of train ids -> uint8 (H, W, 3) on the CPU, in the class set's palette; `IGNORE` is black."""
     table = np.zeros((256, 3), np.uint8)
     table[: len(classes)] = classes.palette
-    table[IGNORE] = 0
-    return table[np.asarray(label.cpu() if isinstance(label, Tensor) else label).astype(np.uint8)]
+    return table[label.cpu().numpy()]
 
 
 def to_picture(image: Tensor) -> np.ndarray:
@@ -68,7 +67,11 @@ class Gallery:
 
     def __call__(self, index: int, image: Tensor, prediction: Tensor, label: Tensor) -> None:
         if index in self.indices:
-            self.shown[index] = [to_picture(image), colorize(prediction, self.classes), colorize(label, self.classes)]
+            self.draw(index, image, prediction, label)
+
+    def draw(self, index: int, image: Tensor, prediction: Tensor, label: Tensor) -> None:
+        """Take in an image."""
+        self.shown[index] = [to_picture(image), colorize(prediction, self.classes), colorize(label, self.classes)]
 
     def gather(self) -> None:
         """Bring together the images of all processes."""
@@ -93,10 +96,9 @@ class Worst(Gallery):
         scores = confusion.scores(self.classes)
         if math.isnan(scores["miou"]):  # no labelled pixel
             return
-        name = os.fsencode(self.names[index]).decode("utf-8", "backslashreplace")  # any bytes may name a file
-        self.scores[index] = {"image": name} | {key: scores[key] for key in ("miou", "pixel_accuracy")}
-        self.indices = {index}
-        super().__call__(index, image, prediction, label)
+        shown = {key: scores[key] for key in ("miou", "pixel_accuracy")}
+        self.scores[index] = {"image": show_name(self.names[index])} | shown
+        self.draw(index, image, prediction, label)
         self._keep_worst()
 
     def _keep_worst(self) -> None:

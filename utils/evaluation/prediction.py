@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
 from data.datasets import SegmentationDataset
@@ -163,7 +162,9 @@ def predict_confidence(
     return labels, confidence
 
 
-def same_size_batches(loader: DataLoader, device: torch.device) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+def same_size_batches(
+    loader: Iterator[list[dict]], device: torch.device
+) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
     """(indices, images uint8 (N, 3, H, W), labels uint8 (N, H, W) or None) from lists of samples of any sizes."""
     for samples in loader:
         for _, run in itertools.groupby(samples, key=lambda s: s["image"].shape):
@@ -171,6 +172,18 @@ def same_size_batches(loader: DataLoader, device: torch.device) -> Iterator[tupl
             images = torch.stack([s["image"] for s in group]).to(device, non_blocking=True)
             labels = torch.stack([s["label"] for s in group]).to(device) if "label" in group[0] else None
             yield [s["index"] for s in group], images, labels
+
+
+def own_batches(
+    dataset: SegmentationDataset, cfg: Config, device: torch.device, title: str, leave: bool = False
+) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+    """As `same_size_batches`, of this process's share of a dataset, in batches of `test.batch`; with a progress bar."""
+    mine = distributed.shard_indices(len(dataset), cfg.test.batch)
+    loader = whole_images(dataset, cfg.test.batch, cfg.data.workers, mine)
+    with progress(total=len(mine), desc=title, unit="img", leave=leave) as bar:
+        for indices, images, labels in same_size_batches(loader, device):
+            yield indices, images, labels
+            bar.update(len(indices))
 
 
 def predictions(
@@ -189,22 +202,18 @@ def predictions(
         UserError: an image cannot be read, or is too large for the device.
     """
     t = cfg.test
-    mine = distributed.shard_indices(len(dataset), t.batch)
-    loader = whole_images(dataset, t.batch, cfg.data.workers, mine)
     options = {"flip": t.flip, "scales": t.scales, "window": t.window, "overlap": t.overlap}
-    with progress(total=len(mine), desc=title, unit="img", leave=False) as bar:
-        for indices, images, labels in same_size_batches(loader, device):
-            try:
-                found = predict_labels(model, images, precision=cfg.train.precision, **options)
-            except torch.OutOfMemoryError:
-                size = f"{images.shape[3]}x{images.shape[2]}"
-                raise UserError(
-                    f"{dataset.samples[indices[0]].image} ({size}) does not fit into the memory of {device}: "
-                    "a smaller test.window or test.batch needs less"
-                ) from None
-            for i, index in enumerate(indices):
-                yield index, images[i], found[i], None if labels is None else labels[i]
-            bar.update(len(indices))
+    for indices, images, labels in own_batches(dataset, cfg, device, title):
+        try:
+            found = predict_labels(model, images, precision=cfg.train.precision, **options)
+        except torch.OutOfMemoryError:
+            size = f"{images.shape[3]}x{images.shape[2]}"
+            raise UserError(
+                f"{dataset.samples[indices[0]].image} ({size}) does not fit into the memory of {device}: "
+                "a smaller test.window or test.batch needs less"
+            ) from None
+        for i, index in enumerate(indices):
+            yield index, images[i], found[i], None if labels is None else labels[i]
 
 
 def evaluate(
