@@ -11,6 +11,7 @@ from PIL import Image
 from data.check import Labels, check_samples, look_at
 from data.datasets import Sample, build_dataset
 from data.taxonomy import CLASS_SETS, class_set, custom_class_set
+from data.transforms import RandomScaleCropFlip
 from utils.config import UserError
 from utils.config.keys import DatasetConfig
 
@@ -134,15 +135,18 @@ def test_training_stops_at_train_ids_and_is_silent_otherwise(configure, copied, 
 
 def test_one_image_that_fills_the_crop_is_enough(configure, tmp_path):
     given = ("data.target.format=folder", "data.target.images=['*.png']", f"data.target.root={tmp_path}")
-    sizes = ("data.base_width=100", "data.scale=[1,1]", "data.crop=[100,50]")
+    sizes = ("data.base_width=100", "data.scale=[1,1]", "data.crop=[100,50]", "train.batch_target=1")
     cfg = configure("gta5_to_city", "stage1_BPL.yml", tmp_path / "runs", *given, *sizes)
-    Image.new("RGB", (400, 60)).save(tmp_path / "wide.png")  # 100x15 at scale 1
-    with pytest.raises(
-        UserError, match=r"data\.crop=\[100, 50\] is larger than the images of data\.target: 400x60 .* 100x15"
-    ):
-        check_samples(build_dataset(cfg.data.target, class_set(cfg.data), with_labels=False), "target", cfg)
-    Image.new("RGB", (58, 58)).save(tmp_path / "small.png")  # 100x100
-    check_samples(build_dataset(cfg.data.target, class_set(cfg.data), with_labels=False), "target", cfg)
+
+    def check():
+        target = build_dataset(cfg.data.target, class_set(cfg.data), False, RandomScaleCropFlip(cfg.data))
+        return check_samples(target, "target", cfg)
+
+    Image.new("RGB", (400, 60)).save(tmp_path / "wide.png")
+    with pytest.raises(UserError, match=r"data\.crop=\[100, 50\] is larger than the images .*: 400x60 .* is 100x15"):
+        check()
+    Image.new("RGB", (58, 58)).save(tmp_path / "small.png")  # 100x100 at scale 1
+    check()
 
 
 def test_a_broken_link_is_named_or_left_out(configure, copied, tmp_path):
