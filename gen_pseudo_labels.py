@@ -86,6 +86,7 @@ def _settings(cfg: Config, weights: Path, target: SegmentationDataset) -> dict:
         "checkpoint": checkpoint.file_hash(weights),
         "images": len(target),
         "files": fingerprint(target.samples),
+        "size": list(cfg.data.target.size),
         "statistics": cfg.batchnorm.statistics,
         "statistics_of": cfg.batchnorm.images if cfg.batchnorm.statistics == "target" else None,
         "flip": True,

@@ -16,6 +16,8 @@ test.export=true, predictions/ in colour, over the image, as train ids and as la
 
 from __future__ import annotations
 
+import shutil
+
 from data.check import check_samples
 from data.datasets import SegmentationDataset, build_dataset, find_images, fingerprint
 from data.loaders import spread
@@ -25,6 +27,7 @@ from models import read_weights
 from utils.config import Config, UserError
 from utils.engine import checkpoint
 from utils.engine.command_line import run_cli
+from utils.engine.distributed import is_main
 from utils.engine.log import open_log, show_path
 from utils.engine.run_folder import run_lock
 from utils.engine.setup import check_inputs, choose_device, load_network, prepare_data, resolve_auto
@@ -75,9 +78,14 @@ def _evaluated(cfg: Config) -> dict:
         "files": fingerprint(dataset.samples),
         "mode": mode(cfg),
     }
-    export = None
+    if is_main():  # nothing of an earlier test stays beside this one's settings
+        (cfg.run_dir / "metrics.json").unlink(missing_ok=True)
+        shutil.rmtree(cfg.run_dir / "panels", ignore_errors=True)
+    export, before = None, cfg.run_dir / "predictions"
+    if not (images or cfg.test.export) and before.exists():
+        log.info(f"{show_path(before)} is of an earlier call")
     if images or cfg.test.export:
-        export = Exporter(cfg.run_dir / "predictions", dataset, classes, label_ids(section, classes))
+        export = Exporter(before, dataset, classes, label_ids(section, classes))
     if images:
         for prediction in predictions(model, dataset, cfg, device, "predict"):
             export(*prediction)

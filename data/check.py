@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
-from data.datasets import Sample, SegmentationDataset
+from data.datasets import Sample, SegmentationDataset, alike, by
 from data.images import read_label_ids, read_picture, show_name, stored_as
 from data.loaders import spread
 from data.taxonomy import CITYSCAPES_NAMES, ID_TO_NAME, IGNORE, KNOWN_IDS, ClassSet, class_set, known_ids, label_ids
@@ -210,9 +211,17 @@ def check_samples(
             kind, text = faults[0]
             raise UserError(f"{kind}: {text} ({len(sizes)} labels of {key} were looked at, such as {show_name(first)})")
         dataset.notes += [f"{key}: {text}" for text in labels.mostly_ignored()]
+    squeezed = [size for size in sizes if dataset.size and not alike(size, dataset.size)]
+    if squeezed:
+        dataset.notes.append(f"{key}: {squeezed_note(squeezed, dataset.size)}")
     if trained and sizes:
         _refuse_small(sizes, key, cfg)
     return dataset
+
+
+def squeezed_note(sizes: Sequence[tuple[int, int]], size: Sequence[int]) -> str:
+    """A line about images of (width, height) whose shape the dataset's `size` changes."""
+    return f"{len(sizes)} images, the first of {by(sizes[0])}, are squeezed to size={[*size]} (width, height)"
 
 
 def _refuse_unusable(dataset: SegmentationDataset, sample: Sample, found: dict, labels: Labels) -> None:

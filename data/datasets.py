@@ -86,7 +86,8 @@ class Listing(list[Sample]):
 
     Attributes:
         orphans: label files that belong to no image.
-        note: a line that counts and names images that lie there and were not taken; "" if there are none.
+        note: a line about images that lie there and were not taken, globs that match nothing, labels that images
+            share; "" if there are none.
     """
 
     def __init__(self, samples: list[Sample], orphans: list[Path] = (), note: str = ""):
@@ -96,6 +97,8 @@ class Listing(list[Sample]):
 
 def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
     """As `list_samples`, with labels that may be missing."""
+    if not cfg.root:
+        raise UserError("a dataset has no root: data.source, data.target and data.val must say where their images are")
     root = Path(cfg.root).absolute()  # errors name files by their whole paths
     if not root.is_dir():
         raise UserError(f"no {cfg.format} dataset: {root} does not exist (get it: {HOW_TO_GET[cfg.format]})")
@@ -109,19 +112,25 @@ def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
                 f"images: {pattern!r} is a folder below {root}; {os.path.join(pattern, '*')!r} is its images"
             )
     images, left = find_files(root, cfg.images)
+    several = images and cfg.format == "folder" and len(cfg.images) > 1
+    without = [pattern for pattern in cfg.images if not find_files(root, [pattern])[0]] if several else []
+    if missing := [pattern for pattern in without if not has_magic(pattern)]:
+        raise UserError(f"images: {root / missing[0]} is missing")
     if not images:
         globs = " or ".join(cfg.images[:3])
         raise UserError(f"no {cfg.format} image matches {globs} below {root}{_note(root, left, '; ')}")
     if with_labels and not cfg.labels:
         raise UserError(f"labels are needed for {root}, but the dataset's `labels` key is empty")
-    samples, labels = [], set()
+    samples, labels, shared = [], {}, []
     for image in images:
         relative = image.relative_to(root)
         label = _in_any_case(root / _label_of(relative, cfg)) if cfg.labels else None
-        labels.add(label and Path(os.path.normpath(label)))  # a template may hold ..
+        place = label and Path(os.path.normpath(label))  # a template may hold ..
+        if place and labels.setdefault(place, image) != image:
+            shared.append(f"{relative} and {labels[place].relative_to(root)} have {place}")
         samples.append(Sample(image, label if with_labels else None, relative.with_suffix("").as_posix()))
     refuse_double_names(samples)
-    if both := sorted(labels.intersection(images)):
+    if both := sorted(labels.keys() & {*images}):
         raise UserError(
             f"{len(both)} files are both image and label, the first is {both[0]}: narrow the globs of images"
         )
@@ -130,7 +139,11 @@ def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
         # The rule that gives an image's label, applied to the images' glob, gives the labels' glob.
         found, _ = find_files(root, [_label_of(Path(pattern), cfg).as_posix() for pattern in cfg.images])
         orphans = [path for path in found if path not in labels]
-    return Listing(samples, orphans, _note(root, [path for path in left if path not in labels]))
+    notes = [_note(root, [path for path in left if path not in labels])]
+    notes += [f"no image below {root} matches {pattern}" for pattern in without]
+    if with_labels and shared:
+        notes.append(f"{len(shared)} images below {root} share the label of another: {show_name(shared[0])}")
+    return Listing(samples, orphans, "; ".join(filter(None, notes)))
 
 
 def find_images(pattern: str, runs: str = "") -> Listing:

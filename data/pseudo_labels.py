@@ -168,7 +168,7 @@ def finished(folder: Path, wanted: dict, replace: bool) -> dict | None:
     if replace or not (folder / MANIFEST).is_file():
         return None
     manifest = read_manifest(folder)
-    old = {k: manifest.get(k) for k in wanted if k in manifest or k != "files"}  # older manifests lack it
+    old = {k: manifest.get(k) for k in wanted if k in manifest or k not in ("files", "size")}  # older ones lack these
     changes = ", ".join(f"{k}: {v} -> {wanted[k]}" for k, v in old.items() if v != wanted[k])
     if changes:
         raise UserError(

@@ -8,6 +8,7 @@ label id stands for, a class set says which names are learnt and in which order.
 from __future__ import annotations
 
 import colorsys
+import unicodedata
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -114,14 +115,17 @@ CLASS_SETS = {
 def custom_class_set(names: list[str], palette: list[list[int]]) -> ClassSet:
     """A class set of the user's own; without a palette, colours are spread over the hue circle.
 
-    Raises ValueError if a name occurs twice or is "ignore", the palette's length differs, or a colour is not three
-    bytes.
+    Raises ValueError if a name is empty, occurs twice or is "ignore" or "ignored", the palette's length differs, or a
+    colour is not three bytes.
     """
-    doubles = sorted({name for name in names if names.count(name) > 1})
+    alike = [unicodedata.normalize("NFC", name).strip() for name in names]
+    doubles = sorted({name for name in alike if alike.count(name) > 1})
     if doubles:
         raise ValueError(f"data.class_names holds {doubles[0]!r} twice")
-    if "ignore" in names:
-        raise ValueError("data.class_names holds 'ignore', the word of id_map for what is not learnt")
+    if "" in alike:
+        raise ValueError("data.class_names holds an empty name")
+    for word in {"ignore", "ignored"} & {*alike}:
+        raise ValueError(f"data.class_names holds {word!r}, the word of id_map for what is not learnt")
     if not 2 <= len(names) <= UNKNOWN:
         raise ValueError(f"data.class_names must hold 2 to {UNKNOWN} names for class_set 'custom', not {len(names)}")
     if not palette:

@@ -3,8 +3,8 @@
     python -m data.verify benchmark=gta5_to_cityscapes
     python -m data.verify benchmark=path/to/mine.yml data.workers=16
 
-Decodes every file that training reads. Prints a table, and names whatever training would stumble over or silently learn wrong; then the
-exit status is 1. All of that, and samples as contact sheets, go to runs/<benchmark>/verify/.
+Decodes every file that training reads. Prints a table, and names whatever training would stumble over or silently learn
+wrong; then the exit status is 1. All of that, and samples as contact sheets, go to runs/<benchmark>/verify/.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.check import Labels, look_at
-from data.datasets import TOLERANCE, UNREADABLE, Sample, SegmentationDataset, by, pair_files, unlike
+from data.check import Labels, look_at, squeezed_note
+from data.datasets import TOLERANCE, UNREADABLE, Sample, SegmentationDataset, alike, by, pair_files, unlike
 from data.images import show_name
 from data.loaders import mapped, spread
 from data.taxonomy import ClassSet, class_set, label_ids
@@ -91,6 +91,8 @@ def check_dataset(cfg: DatasetConfig, classes: ClassSet, workers: int, name: str
     for path, size in size_of.items():
         if not any_size and any(abs(a - b) > TOLERANCE * b for a, b in zip(size, usual)):
             report.fault("image of another size than the rest", f"{path}: {by(size)}, not {by(usual)}")
+    if squeezed := [size for size in size_of.values() if cfg.size and not alike(size, cfg.size)]:
+        report.warnings.append(squeezed_note(squeezed, cfg.size))
     for kind, text in labels.faults():
         report.fault(kind, f"{report.labels} labels below {cfg.root}: {text}")
     report.warnings += labels.warnings(every_class=name == "source")

@@ -36,7 +36,10 @@ def predict(model: nn.Module, image: Image.Image | str | Path | Tensor) -> Tenso
     if isinstance(image, Image.Image):
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"an 8-bit image is needed, not mode {image.mode}")
+        deep = any(";16" in str(part[3]) for part in getattr(image, "tile", ()))  # of which the upper 8 bits are kept
         image = F.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+        if deep and not image.any():
+            raise ValueError("an 8-bit image is needed, not colours of 16 bits without a value above 255")
     if not isinstance(image, Tensor):
         raise ValueError(
             f"a PIL image, the path of one or a uint8 tensor (3, H, W) is needed, not {type(image).__name__}"

@@ -334,6 +334,22 @@ CASES = [
         status=2,
     ),
     case("name leads out", "warmup", "name=../../x", nothing, "name='../../x'", status=2),
+    case("name is no folder", "warmup", "name=.", nothing, "name='.'", status=2),
+    case("no val", "warmup", "data.val.root=", nothing, "data.val is missing, or has no root"),
+    case("no target", "labels", "data.target.root=", nothing, "data.target is missing, or has no root"),
+    case("no val to test on", "test", "checkpoint=bpl data.val.root=", nothing, "a dataset has no root"),
+    case(
+        "stage in a benchmark", "warmup", "benchmark=bad.yml", own_yaml(stage="bpl"), "stage does not belong", status=2
+    ),
+    case(
+        "stages with a key of another stage",
+        "warmup",
+        "benchmark=bad.yml",
+        own_yaml(stages={"pst": {"pseudo": {"threshold": 0.4}}}),
+        "pseudo.threshold in stages.pst of",
+        "not read by stage pst, but by pseudo_labels",
+        status=2,
+    ),
     case("pseudo labels lead out", "pst", "pseudo_labels=/tmp", nothing, "pseudo_labels='/tmp'", status=2),
     case(
         "benchmark leads out",

@@ -65,8 +65,10 @@ def read_variants(path: Path) -> dict[str, list[str]]:
             words = isinstance(own, list) and all(isinstance(o, str) for o in own)
             require(words, f"{where} must hold a list of key=value, not {own!r}")
             for word in own:
-                learns = stage == "pst" or not word.startswith("pseudo.")
-                require(learns, f"{where}: {stage} learns from no pseudo labels; the keys pseudo.* are for pst")
+                key = all_keys().get(word.partition("=")[0])  # an unknown one is refused later
+                readers = {stage, "pseudo_labels"} if stage == "pst" else {stage}
+                read = not key or key.stages is None or readers & {*key.stages}
+                require(read, f"{where}: {word} is not read by {stage}, but by {', '.join(key.stages if key else ())}")
                 differs = word.partition("=")[0] not in SHARED
                 require(differs, f"{where}: {word} cannot differ between variants; give it on the command line")
             rows[f"{stage}/{name}"] = own

@@ -129,13 +129,15 @@ def run(words: list[str]) -> Path:
     if form == "onnx" and missing:
         raise UserError(f"format=onnx needs {' and '.join(missing)}: pip install -r utils/requirements-onnx.txt")
     cfg = checked_config(ROOT / "configs/test_from_gta_to_city.yml", others)
+    plain = (cfg.test.flip, cfg.test.scales, cfg.test.window) == (False, [1.0], [])
+    require(plain, "test.flip, test.scales and test.window are test.py's: the file holds the network alone")
     weights = checkpoint.find_checkpoint(cfg, cfg.checkpoint, cfg.model.published)
     if cfg.batchnorm.statistics == "target":
         prepare_data(cfg)
     model, message = load_network(cfg, weights, torch.device("cpu"))
     print(message)
     network = Deployed(model, output).eval().requires_grad_(False)
-    path = Path(own.get("file") or weights.with_suffix(ENDINGS[form]).name)
+    path = Path(own.get("file") or weights.with_suffix(ENDINGS[form]).name).expanduser()
     if path.exists() and path.samefile(weights):
         raise UserError(f"{path.absolute()} is the checkpoint itself: name another file=")
     with tempfile.TemporaryDirectory() as folder:

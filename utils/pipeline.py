@@ -74,7 +74,10 @@ def load_stage(stage: str, overrides: list[str]) -> Config:
 
 def load_stages(overrides: list[str]) -> dict[str, Config]:
     """The configuration of every stage, in order."""
-    return {stage: load_stage(stage, overrides) for stage in STEPS}
+    stages = {stage: load_stage(stage, overrides) for stage in STEPS}
+    named = {cfg.name for stage, cfg in stages.items() if stage != "source_only"} - {""}
+    require(not named, f"name: {' '.join(named)} would be the one folder of all stages; take it out of the YAML")
+    return stages
 
 
 def load_tests(overrides: list[str], cfg: Config) -> Config:
@@ -282,6 +285,8 @@ def _panel(cfg: Config, runs: dict[str, str], statistics: str, path: Path) -> No
 def run_seeds(overrides: list[str], seeds: list[int], control: bool = True, bound: bool = False) -> dict:
     """The pipeline once for each seed; returns what is written to seeds.json: mean and deviation by stage and class."""
     base = load_stage("bpl", overrides)
+    for seed in seeds:  # a wrong one is refused before the first is trained
+        load_stage("bpl", [*overrides, f"seed={seed}"])
     summaries, folders = [], {}
     for seed in seeds:
         print(f"==== seed {seed}", flush=True)

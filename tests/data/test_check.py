@@ -134,7 +134,12 @@ def test_training_stops_at_train_ids_and_is_silent_otherwise(configure, copied, 
 
 
 def test_one_image_that_fills_the_crop_is_enough(configure, tmp_path):
-    given = ("data.target.format=folder", "data.target.images=['*.png']", f"data.target.root={tmp_path}")
+    given = (
+        "data.target.split=all",
+        "data.target.format=folder",
+        "data.target.images=['*.png']",
+        f"data.target.root={tmp_path}",
+    )
     sizes = ("data.base_width=100", "data.scale=[1,1]", "data.crop=[100,50]", "train.batch_target=1")
     cfg = configure("gta5_to_city", "stage1_BPL.yml", tmp_path / "runs", *given, *sizes)
 

@@ -145,6 +145,18 @@ def test_several_globs_list_an_image_once(tmp_path):
     assert [s.name for s in list_samples(cfg, with_labels=False)] == ["a", "b"]
 
 
+def test_globs_without_an_image_and_labels_of_several_images_are_named(tmp_path):
+    touch(tmp_path, "day/a.jpg", "dusk/a.jpg", "a.png")
+    section = {"format": "folder", "root": str(tmp_path), "labels": "{stem}.png"}
+    listed = list_samples(dataset_config(**section, images=["*/*.jpg", "night/*.jpg"]))
+    assert len(listed) == 2
+    unmatched, shared = listed.note.split("; ")
+    assert unmatched == f"no image below {tmp_path} matches night/*.jpg"
+    assert shared.startswith(f"1 images below {tmp_path} share the label of another: dusk/a.jpg and day/a.jpg have ")
+    with pytest.raises(UserError, match=f"images: {tmp_path}/day/b.jpg is missing"):
+        list_samples(dataset_config(**section, images=["day/a.jpg", "day/b.jpg"]))
+
+
 def test_missing_files_are_named(copied, tmp_path):
     with pytest.raises(UserError, match=r"nowhere does not exist \(get it: https://.*synthia"):
         list_samples(dataset_config(format="synthia", root=str(tmp_path / "nowhere")))

@@ -36,8 +36,13 @@ def test_train_ids_of_the_lookup_tables():
 def test_custom_class_set():
     classes = custom_class_set(["sky", "road"], [])
     assert classes.names == ("sky", "road") and len(set(classes.palette)) == 2
-    with pytest.raises(ValueError, match="'sky' twice"):
-        custom_class_set(["sky", "sky"], [])
+    for twin in ("sky", "sky "):
+        with pytest.raises(ValueError, match="'sky' twice"):
+            custom_class_set(["sky", twin], [])
+    with pytest.raises(ValueError, match="'café' twice"):
+        custom_class_set(["caf\u00e9", "cafe\u0301"], [])
+    with pytest.raises(ValueError, match="an empty name"):
+        custom_class_set(["sky", " "], [])
     with pytest.raises(ValueError, match="1 colours for 2 class names"):
         custom_class_set(["sky", "road"], [[0, 0, 0]])
     with pytest.raises(ValueError, match=r"colour of 'road' is \[0, 0, 256\]"):

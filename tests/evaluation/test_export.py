@@ -175,3 +175,9 @@ def test_scores_and_worst_images_of_another_dataset(configure, trees, weights, t
     assert len(worst) == 2 and worst == sorted(worst) and (cfg.run_dir / "panels" / "worst.png").is_file()
     assert {entry["image"] for entry in result["worst"]} <= set(expected)
     assert len(list((cfg.run_dir / "predictions" / "label_ids").rglob("*.png"))) == 5
+    again = configure(
+        "gta5_to_city", "test_from_gta_to_city.yml", tmp_path, *given, "test.export=false", "test.panels=0"
+    )
+    test.main(again)
+    assert not (cfg.run_dir / "panels").exists()
+    assert "predictions is of an earlier call" in (cfg.run_dir / "log.txt").read_text(encoding="utf-8")

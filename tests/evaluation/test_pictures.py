@@ -6,7 +6,7 @@ from PIL import Image
 
 from data.loaders import spread
 from data.taxonomy import IGNORE, custom_class_set
-from utils.evaluation.pictures import Gallery, Worst, colorize
+from utils.evaluation.pictures import Gallery, Worst, colorize, save_panel
 
 CLASSES = custom_class_set(["a", "b"], [[10, 20, 30], [40, 50, 60]])
 
@@ -27,6 +27,13 @@ def test_gallery_saves_image_prediction_and_truth_side_by_side(tmp_path):
     rows = [sheet[y] for y in (height // 2 - 40, height - 40)]  # inside the first and the second picture
     for row, grey in zip(rows, (50, 150)):
         assert [row[int(width * x)].tolist() for x in (1 / 6, 1 / 2, 5 / 6)] == [[grey] * 3, [10, 20, 30], [40, 50, 60]]
+
+
+def test_a_panel_of_lines(tmp_path):
+    sheet = save_panel(
+        tmp_path / "x.png", [[np.zeros((2, 1400, 3), np.uint8)], [np.zeros((1400, 2, 3), np.uint8)]], ["a"]
+    )
+    assert 1 + 1280 < len(sheet) < 1400
 
 
 def test_worst_images_are_kept_the_worst_first(tmp_path):

@@ -190,7 +190,7 @@ def test_own_list_fits_the_benchmarks(name):
         ("bpl: {x: [{loss: 0}]}", "bpl/x must hold a list of key=value"),
         ("bpl: {../x: []}", "bpl/../x: a variant is named by"),
         ("bpl: {no: []}", "bpl/False: a variant is named by"),
-        ("bpl: {x: [pseudo.keep=0.1]}", "bpl/x: bpl learns from no pseudo labels"),
+        ("bpl: {x: [pseudo.keep=0.1]}", "bpl/x: pseudo.keep=0.1 is not read by bpl, but by pseudo_labels, distill"),
         ("bpl: {x: [seed=3]}", "bpl/x: seed=3 cannot differ"),
         ("bpl: {x: [loss.adversarial]}", "bpl/x: 'loss.adversarial' is not of the form key=value"),
         ("bpl: {x: [loss.adversary=0]}", "bpl/x: unknown key 'loss.adversary'"),

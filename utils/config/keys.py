@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -69,10 +70,15 @@ def leaves_folder(path: str) -> bool:
     return Path(path).is_absolute() or ".." in Path(path).parts
 
 
+def matches(pattern: str) -> bool:
+    """Whether there is such a file or folder, or one that the glob matches."""
+    return os.path.exists(pattern) or any(glob.iglob(pattern, recursive=True))
+
+
 @dataclass
 class DatasetConfig:
     format: Literal["gta5", "synthia", "cityscapes", "folder"] = opt("gta5", "layout and label ids on disk")
-    root: str = opt("data/GTA5", "folder of the dataset", path=os.path.isdir)
+    root: str = opt("", "folder of the dataset", path=os.path.isdir)
     split: str = opt("all", "cityscapes: train | val | test; gta5: all, or those of split.mat; else unused")
     size: list[int] = opt([], "[width, height] that images and labels are brought to; [] keeps their own", least=1)
     images: list[str] = opt([], "folder: globs below root, e.g. ['images/*.jpg']")
@@ -339,7 +345,7 @@ class TestConfig:
         "",
         "predict these without labels: an image, folder or glob, e.g. 'photos/**/*.jpg'",
         stages=("test",),
-        path=os.path.exists,
+        path=matches,
     )
     export: bool = opt(False, "write every prediction into predictions/; always with test.images", stages=("test",))
     flip: bool = opt(False, "average with the prediction of the mirrored image", stages=TRAIN_OR_TEST)
@@ -402,7 +408,8 @@ class Config:
         )
         for key in ("name", "pseudo_labels"):
             value = getattr(self, key)
-            require(not leaves_folder(value), f"{key}={value!r} must be a folder below runs/<benchmark>")
+            below = not value or (Path(value).parts and not leaves_folder(value))
+            require(below, f"{key}={value!r} must be a folder below runs/<benchmark>")
         named = self.benchmark_name not in ("", ".", "..")
         require(named, f"benchmark={self.benchmark!r} names no folder below {self.runs}")
         key, start = "model.init", self.model.init

@@ -296,8 +296,20 @@ def _stage_deltas(content: Any, file: Path) -> dict[str, dict]:
             raise ConfigError(f"unknown {where}; nearest is {nearest(run, RUNS)!r}")
         if not isinstance(delta, dict):
             raise ConfigError(f"{where} is a section, not {delta!r}")
+        _refuse_choices(delta, where)
         _apply(Config(), delta, where)
+        stage = "warmup" if run == "source_only" else run
+        for key in flatten(delta):
+            readers = all_keys()[key].stages
+            read = readers is None or stage in readers
+            require(read, f"{key} in {where} is not read by stage {stage}, but by {', '.join(readers or ())}")
     return content
+
+
+def _refuse_choices(delta: dict, where: str) -> None:
+    """ConfigError for keys that say which files are read."""
+    for key in ("stage", "benchmark"):
+        require(key not in delta, f"{key} does not belong into {where}: --config and benchmark= choose")
 
 
 def _place_toy(config: Config) -> None:
@@ -333,6 +345,7 @@ def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
     benchmark_file = _find_benchmark(benchmark)
     benchmark_delta = read_yaml(benchmark_file)
     require(benchmark_delta, f"{benchmark_file} holds no key")
+    _refuse_choices(benchmark_delta, str(benchmark_file))
     by_stage = _stage_deltas(benchmark_delta.pop("stages", None) or {}, benchmark_file)
 
     def apply(delta: dict, file: Path, where: str) -> None:

@@ -204,7 +204,8 @@ _MADE_BY = {
 
 
 def find_checkpoint(cfg: Config, name: str, published: Sequence[str] = ()) -> Path:
-    """The weights that `name` stands for: a file, a run of this benchmark, or the first published file that exists.
+    """The weights that `name` stands for: a file, a run of this benchmark, a run's folder, or the first published file
+    that exists.
 
     Raises:
         UserError: says where was looked and how to get the weights.
@@ -214,7 +215,8 @@ def find_checkpoint(cfg: Config, name: str, published: Sequence[str] = ()) -> Pa
         return file
     if name.endswith(WEIGHT_ENDINGS):
         raise UserError(f"no weights at {file}")
-    paths = [RunFiles(cfg.sibling_run(name)).of(cfg.which), *(PRETRAINED / file for file in published)]
+    runs = [cfg.sibling_run(name), *([file] if file.is_dir() else [])]
+    paths = [*(RunFiles(run).of(cfg.which) for run in runs), *(PRETRAINED / file for file in published)]
     for path in paths:
         if path.is_file():
             return path
@@ -222,7 +224,7 @@ def find_checkpoint(cfg: Config, name: str, published: Sequence[str] = ()) -> Pa
     command = _MADE_BY.get(name.split("/")[0])
     ways = f"train it (`{command} benchmark={cfg.benchmark}`)" if command else "train that run"
     if published:
-        ways += f" or put a published file at {' or '.join(looked[1:])}"
+        ways += f" or put a published file at {' or '.join(looked[len(runs) :])}"
     raise UserError(f"no weights of '{name}': looked for {', '.join(looked)}; {ways}, or name a file")
 
 

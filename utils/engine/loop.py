@@ -56,6 +56,7 @@ MOMENTUM, POWER = 0.9, 0.9  # of SGD; of the poly schedule (as released)
 # Keys that may differ between the two parts of a resumed run: they change where, how fast and how long it learns.
 HARMLESS = {
     *("benchmark", "runs", "device", "model.published", "data.workers", "data.on_error", "data.toy_root"),
+    "data.palette",
     *("data.source.root", "data.target.root", "data.val.root", "train.iterations", "train.log_every"),
     *("train.save_every", "train.val_every", "train.panels", "train.restart", "train.deterministic"),
     *("train.checkpointing", "train.compile", "train.on_nonfinite"),

@@ -70,7 +70,11 @@ def choose_device(cfg: Config) -> torch.device:
 
 
 def prepare_data(cfg: Config) -> None:
-    """Draw the toy cities where the benchmark asks for them."""
+    """Draw the toy cities where the benchmark asks for them; UserError if a dataset is nowhere."""
+    read = {"pseudo_labels": ("target",), "test": ()}.get(cfg.stage, ("source", "target", "val"))
+    for name in read:  # a test reads what `test` names, or photos
+        if not getattr(cfg.data, name).root:
+            raise UserError(f"data.{name} is missing, or has no root: {cfg.benchmark} must say where its images are")
     if cfg.data.toy_root:
         with distributed.main_first():
             toy.generate(cfg.data.toy_root)

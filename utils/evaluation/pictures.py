@@ -39,7 +39,8 @@ def save_panel(path: Path, rows: list[list[np.ndarray]], captions: list[str], wi
     """
     gap, size = 4, 12 + 2 * len(captions)  # a page shrinks a wide sheet: its captions must stay legible
     head = size + 8
-    heights = [round(width * row[0].shape[0] / row[0].shape[1]) for row in rows]
+    shapes = [row[0].shape for row in rows]
+    heights = [min(max(1, round(width * height / w)), 4 * width) for height, w, _ in shapes]  # some are but a line
     sheet_size = (len(captions) * (width + gap) - gap, head + sum(heights) + gap * (len(rows) - 1))
     sheet = Image.new("RGB", sheet_size, "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size)

@@ -50,7 +50,7 @@ def picture(path: Path, description: str) -> str:
     try:
         with Image.open(path) as file:
             sheet = file.convert("RGB")
-    except (OSError, ValueError):
+    except (OSError, ValueError, Image.DecompressionBombError):
         return ""
     sheet.thumbnail((PICTURE_WIDTH, 10 * PICTURE_WIDTH), Image.Resampling.LANCZOS)
     data = io.BytesIO()
