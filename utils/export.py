@@ -128,9 +128,10 @@ def run(words: list[str]) -> Path:
     missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if form == "onnx" and missing:
         raise UserError(f"format=onnx needs {' and '.join(missing)}: pip install -r utils/requirements-onnx.txt")
+    for word in others:
+        beyond = word.startswith(("test.flip=", "test.scales=", "test.window="))
+        require(not beyond, f"{word}: the file holds the network alone, at scale 1")
     cfg = checked_config(ROOT / "configs/test_from_gta_to_city.yml", others)
-    plain = (cfg.test.flip, cfg.test.scales, cfg.test.window) == (False, [1.0], [])
-    require(plain, "test.flip, test.scales and test.window are test.py's: the file holds the network alone")
     weights = checkpoint.find_checkpoint(cfg, cfg.checkpoint, cfg.model.published)
     if cfg.batchnorm.statistics == "target":
         prepare_data(cfg)
