@@ -173,3 +173,9 @@ def test_look_at_a_sample(trees):
     found = look_at(Sample(tree.root / f"{name}.png", path, name))
     assert found["size"] == found["label_size"] == (96, 64) and not found["problems"] and not found["label_map"]
     assert found["ids"] == {int(i): int((ids == i).sum()) for i in np.unique(ids)} and found["stored"] == "P"
+
+
+def test_a_size_that_changes_the_images_shape_is_told(configure, tmp_path):
+    cfg = configure("gta5_to_city", "stage1_BPL.yml", tmp_path / "runs", "data.val.size=[64,96]")
+    (note,) = check_samples(build_dataset(cfg.data.val, class_set(cfg.data)), "val", cfg).notes
+    assert note.startswith("data.val: ") and note.endswith("are squeezed to size=[64, 96] (width, height)")

@@ -153,3 +153,9 @@ def test_own_keys_are_checked(given):
     assert pipeline.own_keys(["train.lr=1", "controls=true", "seeds=0,1"]) == (["train.lr=1"], True, [0, 1])
     assert pipeline.own_keys(["controls=false"]) == ([], False, [])
     assert pipeline.own_keys([]) == ([], None, [])
+
+
+def test_a_wrong_seed_is_refused_before_the_first_is_trained(benchmarks, monkeypatch):
+    monkeypatch.setattr(pipeline, "run", lambda *args: pytest.fail("trained"))
+    with pytest.raises(ConfigError, match="seed=-1"):
+        pipeline.run_seeds([f"benchmark={benchmarks['gta5_to_city']}"], [0, -1])
