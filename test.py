@@ -81,11 +81,11 @@ def _evaluated(cfg: Config) -> dict:
     if is_main():  # nothing of an earlier test stays beside this one's settings
         (cfg.run_dir / "metrics.json").unlink(missing_ok=True)
         shutil.rmtree(cfg.run_dir / "panels", ignore_errors=True)
-    export, before = None, cfg.run_dir / "predictions"
-    if not (images or cfg.test.export) and before.exists():
-        log.info(f"{show_path(before)} is of an earlier call")
+    export, folder = None, cfg.run_dir / "predictions"
     if images or cfg.test.export:
-        export = Exporter(before, dataset, classes, label_ids(section, classes))
+        export = Exporter(folder, dataset, classes, label_ids(section, classes))
+    elif folder.exists():
+        log.info(f"{show_path(folder)} is of an earlier call")
     if images:
         for prediction in predictions(model, dataset, cfg, device, "predict"):
             export(*prediction)

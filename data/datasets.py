@@ -111,10 +111,11 @@ def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
             raise UserError(
                 f"images: {pattern!r} is a folder below {root}; {os.path.join(pattern, '*')!r} is its images"
             )
-    images, left = find_files(root, cfg.images)
-    several = images and cfg.format == "folder" and len(cfg.images) > 1
-    without = [pattern for pattern in cfg.images if not find_files(root, [pattern])[0]] if several else []
-    if missing := [pattern for pattern in without if not has_magic(pattern)]:
+    found = {pattern: find_files(root, [pattern]) for pattern in cfg.images}
+    images = sorted({image for taken, _ in found.values() for image in taken})
+    left = sorted({file for _, rest in found.values() for file in rest}.difference(images))
+    without = [pattern for pattern, (taken, _) in found.items() if not taken]
+    if missing := [pattern for pattern in without if images and not has_magic(pattern)]:
         raise UserError(f"images: {root / missing[0]} is missing")
     if not images:
         globs = " or ".join(cfg.images[:3])
@@ -137,8 +138,8 @@ def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
     orphans = []
     if with_labels and cfg.format != "folder":  # a folder may hold more labels than its globs name images
         # The rule that gives an image's label, applied to the images' glob, gives the labels' glob.
-        found, _ = find_files(root, [_label_of(Path(pattern), cfg).as_posix() for pattern in cfg.images])
-        orphans = [path for path in found if path not in labels]
+        there, _ = find_files(root, [_label_of(Path(pattern), cfg).as_posix() for pattern in cfg.images])
+        orphans = [path for path in there if path not in labels]
     notes = [_note(root, [path for path in left if path not in labels])]
     notes += [f"no image below {root} matches {pattern}" for pattern in without]
     if with_labels and shared:
