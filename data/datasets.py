@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import itertools
 import os
 import re
 from collections import Counter
@@ -31,7 +30,7 @@ from data.images import IMAGE_ENDINGS, read_label_ids, read_upper_rows, show_nam
 from data.taxonomy import UNKNOWN, ClassSet, known_ids, label_ids
 from data.transforms import Crop
 from utils.config import UserError, reason
-from utils.config.keys import DatasetConfig, leaves_folder
+from utils.config.keys import DatasetConfig, fixed_part, leaves_folder
 
 HOW_TO_GET = {
     "gta5": "https://download.visinf.tu-darmstadt.de/data/from_games/",
@@ -158,8 +157,7 @@ def find_images(pattern: str, runs: str = "") -> Listing:
     if path.is_file():
         root, found = path.parent, [path]
     else:
-        fixed = itertools.takewhile(lambda part: not has_magic(part), path.parts)
-        root = path if path.is_dir() else Path(*fixed)
+        root = fixed_part(path)
         found, left = find_files(root, ["**/*" if path.is_dir() else path.relative_to(root).as_posix()])
         odd = {file for file in found if not file.is_file() or file.suffix.lower() not in IMAGE_ENDINGS}
         own = Path(runs).expanduser().absolute() if runs else None

@@ -35,7 +35,7 @@ from loss import (
 from models import build_model, upsample
 from models import read_checkpoint as read
 from utils import pipeline
-from utils.config import UserError, to_dict
+from utils.config import UserError, load_config, to_dict
 from utils.engine import checkpoint, loop
 from utils.engine.loop import refuse_other_experiment
 from utils.engine.setup import load_network, resolve_auto
@@ -126,6 +126,8 @@ def test_what_a_run_leaves_behind(finished, run):
     folder, names = finished.folder / run, CLASSES[finished.layout]
     saved = yaml.safe_load((folder / "config.yml").read_text(encoding="utf-8"))
     assert saved["git"] and saved["seed"] == 0 and saved["train"]["batch_source"] == 2
+    again = load_config(folder / "config.yml", [f"runs={saved['runs']}"])  # what --config does
+    assert {"git": saved["git"], **to_dict(again)} == saved
 
     first, second, val = lines_of(folder)
     assert [(x["step"], x["group"]) for x in (first, second, val)] == [(1, "train"), (2, "train"), (2, "val")]

@@ -24,6 +24,7 @@ from data.taxonomy import IGNORE, ClassSet, class_set
 from loss import labels_at
 from models import classifier_prototypes
 from utils.config import ROOT, Config, UserError
+from utils.config.keys import require
 from utils.engine import checkpoint
 from utils.engine.command_line import run_words
 from utils.engine.log import show_path
@@ -105,8 +106,12 @@ def run(overrides: list[str]) -> dict:
     """Measure the runs of a benchmark; returns what is written to features.json.
 
     Raises:
+        ConfigError: a key that would choose one run.
         UserError: no run, a network that does not fit the benchmark, or missing data.
     """
+    for key in ("checkpoint", "name"):
+        given = any(word.partition("=")[0] == key for word in overrides)
+        require(not given, f"{key}= is not read here: all runs of the benchmark are measured")
     cfg = checked_config(ROOT / "configs" / "test_from_gta_to_city.yml", overrides)
     device, folder, classes = choose_device(cfg), cfg.sibling_run(""), class_set(cfg.data)
     files = {run.name: checkpoint.RunFiles(run.folder).of(cfg.which) for run in find_runs(folder)}

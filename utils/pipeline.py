@@ -46,8 +46,15 @@ from utils.config.keys import TRAINING_STAGES, require
 from utils.engine import checkpoint
 from utils.engine.command_line import run_words, split_words, warn_of_idle_gpus
 from utils.engine.log import show_path
-from utils.engine.loop import Backward, Stage, fit
-from utils.engine.setup import check_inputs, checked_config, choose_device, load_network, refuse_unusable_backbone
+from utils.engine.loop import Backward, Stage, fit, training_set
+from utils.engine.setup import (
+    check_inputs,
+    checked_config,
+    choose_device,
+    load_network,
+    prepare_data,
+    refuse_unusable_backbone,
+)
 from utils.evaluation.metrics import mean_over, text_table
 from utils.evaluation.pictures import Gallery, save_panel
 from utils.evaluation.prediction import evaluate
@@ -93,6 +100,7 @@ def run(overrides: list[str], control: bool = True, bound: bool = False) -> dict
     check_inputs(*(lambda cfg=cfg: first_weights(cfg) for cfg in configs.values()))
     tests = load_tests(overrides, configs["bpl"])
     warn_of_idle_gpus(configs["bpl"])
+    bound_cfg = bound_config(configs) if control and bound else None
     final_run, rows = {}, {}
     for stage, cfg in configs.items():
         if stage == "pseudo_labels" and configs["pst"].pseudo.labels == "online":
@@ -104,7 +112,7 @@ def run(overrides: list[str], control: bool = True, bound: bool = False) -> dict
             final_run[stage] = f"{name}/round{cfg.distill.rounds[-1]}" if stage == "distill" else name
             rows |= stage_rows(stage, final_run[stage], cfg, metrics, tests)
     if control:
-        add_controls(rows, configs, tests, bound)
+        add_controls(rows, configs, tests, bound_cfg)
     folder = tests.sibling_run("")
     summary = {"benchmark": tests.benchmark, "seed": tests.seed, "stages": rows}
     checkpoint.write_json(folder / "summary.json", summary)
@@ -141,7 +149,7 @@ class LabelledBound(Stage):
             backward(ce, **{f"ce_{domain}": ce})
 
 
-def add_controls(rows: dict[str, dict], configs: dict[str, Config], tests: Config, with_bound: bool) -> None:
+def add_controls(rows: dict[str, dict], configs: dict[str, Config], tests: Config, bound: Config | None) -> None:
     """Train the controls and add to `rows` what they reach and how each stage compares, under target statistics.
 
     Of the legs of the control, the last alone has a row.
@@ -155,9 +163,9 @@ def add_controls(rows: dict[str, dict], configs: dict[str, Config], tests: Confi
         rows[stage] |= compared | {"steps": steps[stage]}
     rows |= stage_rows(CONTROL, cfg.name, cfg, metrics, tests)
     rows[CONTROL]["steps"] = steps[stage]
-    if with_bound and (cfg := bound_config(configs)):
+    if bound:
         print(f"== {BOUND}", flush=True)
-        rows |= stage_rows(BOUND, BOUND, cfg, fit(cfg, LabelledBound), tests)
+        rows |= stage_rows(BOUND, BOUND, bound, fit(bound, LabelledBound), tests)
         rows[BOUND]["steps"] = steps[stage]
         for name, row in rows.items():
             row[f"gap_closed_from_{CONTROL}"] = gap_closed(rows, name)
@@ -191,13 +199,18 @@ def control_legs(configs: dict[str, Config]) -> Iterator[tuple[str, Config]]:
 
 
 def bound_config(configs: dict[str, Config]) -> Config | None:
-    """Of `labelled_bound`: the warm-up stretched to the steps of all stages. None where the target has no labels."""
+    """Of `labelled_bound`: the warm-up stretched to the steps of all stages. None where the target has no labels.
+
+    Raises UserError where it has, but a label cannot be used, before any stage takes its hours.
+    """
     cfg = copy.deepcopy(configs["warmup"])
+    prepare_data(cfg)
     try:
         list_samples(cfg.data.target)
     except UserError as error:
         print(f"no {BOUND}: {error}")
         return None
+    training_set(cfg, "target", cfg.seed)
     steps, t = steps_by_stage(configs)["distill"], cfg.train
     cfg.name, cfg.loss.adversarial = BOUND, 0.0
     t.horizon, t.iterations = round(steps * t.horizon / t.iterations), steps

@@ -123,6 +123,7 @@ def test_unknown_choice_names_the_nearest():
         ("data.scale=[1.5, 0.5]", r"data\.scale"),
         ("data.source.size=[640]", r"data\.source\.size"),
         ("data.target.split=training", r"data\.target\.split"),
+        ("data.source.format=synthia data.source.split=train", r"data\.source\.split='train': synthia has all"),
         ("data.source.format=folder", r"data\.source\.images"),
         ("data.source.id_map={1: road}", r"data\.source\.id_map"),
         ("data.class_names=[sky, road]", r"data\.class_names"),
@@ -145,7 +146,7 @@ def test_unknown_choice_names_the_nearest():
     ],
 )
 def test_impossible_combination_names_the_key(override, names):
-    refused(names, *re.split(r" (?=model)", override))
+    refused(names, *re.split(r" (?=model|data)", override))
 
 
 def test_warmup_is_not_bpl():

@@ -372,6 +372,8 @@ def test_images_of_a_path_a_folder_or_a_glob(tmp_path, monkeypatch):
     assert names(tmp_path / "[1].png") == [("[1]", None)] and names(tmp_path / "a/notes.txt") == [("notes", None)]
     monkeypatch.chdir(tmp_path)
     assert names("*/*.JPG") == names("*/*.jpg") == [("a/x", None), ("b/x", None)] and names(".") == names(tmp_path)
+    touch(tmp_path, "in [2024]/deep/z.jpg")
+    assert names("in [2024]/**/*.jpg") == [("deep/z", None)]  # brackets of a folder's own name
     for nothing in ("c", "a/*.gif", "a/*.txt"):
         with pytest.raises(UserError, match="no image at "):
             find_images(nothing)

@@ -88,6 +88,10 @@ def test_command_measures_every_run(configure, benchmarks, tmp_path):
     assert labels[0] == "class\tkind" and labels[-4:] == [f"{name}\tprototype" for name in FOLDER_NAMES]
     assert {line.split("\t")[0] for line in labels[1:-4]} == set(FOLDER_NAMES)
 
+    with pytest.raises(UserError, match="checkpoint= is not read here: all runs"):
+        run([*given, "checkpoint=bpl"])
+    assert (folder / "embed").is_dir()
+
     shutil.rmtree(folder / "embed")
     shutil.copytree(folder / "bpl", folder / "embed")  # the user's own run of that name
     with pytest.raises(UserError, match=r"embed is a training run, and where this is written to: rename it"):

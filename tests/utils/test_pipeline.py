@@ -10,7 +10,7 @@ from survival import use_tiny_networks
 from data import datasets
 from data.taxonomy import ClassSet, class_set
 from utils import pipeline
-from utils.config import ConfigError
+from utils.config import ConfigError, UserError
 from utils.pipeline import BOUND, CONTROL, bound_config, control_legs, gap_closed, load_stages, steps_by_stage
 
 
@@ -49,7 +49,7 @@ def test_stages_are_held_against_controls_under_target_statistics(benchmarks, mo
     for cfg in every.values():
         cfg.batchnorm.statistics = statistics
     rows = {stage: {"miou_target_bn": 60.0} for stage in ("warmup", "bpl", "pst", "distill")}
-    pipeline.add_controls(rows, every, tests, with_bound=False)
+    pipeline.add_controls(rows, every, tests, bound=None)
     legs = [cfg.name for _, cfg in control_legs(every)]
     assert tested == ([] if statistics == "target" else [*legs, legs[-1]])  # what a run was not validated with
     gains = [row["gain_over_control"] for name, row in rows.items() if name != CONTROL]
@@ -75,6 +75,20 @@ def test_scores_of_an_earlier_call_are_taken_if_they_are_of_the_same(benchmarks,
 def test_no_bound_without_target_labels(benchmarks, capsys):
     assert bound_config(stages_of(benchmarks, "day_to_dusk")) is None
     assert f"no {BOUND}" in capsys.readouterr().out
+
+
+def test_a_label_that_the_bound_cannot_use_is_told_before_the_first_stage(benchmarks, tmp_path, monkeypatch):
+    every = stages_of(benchmarks, "gta5_to_city")
+    broken = datasets.list_samples(every["warmup"].data.target)[0].label
+    monkeypatch.setattr(pipeline.train_bpl, "main", lambda cfg: pytest.fail("a stage has begun"))
+    monkeypatch.setattr(pipeline, "first_weights", lambda cfg: None)
+    content = broken.read_bytes()
+    try:
+        broken.write_bytes(b"")
+        with pytest.raises(UserError, match=f"empty, the first is .*{broken.name}"):
+            pipeline.run([f"benchmark={benchmarks['gta5_to_city']}", f"runs={tmp_path}"], bound=True)
+    finally:
+        broken.write_bytes(content)
 
 
 def test_share_of_the_gap():

@@ -72,14 +72,21 @@ def leaves_folder(path: str) -> bool:
 
 def matches(pattern: str) -> bool:
     """Whether there is such a file or folder, or one that the glob matches."""
-    return os.path.exists(pattern) or any(glob.iglob(pattern, recursive=True))
+    root = fixed_part(Path(pattern))
+    rest = Path(pattern).relative_to(root)
+    return rest == Path() or any(glob.iglob(str(rest), root_dir=root, recursive=True))
+
+
+def fixed_part(pattern: Path) -> Path:
+    """The longest part of a glob that is there as it is written: brackets may belong to the name of a folder."""
+    return next((path for path in (pattern, *pattern.parents) if os.path.exists(path)), Path())
 
 
 @dataclass
 class DatasetConfig:
     format: Literal["gta5", "synthia", "cityscapes", "folder"] = opt("gta5", "layout and label ids on disk")
     root: str = opt("", "folder of the dataset", path=os.path.isdir)
-    split: str = opt("all", "cityscapes: train | val | test; gta5: all, or those of split.mat; else unused")
+    split: str = opt("all", "cityscapes: train | val | test; gta5: all, or those of split.mat; else all")
     size: list[int] = opt([], "[width, height] that images and labels are brought to; [] keeps their own", least=1)
     images: list[str] = opt([], "folder: globs below root, e.g. ['images/*.jpg']")
     labels: str = opt("", "folder: label of an image, from {dir} {parent} {stem}, e.g. 'labels/{stem}.png'; '' = none")
@@ -95,8 +102,9 @@ class DatasetConfig:
                 unread = f"{key}.{name} is set, but format={self.format} has its own; use folder"
                 require(not getattr(self, name), unread)
         require(len(self.size) in (0, 2), f"{key}.size={self.size}: [width, height]")
-        splits = {"cityscapes": ("train", "val", "test"), "gta5": ("all", "train", "val", "test")}.get(self.format)
-        require(not splits or self.split in splits, f"{key}.split={self.split!r} is not one of {splits}")
+        splits = {"cityscapes": ("train", "val", "test"), "gta5": ("all", "train", "val", "test")}
+        known = splits.get(self.format, ("all",))
+        require(self.split in known, f"{key}.split={self.split!r}: {self.format} has {', '.join(known)}")
         require(not Path(self.labels).is_absolute(), f"{key}.labels={self.labels!r} must be relative to root")
 
 

@@ -337,6 +337,7 @@ def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
     config = Config()
     stage_file = Path(os.path.abspath(find_path(str(stage_file), os.path.isfile)))
     stage_delta = read_yaml(stage_file)
+    stage_delta.pop("git", None)  # of a run's config.yml: which code wrote it
     commands = [_override(o) for o in overrides]
     chosen = dict(commands)
     require("stage" not in chosen, "stage is set by the stage file: give another one with --config")
@@ -360,7 +361,7 @@ def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
     for key, value in (("runs", config.runs), ("data.toy_root", config.data.toy_root)):
         # Who passes a YAML on does not decide where it writes.
         message = f"{key}={value!r} in a YAML must be a relative path without '..'; give it as {key}=…"
-        require(not leaves_folder(os.path.expanduser(value)), message)
+        require(key in chosen or not leaves_folder(os.path.expanduser(value)), message)
     for key, value in commands:
         for part in reversed(key.split(".")):
             value = {part: value}

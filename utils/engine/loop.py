@@ -225,8 +225,8 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
     source_seed, target_seed, own_seed = seeds(cfg)
     labels = cfg.sibling_run(cfg.pseudo_labels) if stage_type.uses_pseudo_labels else None
     *datasets, init, _ = check_inputs(
-        lambda: _training_set(cfg, "source", source_seed),
-        lambda: _training_set(cfg, "target", target_seed, stage_type.uses_target_labels, labels),
+        lambda: training_set(cfg, "source", source_seed),
+        lambda: training_set(cfg, "target", target_seed, stage_type.uses_target_labels, labels),
         lambda: check_samples(build_dataset(cfg.data.val, class_set(cfg.data)), "val", cfg),
         lambda: None if saved else checkpoint.find_init(cfg),
         lambda: _refuse_stale(labels) if labels else None,
@@ -263,7 +263,7 @@ def _beside(path: Path, cfg: Config) -> str:
     return os.path.relpath(path, folder) if path.is_relative_to(cfg.sibling_run("").resolve()) else str(path)
 
 
-def _training_set(
+def training_set(
     cfg: Config, name: str, seed: int, labelled: bool = True, labels: Path | None = None
 ) -> SegmentationDataset:
     """The source or target dataset with random crops, checked; `labels` is a folder of pseudo labels."""
