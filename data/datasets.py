@@ -33,10 +33,10 @@ from utils.config import UserError, reason
 from utils.config.keys import DatasetConfig, fixed_part, leaves_folder
 
 HOW_TO_GET = {
-    "gta5": "https://download.visinf.tu-darmstadt.de/data/from_games/",
-    "synthia": "https://synthia-dataset.net/downloads/ (SYNTHIA-RAND-CITYSCAPES)",
-    "cityscapes": "https://www.cityscapes-dataset.com/downloads/ (leftImg8bit_trainvaltest, gtFine_trainvaltest)",
-    "folder": "point root, images and labels at your files",
+    "gta5": "get it at https://download.visinf.tu-darmstadt.de/data/from_games/",
+    "synthia": "get it at https://synthia-dataset.net/downloads/ (SYNTHIA-RAND-CITYSCAPES)",
+    "cityscapes": "get leftImg8bit_trainvaltest, gtFine_trainvaltest at https://www.cityscapes-dataset.com/downloads/",
+    "folder": "set root, images and labels to your files",
 }
 
 UNREADABLE = "unreadable"  # entry of a sample: why it, or the one that it replaces, cannot be used
@@ -100,7 +100,7 @@ def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
         raise UserError("a dataset has no root: data.source, data.target and data.val must say where their images are")
     root = Path(cfg.root).absolute()  # errors name files by their whole paths
     if not root.is_dir():
-        raise UserError(f"no {cfg.format} dataset: {root} does not exist (get it: {HOW_TO_GET[cfg.format]})")
+        raise UserError(f"no {cfg.format} dataset: the folder {root} does not exist; {HOW_TO_GET[cfg.format]}")
     cfg = _as_folder(cfg)
     # Names of samples become paths below a run's folder.
     if any(not pattern or leaves_folder(pattern) for pattern in cfg.images):

@@ -192,7 +192,7 @@ def attach(target: SegmentationDataset, folder: Path, classes: ClassSet) -> None
         UserError: they are unfinished, one is missing, or they are of other images or classes.
     """
     manifest = read_manifest(folder)
-    again = "make them again with `python gen_pseudo_labels.py train.restart=true`"
+    again = "delete this folder and make them again, by the command that made them"
     if list(manifest.get("classes", {})) != list(classes.names):
         raise UserError(f"the pseudo labels in {folder} are of other classes; {again}")
     made_of, found = manifest.get("files"), fingerprint(target.samples)

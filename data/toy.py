@@ -89,7 +89,7 @@ def read_recipe(root: Path) -> dict | None:
     try:
         return json.loads((root / "toy.json").read_text())
     except (OSError, ValueError):
-        raise UserError(f"{root} is in use and holds no toy.json: choose another folder") from None
+        raise UserError(f"{root} is in use and holds no toy.json: choose another folder (data.toy_root=)") from None
 
 
 def generate(root: str | Path = "data/toy", seed: int = 0, counts: dict[str, int] | None = None) -> Path:

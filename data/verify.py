@@ -27,6 +27,7 @@ from utils.engine.setup import prepare_data
 from utils.evaluation.metrics import text_table
 from utils.evaluation.pictures import colorize, save_panel, to_picture
 
+READS = ("benchmark", "runs", "data.class", "data.palette", "data.source", "data.target", "data.val", "data.workers")
 SHOWN = 8  # faults of a kind that are printed, samples on a contact sheet
 
 
@@ -167,4 +168,4 @@ def main(cfg: Config) -> dict[str, Report]:
 
 
 if __name__ == "__main__":
-    run_cli(main, "stage1_BPL.yml", __doc__, ("bpl",))
+    run_cli(main, "stage1_BPL.yml", __doc__, ("bpl",), reads=READS)

@@ -396,7 +396,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
 
 # ------------------------------------------------------------------------------------------------- pretrained backbones
 
-WAYS = "name a file by model.init=FILE, or start from model.init=scratch"
+WAYS = "start from a file or scratch (model.init=; in distill.py distill.init_round1=, which takes teacher too)"
 
 
 def find_imagenet_weights(backbone: str, folder: Path) -> Path:
@@ -440,7 +440,7 @@ def _timm_weights(name: str, folder: Path, way: str) -> Path:
         where = f"https://huggingface.co/{known.hf_hub_id}" if known and known.hf_hub_id else "timm's list"
         raise WeightError(
             f"no ImageNet weights of timm/{name}: timm cannot get them ({reason}); put the model.safetensors of "
-            f"{where} at {folder / stem}.safetensors, {way}{WAYS}"
+            f"{where} at {folder / stem}.safetensors, {way}or {WAYS}"
         ) from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -457,10 +457,10 @@ def _download(url: str, path: Path, problem: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[-1], progress=False)
     except (URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError):
-        raise WeightError(f"{problem} {url} cannot be reached; put the file there, {WAYS}") from None
+        raise WeightError(f"{problem} {url} cannot be reached; put the file there, or {WAYS}") from None
     except RuntimeError:  # the hash differs
         raise WeightError(
-            f"{problem} {url} gave another content, cut short or a web page; put the file there, {WAYS}"
+            f"{problem} {url} gave another content, cut short or a web page; put the file there, or {WAYS}"
         ) from None
     except OSError as error:
         raise WeightError(f"{problem} cannot be written ({error.strerror}); {WAYS}") from None
@@ -472,6 +472,6 @@ def find_simclr_weights(backbone: str, folder: Path) -> Path:
     if not path.is_file():
         raise WeightError(
             f"no SimCLR weights of {backbone}: {path} does not exist; put ProDA's file or the SimCLRv2 "
-            "converter's there (pretrain_model/README.md), or start from imagenet or teacher (distill.init_round1)"
+            f"converter's there (pretrain_model/README.md), or start from imagenet or {WAYS}"
         )
     return path

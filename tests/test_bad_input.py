@@ -304,7 +304,7 @@ CASES = [
     case("no such GPU", "warmup", "device=cuda:63", nothing, "device=cuda:63 cannot be used"),
     case("unknown backbone", "warmup", "model.backbone=resnet19", nothing, "model.backbone='resnet19'", status=2),
     case("unknown key", "warmup", "train.itertions=3", nothing, "'train.itertions'", "train.iterations", status=2),
-    case("stage given", "warmup", "stage=bpl", nothing, "stage is set by the stage file", status=2),
+    case("stage given", "warmup", "stage=bpl", nothing, "stage= cannot be given", status=2),
     case("wrong type", "warmup", "train.iterations=many", nothing, "train.iterations='many'", status=2),
     case("out of range", "warmup", "train.lr=-1", nothing, "train.lr=-1.0", status=2),
     case("not YAML", "warmup", "benchmark=bad.yml", write("bad.yml", b"a: [b"), "bad.yml is not valid YAML", status=2),

@@ -212,7 +212,8 @@ def step_of(cfg: Config, device: torch.device, form: str) -> Callable[[], object
         form: "here"; "graphs": compiled, replayed as CUDA graphs; "released": float32, contiguous, one backward pass
             of the sum of all losses.
     """
-    stage, (source, target) = STAGES[cfg.stage][1](cfg, device), batches(cfg, device)
+    stage_type = train_pst.OnlinePST if cfg.stage == "pst" and cfg.pseudo.labels == "online" else STAGES[cfg.stage][1]
+    stage, (source, target) = stage_type(cfg, device), batches(cfg, device)
     if form == "graphs":
         cfg = copy.deepcopy(cfg)
         cfg.train.compile = "graphs"

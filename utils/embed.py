@@ -149,4 +149,4 @@ def run(overrides: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    run_words(run, __doc__)
+    run_words(run, __doc__, script="test.py")

@@ -8,6 +8,8 @@ The file takes RGB images as they are, uint8 (N, 3, H, W) of any number and size
 labels, uint8 (N, H, W) of train ids as `test.py` predicts them at scale 1 in float32, or probabilities, float32
 (N, K, H, W). Before it is written, its output is compared with the network's, on one and on two images of two sizes;
 ONNX only if ONNX Runtime is installed. All other keys are those of `test.py`.
+Without file=, the file is named after the run, as in toy_bpl.onnx, or after the weight file, and lies in the working
+folder.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from models import upsample
-from utils.config import ROOT, UserError, reason
+from utils.config import ROOT, Config, UserError, reason
 from utils.config.keys import require
 from utils.engine import checkpoint
 from utils.engine.command_line import run_words, split_words
@@ -114,6 +116,12 @@ def largest_difference(network: Deployed, exported: Network) -> float:
     return largest
 
 
+def _name_of(weights: Path, cfg: Config) -> str:
+    """A file name of our own runs' networks, which are all called last.pth or best.pth, or of another file."""
+    run, benchmark = weights.parent.parent, cfg.sibling_run("")
+    return "_".join([benchmark.name, *run.relative_to(benchmark).parts]) if benchmark in run.parents else weights.stem
+
+
 def run(words: list[str]) -> Path:
     """Export as the command line says; returns the file.
 
@@ -138,7 +146,7 @@ def run(words: list[str]) -> Path:
     model, message = load_network(cfg, weights, torch.device("cpu"))
     print(message)
     network = Deployed(model, output).eval().requires_grad_(False)
-    path = Path(own.get("file") or weights.with_suffix(ENDINGS[form]).name).expanduser()
+    path = Path(own.get("file") or f"{_name_of(weights, cfg)}{ENDINGS[form]}").expanduser()
     if path.exists() and path.samefile(weights):
         raise UserError(f"{path.absolute()} is the checkpoint itself: name another file=")
     with tempfile.TemporaryDirectory() as folder:
@@ -167,4 +175,4 @@ def run(words: list[str]) -> Path:
 
 
 if __name__ == "__main__":
-    run_words(run, __doc__)
+    run_words(run, __doc__, script="test.py")

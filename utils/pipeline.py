@@ -6,7 +6,7 @@
 
 Runs source-only, warm-up, BPL, pseudo labels, PST, distillation, their control and the tests. Started again, it goes on
 where it stopped. Writes runs/<benchmark>/summary.json and panel.png (image | each stage | truth). A key=value reaches
-every stage; what differs between stages belongs into the benchmark's `stages:` section.
+every stage; what differs between stages belongs in the benchmark's `stages:` section.
 
 Every stage also goes on learning from the source, and that alone raises mIoU. So each is held against a control that
 learns from source images alone, for as many steps as the chain had taken by then, at the same learning rates. Where a

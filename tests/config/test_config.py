@@ -12,7 +12,7 @@ from data.taxonomy import class_set
 from utils.ablate import read_variants
 from utils.config import ROOT, ConfigError, UserError, all_keys, key_help, read_yaml, to_dict
 from utils.config.keys import STAGES
-from utils.engine.command_line import guarded, run_cli
+from utils.engine.command_line import guarded, run_cli, warn_of_unread_keys
 from utils.engine.setup import checked_config
 
 BPL = ROOT / "configs" / "stage1_BPL.yml"
@@ -123,7 +123,10 @@ def test_unknown_choice_names_the_nearest():
         ("data.scale=[1.5, 0.5]", r"data\.scale"),
         ("data.source.size=[640]", r"data\.source\.size"),
         ("data.target.split=training", r"data\.target\.split"),
-        ("data.source.format=synthia data.source.split=train", r"data\.source\.split='train': synthia has all"),
+        (
+            "data.source.format=synthia data.source.split=train",
+            r"data\.source\.split='train' is not one of those of synthia: all",
+        ),
         ("data.source.format=folder", r"data\.source\.images"),
         ("data.source.id_map={1: road}", r"data\.source\.id_map"),
         ("data.class_names=[sky, road]", r"data\.class_names"),
@@ -142,6 +145,7 @@ def test_unknown_choice_names_the_nearest():
         ("model.init=simclr model.backbone=resnet18", r"model\.init=simclr.*resnet18"),
         ("model.arch=deeplab_pbal model.bn_clr=true", r"model\.bn_clr.*deeplab_pbal"),
         ("name=../elsewhere", "name"),
+        ("name=v1.pt", "name='v1.pt' would be taken for a file of weights"),
         ("seed=-1", "seed"),
     ],
 )
@@ -402,6 +406,35 @@ def test_the_checkouts_files_are_found_from_anywhere_and_runs_stay_where_one_sta
     monkeypatch.chdir(ROOT)
     cfg = checked_config(BPL, ["benchmark=toy"])
     assert (cfg.data.toy_root, cfg.data.source.root) == ("data/toy", "data/toy/GTA5")
+    moved = checked_config(BPL, ["benchmark=toy", f"data.toy_root={elsewhere}/t", f"data.val.root={elsewhere}/v"]).data
+    assert (moved.toy_root, moved.source.root) == (f"{elsewhere}/t", f"{elsewhere}/t/GTA5")
+    assert (moved.target.root, moved.val.root) == (f"{elsewhere}/t/Cityscapes", f"{elsewhere}/v")
+
+
+def test_a_benchmark_is_looked_for_beside_the_users_stage_file(elsewhere):
+    (elsewhere / "own" / "stage.yml").write_text(
+        BPL.read_text().replace("benchmark: gta5_to_cityscapes", "benchmark: mine.yml")
+    )
+    assert checked_config(elsewhere / "own" / "stage.yml").data.source.root == "d/day"
+    with pytest.raises(ConfigError, match=r"work/mine\.yml"):  # on the command line: not beside the YAML
+        checked_config(elsewhere / "own" / "stage.yml", ["benchmark=mine.yml"])
+
+
+def test_own_classes_need_no_dataset_to_predict_photos(tmp_path):
+    (tmp_path / "mine.yml").write_text("data: {class_set: custom, class_names: [road, sky]}")
+    words = [f"benchmark={tmp_path}/mine.yml", f"test.images={tmp_path}"]
+    assert checked_config(ROOT / "configs/test_from_gta_to_city.yml", words).data.class_names == ["road", "sky"]
+
+
+def test_what_leads_another_command_to_the_same_runs():
+    assert checked_config(BPL, ["benchmark=toy"]).words == "benchmark=toy"
+    given = checked_config(BPL, ["benchmark=toy", "runs=my runs", "seed=3"])
+    assert given.words == "benchmark=toy 'runs=my runs' seed=3"
+
+
+def test_a_command_names_the_keys_that_it_does_not_read(capsys):
+    warn_of_unread_keys(checked_config(BPL), ["train.lr=1", "data.workers=1"], reads=("data.workers",))
+    assert capsys.readouterr().err == "warning: train.lr= is not read by this command\n"
 
 
 def test_users_mistakes_are_status_1_and_bugs_keep_their_traceback(capsys):

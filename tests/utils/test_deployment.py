@@ -113,3 +113,16 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_written(trained, tmp_pat
 
     monkeypatch.setattr(export, "export", mirrored)
     refused(UserError, r"format=torchscript computes other labels than the network, by up to \S+", "format=torchscript")
+
+
+def test_the_file_is_named_after_the_run(trained, tmp_path, monkeypatch):
+    checkpoint = trained("deeplabv2", "resnet18")
+    run = tmp_path / "runs/gta5_to_cityscapes/distill/round2/checkpoints/last.pth"
+    run.parent.mkdir(parents=True)
+    run.write_bytes(checkpoint.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export, "export", lambda network, form, file: file.touch())
+    named = "gta5_to_cityscapes_distill_round2.pt"
+    assert str(export.run(["format=torchscript", "checkpoint=distill/round2"])) == named
+    assert str(export.run(["format=torchscript", f"checkpoint={checkpoint}"])) == "last.pt"
+    assert (tmp_path / named).is_file()

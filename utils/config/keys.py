@@ -9,6 +9,7 @@ import difflib
 import glob
 import math
 import os
+import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +105,9 @@ class DatasetConfig:
         require(len(self.size) in (0, 2), f"{key}.size={self.size}: [width, height]")
         splits = {"cityscapes": ("train", "val", "test"), "gta5": ("all", "train", "val", "test")}
         known = splits.get(self.format, ("all",))
-        require(self.split in known, f"{key}.split={self.split!r}: {self.format} has {', '.join(known)}")
+        require(
+            self.split in known, f"{key}.split={self.split!r} is not one of those of {self.format}: {', '.join(known)}"
+        )
         require(not Path(self.labels).is_absolute(), f"{key}.labels={self.labels!r} must be relative to root")
 
 
@@ -116,7 +119,9 @@ class DataConfig:
     class_names: list[str] = opt([], "custom: class names in train-id order")
     palette: list[list[int]] = opt([], "custom: one [r, g, b] per class; [] = around the hue circle", most=255)
     source: DatasetConfig = opt(DatasetConfig, "labelled domain", stages=TRAIN_OR_TEST)
-    target: DatasetConfig = opt(DatasetConfig, "domain adapted to; its labels are read by labelled_bound alone")
+    target: DatasetConfig = opt(
+        DatasetConfig, "domain adapted to; its labels are read by labelled_bound and test.dataset=target alone"
+    )
     val: DatasetConfig = opt(DatasetConfig, "the target's labelled split, to measure by", stages=TRAIN_OR_TEST)
     base_width: int = opt(
         2200, "width in px that scale 1 stands for (as released); 0 = the image's own width", stages=TRAINING_STAGES
@@ -159,7 +164,7 @@ class DataConfig:
         for name in ("source", "target", "val"):
             section = getattr(self, name)
             section.validate(f"data.{name}")
-            named = section.format == "folder" or self.class_set != "custom"
+            named = section.format == "folder" or self.class_set != "custom" or not section.root
             require(named, f"data.class_set=custom needs data.{name}.format=folder, not {section.format}")
         for name in ("crop", "scale", "jitter_factor", "randaugment"):
             value = getattr(self, name)
@@ -272,7 +277,13 @@ class TrainConfig:
         1e-4, "Adam's on the discriminator, same schedule (as released)", least=TINY, stages=ADVERSARIAL
     )
     batch_source: int = opt(4, "source crops a step, of all processes together (as released)", least=1)
-    batch_target: int = opt(4, "target crops a step, of all processes together (as released)", least=1, stages=STAGES)
+    batch_target: int = opt(
+        4,
+        "target crops a step, of all processes together (as released); with batchnorm.statistics=target, also whole "
+        "target images in one forward pass",
+        least=1,
+        stages=STAGES,
+    )
     precision: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = opt(
         "auto",
         "of the forward passes. auto = bfloat16 on GPUs and CPUs that compute in it, float16 with loss scaling on "
@@ -302,7 +313,7 @@ class TrainConfig:
     deterministic: bool = opt(False, "bit-equal runs on one machine, by slower kernels where needed", stages=STAGES)
     restart: bool = opt(
         False,
-        "begin anew although the run folder holds a run; without it, the run is resumed",
+        "begin anew although the run folder holds a run; otherwise a training is resumed, finished pseudo labels stay",
         stages=(*TRAINING_STAGES, "pseudo_labels"),
     )
 
@@ -373,10 +384,10 @@ class Config:
     benchmark: str = opt("gta5_to_cityscapes", "the pair of domains: a name in configs/benchmarks/ or a YAML file")
     stage: Literal[STAGES] = opt("bpl", "set by the stage file", stages=())
     name: str = opt("", "run folder below runs/<benchmark>/; '' = the stage's name")
-    runs: str = opt("runs", "folder of all runs, below the one that you start from")
+    runs: str = opt("runs", "folder of all runs, from the one that you start in; in a YAML, below it")
     checkpoint: str = opt(
         "",
-        "the network to use, or to learn from: a run's name or a file",
+        "the network to use, or the teacher of distillation's round 1: a run's name or a file",
         stages=("pseudo_labels", "distill", "test"),
         path=os.path.isfile,
     )
@@ -385,7 +396,7 @@ class Config:
     )
     pseudo_labels: str = opt("pseudo_labels", "run that holds the pseudo labels", stages=("pst",))
     seed: int = opt(0, "of weights, data order and augmentation", most=2**31, stages=TRAINING_STAGES)
-    device: str = opt("auto", "auto = cuda where there is one, under torchrun a GPU for each process | cpu | cuda:N")
+    device: str = opt("auto", "cpu | cuda:N | auto: a GPU if there is one; under torchrun, one for each process")
     data: DataConfig = opt(DataConfig, "")
     model: ModelConfig = opt(ModelConfig, "")
     loss: LossConfig = opt(LossConfig, "")
@@ -418,6 +429,7 @@ class Config:
             value = getattr(self, key)
             below = not value or (Path(value).parts and not leaves_folder(value))
             require(below, f"{key}={value!r} must be a folder below runs/<benchmark>")
+            require(not value.endswith(WEIGHT_ENDINGS), f"{key}={value!r} would be taken for a file of weights")
         named = self.benchmark_name not in ("", ".", "..")
         require(named, f"benchmark={self.benchmark!r} names no folder below {self.runs}")
         key, start = "model.init", self.model.init
@@ -435,6 +447,13 @@ class Config:
     def benchmark_name(self) -> str:
         """`benchmark` without folder and ending: the folder below `runs`."""
         return Path(self.benchmark).stem
+
+    @property
+    def words(self) -> str:
+        """What leads another command to the runs of this benchmark."""
+        given = {"benchmark": self.benchmark, "runs": self.runs, "seed": self.seed}
+        keep = {"benchmark", *(key for key in given if given[key] != getattr(Config, key))}
+        return " ".join(shlex.quote(f"{key}={value}") for key, value in given.items() if key in keep)
 
     @property
     def run_dir(self) -> Path:

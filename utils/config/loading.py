@@ -23,7 +23,7 @@ from typing import Any, Literal
 import yaml
 
 from utils.config.errors import ConfigError
-from utils.config.keys import RUNS, TINY, WEIGHT_ENDINGS, Config, leaves_folder, nearest, require
+from utils.config.keys import RUNS, TINY, WEIGHT_ENDINGS, Config, DataConfig, leaves_folder, nearest, require
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout
 
@@ -76,19 +76,27 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def key_help(config: Config) -> str:
-    """The keys that the configuration's stage reads, with their values and reasons, by section."""
+def key_help(config: Config, reads: tuple[str, ...] = ()) -> str:
+    """The keys that the configuration's stage reads, with their values and reasons, by section.
+
+    `reads` names what they begin with, where a command reads fewer.
+    """
     values, defaults = flatten(to_dict(config)), flatten(to_dict(Config()))
+    datasets = {f"data.{name}": metadata["help"] for name, _, metadata in _fields(DataConfig)}
     sections: dict[str, list[str]] = {}
     for key, (hint, metadata, stages) in all_keys().items():
-        if stages is not None and config.stage not in stages:
+        if (stages is not None and config.stage not in stages) or not key.startswith(reads or ""):
             continue
         choices = f" [{_type_name(hint)}]" if typing.get_origin(hint) is Literal else ""
         changed = f"; default {_shown(defaults[key])}" if values[key] != defaults[key] else ""
         lines = sections.setdefault(key.rpartition(".")[0] or "run", [])
+        if not lines and (about := datasets.get(key.rpartition(".")[0])):
+            lines.append(f"      {about}")
         lines += [f"  {key}={_shown(values[key])}{choices}", f"      {metadata['help']}{changed}"]
     parts = ("\n".join([name, *lines]) for name, lines in sections.items())
-    return "\n\n".join([f"keys of stage {config.stage}, with the values of this command:", *parts])
+    return "\n\n".join(
+        [f"keys{'' if reads else f' of stage {config.stage}'}, with the values of this command:", *parts]
+    )
 
 
 def _shown(value: Any) -> str:
@@ -234,9 +242,9 @@ def read_yaml(path: Path) -> dict:
     return content
 
 
-def _find_benchmark(name: str) -> Path:
+def _find_benchmark(name: str, beside: Path | None) -> Path:
     if name.endswith((".yml", ".yaml")):
-        return Path(os.path.abspath(find_path(name, os.path.isfile)))
+        return Path(os.path.abspath(find_path(name, os.path.isfile, beside)))
     path = ROOT / "configs" / "benchmarks" / f"{name}.yml"
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.yml"))
@@ -309,17 +317,21 @@ def _stage_deltas(content: Any, file: Path) -> dict[str, dict]:
 def _refuse_choices(delta: dict, where: str) -> None:
     """ConfigError for keys that say which files are read."""
     for key in ("stage", "benchmark"):
-        require(key not in delta, f"{key} does not belong into {where}: --config and benchmark= choose")
+        require(key not in delta, f"{key} does not belong in {where}: --config and benchmark= choose")
 
 
-def _place_toy(config: Config) -> None:
-    """Find the folder that the toy cities are drawn into, and move the datasets below it along."""
+def _place_toy(config: Config, in_yaml: str) -> None:
+    """Find the folder that the toy cities are drawn into, and move the datasets below it along.
+
+    The command line may have named another folder than the YAML, which is `in_yaml`.
+    """
     data, folder = config.data, config.data.toy_root
     data.toy_root = find_path(folder, lambda place: os.path.isdir(os.path.dirname(place)))
+    places = [place for name in (folder, in_yaml) if name for place in (Path(name), ROOT / name)]
     for section in (data.source, data.target, data.val) if folder else ():
-        for before in (Path(folder), ROOT / folder):
-            if Path(section.root).is_relative_to(before):
-                section.root = os.path.join(data.toy_root, Path(section.root).relative_to(before))
+        before = next((place for place in places if Path(section.root).is_relative_to(place)), None)
+        if before:
+            section.root = os.path.join(data.toy_root, Path(section.root).relative_to(before))
 
 
 def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
@@ -337,13 +349,17 @@ def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
     config = Config()
     stage_file = Path(os.path.abspath(find_path(str(stage_file), os.path.isfile)))
     stage_delta = read_yaml(stage_file)
-    stage_delta.pop("git", None)  # of a run's config.yml: which code wrote it
+    written = f"{stage_file} is what a run has written; give that run's own command, with its --config and its keys"
+    require("git" not in stage_delta, written)
     commands = [_override(o) for o in overrides]
     chosen = dict(commands)
-    require("stage" not in chosen, "stage is set by the stage file: give another one with --config")
+    require(
+        "stage" not in chosen,
+        "stage= cannot be given: each script has its own, and its stage file (--config) says which",
+    )
     benchmark = str(chosen.get("benchmark", stage_delta.get("benchmark", config.benchmark)) or "")
     require(benchmark, "benchmark= is empty: a name or a .yml file is needed")
-    benchmark_file = _find_benchmark(benchmark)
+    benchmark_file = _find_benchmark(benchmark, None if "benchmark" in chosen else stage_file.parent)
     benchmark_delta = read_yaml(benchmark_file)
     require(benchmark_delta, f"{benchmark_file} holds no key")
     _refuse_choices(benchmark_delta, str(benchmark_file))
@@ -362,12 +378,13 @@ def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
         # Who passes a YAML on does not decide where it writes.
         message = f"{key}={value!r} in a YAML must be a relative path without '..'; give it as {key}=…"
         require(key in chosen or not leaves_folder(os.path.expanduser(value)), message)
+    toy_root = config.data.toy_root
     for key, value in commands:
         for part in reversed(key.split(".")):
             value = {part: value}
         _apply(config, value, "the command line")
     config.benchmark = benchmark
-    _place_toy(config)
+    _place_toy(config, toy_root)
     _check_ranges(config)
     config.validate()
     return config

@@ -222,7 +222,7 @@ def find_checkpoint(cfg: Config, name: str, published: Sequence[str] = ()) -> Pa
             return path
     looked = [str(path) for path in paths]
     command = _MADE_BY.get(name.split("/")[0])
-    ways = f"train it (`{command} benchmark={cfg.benchmark}`)" if command else "train that run"
+    ways = f"train it (`{command} {cfg.words}`)" if command else "train that run"
     if published:
         ways += f" or put a published file at {' or '.join(looked[len(runs) :])}"
     raise UserError(f"no weights of '{name}': looked for {', '.join(looked)}; {ways}, or name a file")

@@ -20,11 +20,14 @@ from utils.engine import distributed
 from utils.engine.setup import checked_config
 
 
-def run_cli(main: Callable[[Config], Any], default_config: str, usage: str, stages: tuple[str, ...]) -> None:
+def run_cli(
+    main: Callable[[Config], Any], default_config: str, usage: str, stages: tuple[str, ...], reads: tuple[str, ...] = ()
+) -> None:
     """Parse `[--config FILE] [key=value …]`, run `main(config)`, and end with the exit status users expect.
 
     0 done · 1 the user's mistake beyond the config (one line) · 2 a config that cannot be meant (one line).
     `--help` and `--print-config` show the configuration in place of a run. `--debug` shows the traceback of errors.
+    `reads` names what the keys that are read begin with, where these are fewer than the stage's.
     """
     parser = _parser(usage, add_help=False)
     parser.add_argument("-h", "--help", action="store_true", help="show the keys that are read, with their values")
@@ -46,21 +49,27 @@ def run_cli(main: Callable[[Config], Any], default_config: str, usage: str, stag
                 f"{args.config} is of stage {config.stage!r}; {Path(sys.argv[0]).name} is for {' and '.join(stages)}"
             )
         if args.help:
-            print(f"{parser.format_help()}\n{key_help(config)}")
+            print(f"{parser.format_help()}\n{key_help(config, reads)}")
         elif args.print_config:
             print(to_yaml(to_dict(config)), end="")
         else:
-            warn_of_idle_gpus(config)
-            warn_of_unread_keys(config, args.overrides)
+            if not reads:
+                warn_of_idle_gpus(config)
+            warn_of_unread_keys(config, args.overrides, reads)
             main(config)
 
     guarded(call, args.debug)
 
 
-def run_words(call: Callable[[list[str]], Any], usage: str, words: str = "key=value") -> None:
-    """Parse the command line of a module without a stage file and run `call(words)`; errors end as in `run_cli`."""
+def run_words(
+    call: Callable[[list[str]], Any], usage: str, words: str = "key=value", script: str = "train_bpl.py"
+) -> None:
+    """Parse the command line of a module without a stage file and run `call(words)`; errors end as in `run_cli`.
+
+    `script` is the one whose `--help` lists the module's keys.
+    """
     parser = _parser(usage)
-    keys = "`python train_bpl.py --help` lists the keys" if "key=value" in words else None
+    keys = f"`python {script} --help` lists the keys" if "key=value" in words else None
     parser.add_argument("words", nargs="*", metavar=words, help=keys)
     args = parser.parse_args()
     guarded(lambda: call(args.words), args.debug)
@@ -89,11 +98,13 @@ def warn_of_idle_gpus(config: Config) -> None:
         )
 
 
-def warn_of_unread_keys(config: Config, overrides: list[str]) -> None:
-    """A line for each key of the command line that the configuration's stage does not read."""
+def warn_of_unread_keys(config: Config, overrides: list[str], reads: tuple[str, ...] = ()) -> None:
+    """A line for each key of the command line that is not read; `reads` as in `run_cli`."""
     keys = all_keys()
     for key in dict.fromkeys(word.partition("=")[0] for word in overrides):
-        if (stages := keys[key].stages) is not None and config.stage not in stages and distributed.is_main():
+        if reads and not key.startswith(reads):
+            print(f"warning: {key}= is not read by this command", file=sys.stderr)
+        elif (stages := keys[key].stages) is not None and config.stage not in stages and distributed.is_main():
             print(f"warning: {key}= is not read by stage {config.stage}, but by {', '.join(stages)}", file=sys.stderr)
 
 
@@ -133,7 +144,8 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> None:
 def _one_line(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            f"{str(error).split('. ')[0]}: see train.checkpointing, train.accumulate, data.crop and test.batch; "
+            f"{str(error).split('. ')[0]}: see train.checkpointing, train.accumulate, data.crop, test.batch and "
+            "train.batch_target; "
             "`python -m utils.benchmark plan` says what fits"
         )
     if isinstance(error, OSError):  # no space left, a read-only folder, …

@@ -283,8 +283,8 @@ def _refuse_stale(labels: Path) -> None:
     weights = next((p.resolve() for p in (labels / made_by, Path(made_by)) if p.is_file()), None)
     if weights and checkpoint.file_hash(weights) != manifest.get("checkpoint"):
         raise UserError(
-            f"the pseudo labels in {labels} are stale: {weights} has been trained on since; make them again with "
-            "`python gen_pseudo_labels.py train.restart=true`"
+            f"the pseudo labels in {labels} are stale: {weights} has been trained on since; delete this folder and "
+            "make them again, by the command that made them"
         )
 
 
@@ -312,7 +312,7 @@ def refuse_other_experiment(saved: dict, cfg: Config) -> None:
         listed = ", ".join(f"{k}: {old.get(k)} -> {new[k]}" for k in changed[:4])
         raise UserError(
             f"{cfg.run_dir} holds another experiment ({listed}{', …' if len(changed) > 4 else ''}); "
-            "give this one a name=, or begin anew with train.restart=true"
+            "give this one a name= (a pipeline: runs=), or begin anew with train.restart=true"
         )
 
 
@@ -513,7 +513,8 @@ class Run:
         """Save, and end as a signal asks."""
         if self.saved_at != self.iteration:
             name = signal.Signals(stop.signal).name
-            self.log.info(f"{name} after step {self.iteration}: saved; the same command resumes there")
+            same = "the same command" + (" without train.restart=true" if self.cfg.train.restart else "")
+            self.log.info(f"{name} after step {self.iteration}: saved; {same} resumes there")
             self.save(validates=False)
         self.log.close()
         raise SystemExit(128 + stop.signal)  # the conventional status

@@ -102,15 +102,16 @@ def resolve_auto(cfg: Config, file: WeightFile | None = None) -> Config:
                 f"{file.path} ({file.format}) does not say which input its weights expect: give model.normalization="
                 "imagenet (ImageNet's mean and std), half (mean and std 0.5) or none ([0, 1] as it is, e.g. SimCLR)"
             )
-    for key, value in told.items():
-        given = getattr(m, key)
-        if given == "auto":
-            setattr(m, key, value)
-        elif given != value and not file.backbone_alone:
-            raise UserError(
-                f"{file.path} ({file.format}) holds a network of model.{key}={value}, not {given}: "
-                f"leave model.{key} out"
-            )
+    others = {key: value for key, value in told.items() if getattr(m, key) not in ("auto", value)}
+    if others and not file.backbone_alone:
+        holds = " ".join(f"model.{key}={value}" for key, value in others.items())
+        given = ", ".join(str(getattr(m, key)) for key in others)
+        raise UserError(
+            f"{file.path} ({file.format}) holds a network of {holds}, not {given}: give "
+            + " ".join(f"model.{key}=auto" for key in others)
+        )
+    for key in told.keys() - others.keys():
+        setattr(m, key, told[key])
     m.arch = DEFAULT_ARCH if m.arch == "auto" else m.arch
     m.backbone = m.backbone_name
     m.output_stride = default_stride(m.arch, m.backbone) if m.output_stride == "auto" else m.output_stride
@@ -121,7 +122,7 @@ def resolve_auto(cfg: Config, file: WeightFile | None = None) -> Config:
     if cfg.data.class_set == "auto" and file:
         fitting = [name for name, classes in CLASS_SETS.items() if len(classes) == file.num_classes]
         if not fitting:
-            raise UserError(f"{file.path} has {file.num_classes} classes: name them with benchmark= or data.class_set=")
+            raise UserError(f"{file.path} has {file.num_classes} classes: name them in a YAML, benchmark=mine.yml")
         cfg.data.class_set = fitting[0]
     on_gpu = _device_name(cfg).startswith("cuda")  # where BatchNorm is over the parts of all processes
     parts = t.accumulate * (1 if on_gpu else distributed.world_size())
