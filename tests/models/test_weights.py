@@ -455,7 +455,7 @@ def test_timms_imagenet_weights_are_got_once_or_said_where_to_put(tmp_path, monk
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (URLError("no route to host"), r"https://\S+ cannot be reached; put the file there, or start from a file or scratch"),
+        (URLError("no route to host"), r"https://\S+ cannot be reached; put the file there, or start from a file"),
         (ConnectionResetError(104, "reset"), "cannot be reached"),
         (IncompleteRead(b""), "cannot be reached"),
         (RuntimeError('invalid hash value (expected "f37072fd", got "0")'), "gave another content, cut short or a web"),
