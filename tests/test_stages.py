@@ -271,6 +271,13 @@ def test_a_run_does_not_go_on_with_other_images(finished, configure, tmp_path):
 
 
 @one_layout
+def test_pseudo_labels_of_another_size_are_not_taken(finished, configure):
+    other = configure(finished.layout, "pseudo_labels.yml", finished.runs, "data.target.size=[64, 32]")
+    with pytest.raises(UserError, match=r"other pseudo labels \(size: \[\] -> \[64, 32\]\); choose a name="):
+        gen_pseudo_labels.main(other)
+
+
+@one_layout
 @pytest.mark.parametrize("key", ["train.lr", "loss.bidirectional"])
 def test_another_experiment_is_not_resumed(finished, configure, key):
     cfg = configure(finished.layout, "stage1_BPL.yml", finished.runs, f"{key}=0.5")

@@ -420,6 +420,14 @@ def test_a_benchmark_is_looked_for_beside_the_users_stage_file(elsewhere):
         checked_config(elsewhere / "own" / "stage.yml", ["benchmark=mine.yml"])
 
 
+def test_a_glob_of_photos_is_looked_for_beside_the_users_yaml(elsewhere):
+    (elsewhere / "own/in [2024]").mkdir()
+    (elsewhere / "own/in [2024]/x.png").touch()
+    (elsewhere / "own/mine.yml").write_text("test: {images: 'in [2024]/*.png'}")
+    cfg = checked_config(ROOT / "configs/test_from_gta_to_city.yml", ["benchmark=../own/mine.yml"])
+    assert cfg.test.images == str(elsewhere / "own/in [2024]/*.png")
+
+
 def test_own_classes_need_no_dataset_to_predict_photos(tmp_path):
     (tmp_path / "mine.yml").write_text("data: {class_set: custom, class_names: [road, sky]}")
     words = [f"benchmark={tmp_path}/mine.yml", f"test.images={tmp_path}"]

@@ -90,6 +90,13 @@ def test_path_that_exists_is_a_file_whatever_its_ending(cfg, tmp_path, name):
         checkpoint.find_checkpoint(cfg, str(tmp_path / name))
 
 
+def test_a_folder_of_a_run_is_a_checkpoint(cfg, tmp_path, monkeypatch):
+    (tmp_path / "moved/bpl/checkpoints").mkdir(parents=True)
+    (tmp_path / "moved/bpl/checkpoints/last.pth").touch()
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.find_checkpoint(cfg, "moved/bpl") == tmp_path / "moved/bpl/checkpoints/last.pth"
+
+
 def test_hash_follows_the_content(tmp_path):
     for name, content in (("a", b"x"), ("b", b"x"), ("c", b"y")):
         (tmp_path / name).write_bytes(content)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 from survival import use_tiny_networks
 
 from data import datasets
@@ -70,6 +72,13 @@ def test_scores_of_an_earlier_call_are_taken_if_they_are_of_the_same(benchmarks,
     file.write_text("{" if change == "damaged" else json.dumps(kept | ({change: "other"} if change in kept else {})))
     monkeypatch.setattr(pipeline.test, "main", lambda cfg: "tested anew")
     assert pipeline._test(tests, "bpl") == (kept if change == "none" else "tested anew")
+
+
+def test_a_yaml_may_not_name_the_one_folder_of_all_stages(benchmarks, tmp_path):
+    content = yaml.safe_load(Path(benchmarks["gta5_to_city"]).read_text(encoding="utf-8"))
+    (tmp_path / "mine.yml").write_text(yaml.safe_dump(content | {"name": "x"}))
+    with pytest.raises(ConfigError, match="name: x would be the one folder of all stages; take it out of the YAML"):
+        load_stages([f"benchmark={tmp_path / 'mine.yml'}"])
 
 
 def test_no_bound_without_target_labels(benchmarks, capsys):
