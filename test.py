@@ -66,6 +66,9 @@ def _evaluated(cfg: Config) -> dict:
     classes = class_set(cfg.data)
     if not images:
         dataset = check_samples(build_dataset(section, classes), cfg.test.dataset, cfg)  # with the checkpoint's classes
+    export, folder = None, cfg.run_dir / "predictions"
+    if any(folder.resolve() in sample.image.parent.resolve().parents for sample in dataset.samples):
+        raise UserError(f"the images lie in {folder}, which this test writes anew: choose another name=")
     log = open_log(cfg)
     for line in (*dataset.notes, message):
         log.info(line)
@@ -76,12 +79,12 @@ def _evaluated(cfg: Config) -> dict:
         "dataset": cfg.test.dataset,
         "images": len(dataset),
         "files": fingerprint(dataset.samples),
+        "labels": None if images else fingerprint(dataset.samples, labels=True),
         "mode": mode(cfg),
     }
     if is_main():  # nothing of an earlier test stays beside this one's settings
         (cfg.run_dir / "metrics.json").unlink(missing_ok=True)
         shutil.rmtree(cfg.run_dir / "panels", ignore_errors=True)
-    export, folder = None, cfg.run_dir / "predictions"
     if images or cfg.test.export:
         export = Exporter(folder, dataset, classes, label_ids(section, classes))
     elif folder.exists():

@@ -69,15 +69,16 @@ def list_samples(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
     return listing
 
 
-def fingerprint(samples: list[Sample]) -> str:
-    """How many images there are, and a hash of their names and sizes in bytes; where their folder is does not count."""
+def fingerprint(samples: list[Sample], labels: bool = False) -> str:
+    """How many images, or labels, there are, and a hash of the images' names and of the files' sizes in bytes; where
+    their folder is does not count."""
     digest = hashlib.sha256()
     for sample in samples:
         size = 0  # of a broken link
         with contextlib.suppress(OSError):
-            size = os.stat(sample.image).st_size
+            size = os.stat(sample.label if labels else sample.image).st_size
         digest.update(f"{sample.name}\0{size}\n".encode("utf-8", "surrogateescape"))
-    return f"{len(samples)} images of hash {digest.hexdigest()[:12]}"
+    return f"{len(samples)} {'labels' if labels else 'images'} of hash {digest.hexdigest()[:12]}"
 
 
 class Listing(list[Sample]):
@@ -98,6 +99,7 @@ def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
     """As `list_samples`, with labels that may be missing."""
     if not cfg.root:
         raise UserError("a dataset has no root: data.source, data.target and data.val must say where their images are")
+    os.fsencode(cfg.root)  # a locale that cannot name it is told of
     root = Path(cfg.root).absolute()  # errors name files by their whole paths
     if not root.is_dir():
         raise UserError(f"no {cfg.format} dataset: the folder {root} does not exist; {HOW_TO_GET[cfg.format]}")
@@ -160,8 +162,9 @@ def find_images(pattern: str, runs: str = "") -> Listing:
         root = fixed_part(path)
         found, left = find_files(root, ["**/*" if path.is_dir() else path.relative_to(root).as_posix()])
         odd = {file for file in found if not file.is_file() or file.suffix.lower() not in IMAGE_ENDINGS}
-        own = Path(runs).expanduser().absolute() if runs else None
-        odd |= {file for file in found if own and root in own.parents and own in file.parents}
+        own = Path(runs).expanduser().resolve() if runs else None
+        if own and root.resolve() in own.parents:
+            odd |= {file for file in found if own in (folder := file.parent.resolve(), *folder.parents)}
         found, left = [file for file in found if file not in odd], left + sorted(odd)
     if not found:
         endings = ", ".join(sorted(IMAGE_ENDINGS))
@@ -197,9 +200,9 @@ def find_files(root: Path, globs: list[str]) -> tuple[list[Path], list[Path]]:
         ending = "" if has_magic(Path(name).suffix) else Path(name).suffix
         stem = name.removesuffix(ending)
         for folder in _folders(root, folders):
+            if os.path.lexists(folder / name):  # brackets may belong to its name
+                taken.add(folder / name)
             if not has_magic(name):
-                if os.path.lexists(folder / name):
-                    taken.add(folder / name)
                 continue
             for entry in _entries(folder):
                 entry_stem, suffix = os.path.splitext(entry.name)
@@ -223,7 +226,7 @@ def _folders(folder: Path, parts: list[str], above: tuple[str, ...] = ()) -> Ite
         yield folder
         return
     part, *rest = parts
-    if not has_magic(part):
+    if not has_magic(part) or os.path.lexists(folder / part):
         yield from _folders(folder / part, rest, above)
         return
     if part == "**":

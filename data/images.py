@@ -110,6 +110,7 @@ def _open(content: bytes, png: _Png | None) -> Image.Image:
     _refuse_huge(*picture.size)
     if picture.format == "BMP" and picture.mode == "1" and content[28] == 8:  # which Pillow decodes as one bit each
         raise ValueError("a BMP of 8 bits whose palette is black and white alone: save it as PNG")
+    picture.info.pop("xmp", None)  # where Pillow looks for an orientation if EXIF has none
     return picture
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
@@ -15,6 +16,26 @@ from models.deeplab import upsampled_rows
 def normalized(images: Tensor, model: nn.Module) -> Tensor:
     """uint8 (N, 3, H, W) -> float32, by the network's own input statistics."""
     return F.normalize(images.float().div_(255), list(model.mean), list(model.std))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """An image turned as its EXIF entry says; other metadata, and entries that cannot be read, turn nothing.
+
+    The image's metadata is lost.
+    """
+    for _ in range(2):  # a PNG may have some behind its pixels, a TIFF is turned while it is loaded
+        for xmp in ("xmp", "XML:com.adobe.xmp"):
+            image.info.pop(xmp, None)
+        image.load()
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # of many kinds
+        orientation = None
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation if orientation in range(1, 9) else 1
+    plain = Image.fromarray(np.asarray(image.convert("RGB")))
+    plain.info["exif"] = exif.tobytes()
+    return ImageOps.exif_transpose(plain)
 
 
 def predict(model: nn.Module, image: Image.Image | str | Path | Tensor) -> Tensor:
@@ -31,13 +52,13 @@ def predict(model: nn.Module, image: Image.Image | str | Path | Tensor) -> Tenso
         ValueError: not an 8-bit image, a tensor of another shape or type, or something else, such as an array.
         OSError: the file cannot be read.
     """
-    if isinstance(image, str | Path):
-        image = Image.open(image)
+    opened = Image.open(image) if isinstance(image, str | Path) else None
+    image = opened or image
     if isinstance(image, Image.Image):
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"an 8-bit image is needed, not mode {image.mode}")
         deep = any(";16" in str(part[3]) for part in getattr(image, "tile", ()))  # of which the upper 8 bits are kept
-        image = F.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+        image = F.pil_to_tensor(_upright(opened or image.copy()))
         if deep and not image.any():
             raise ValueError("an 8-bit image is needed, not colours of 16 bits without a value above 255")
     if not isinstance(image, Tensor):

@@ -21,7 +21,7 @@ import test
 import train_bpl
 import train_pst
 from data import pseudo_labels as store
-from data.datasets import build_dataset, list_samples
+from data.datasets import build_dataset, fingerprint, list_samples
 from data.loaders import training_batches
 from data.taxonomy import IGNORE, class_set
 from loss import (
@@ -285,6 +285,30 @@ def test_another_experiment_is_not_resumed(finished, configure, key):
         UserError, match=rf"bpl holds another experiment \({key}: [\d.]+ -> 0\.5\); .*train\.restart=true"
     ):
         train_bpl.main(cfg)
+
+
+@one_layout
+def test_corrected_validation_labels_are_noticed(finished, configure, monkeypatch):
+    monkeypatch.setattr(loop, "fingerprint", lambda samples, labels=False: "others" if labels else fingerprint(samples))
+    with pytest.raises(UserError, match=r"data\.val\.labels has others, but .*bpl has begun with \d+ labels of hash"):
+        train_bpl.main(configure(finished.layout, "stage1_BPL.yml", finished.runs))
+
+
+@one_layout
+def test_no_run_begins_among_pseudo_labels(finished, configure):
+    cfg = configure(finished.layout, "stage1_BPL.yml", finished.runs, "name=pseudo_labels")
+    with pytest.raises(UserError, match="is a folder of pseudo labels: choose another name="):
+        train_bpl.main(cfg)
+
+
+def test_the_file_that_a_run_began_with_may_have_another_path(configure, runs, tmp_path):
+    cfg = configure("gta5_to_city", "stage1_BPL.yml", runs)
+    saved = to_dict(cfg) | {"model": to_dict(cfg)["model"] | {"init": "w.pth"}}
+    (tmp_path / "w.pth").write_bytes(b"weights")
+    cfg.model.init = str(tmp_path / "w.pth")
+    refuse_other_experiment(saved, cfg, [checkpoint.file_hash(tmp_path / "w.pth")])
+    with pytest.raises(UserError, match=r"model\.init: w\.pth -> "):
+        refuse_other_experiment(saved, cfg, ["another"])
 
 
 @pytest.mark.parametrize(("file", "refused"), [("stage1_BPL.yml", False), ("stage3_distill.yml", True)])

@@ -147,6 +147,8 @@ def run(words: list[str]) -> Path:
     print(message)
     network = Deployed(model, output).eval().requires_grad_(False)
     path = Path(own.get("file") or f"{_name_of(weights, cfg)}{ENDINGS[form]}").expanduser()
+    if path.is_dir():
+        raise UserError(f"{path.absolute()} is a folder: name a file=")
     if path.exists() and path.samefile(weights):
         raise UserError(f"{path.absolute()} is the checkpoint itself: name another file=")
     with tempfile.TemporaryDirectory() as folder:

@@ -261,7 +261,8 @@ def _test(tests: Config, run_name: str) -> dict:
     scores = read_mapping(cfg.run_dir / "metrics.json")
     same = {
         "checkpoint_hash": checkpoint.file_hash(checkpoint.find_checkpoint(cfg, run_name)),
-        "files": fingerprint(list_samples(cfg.data.val)),
+        "files": fingerprint(val := list_samples(cfg.data.val)),
+        "labels": fingerprint(val, labels=True),
         "mode": test.mode(cfg),
     }
     return scores if scores | same == scores else test.main(cfg)

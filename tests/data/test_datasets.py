@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from scipy.io import savemat
 
-from data.datasets import SegmentationDataset, build_dataset, find_images, list_samples
+from data.datasets import Sample, SegmentationDataset, build_dataset, find_images, fingerprint, list_samples
 from data.images import read_image, read_label_ids, read_picture, read_upper_rows
 from data.loaders import whole_images
 from data.taxonomy import CLASS_SETS, IGNORE, custom_class_set
@@ -382,9 +382,20 @@ def test_images_of_a_path_a_folder_or_a_glob(tmp_path, monkeypatch):
     assert "runs/panel" in [name for name, _ in names("a")]
     assert [s.name for s in find_images("a", "a/runs")] == ["deep/er/y", "x", "x[2]"]  # what the code wrote itself
     assert [s.name for s in find_images("a/runs", "a/runs")] == ["panel"]
+    assert [s.name for s in find_images("b/../a", "b/../a/runs")] == ["deep/er/y", "x", "x[2]"]
     touch(tmp_path, "a/x.webp")
     with pytest.raises(UserError, match=f"{tmp_path}/a/x.JPG and {tmp_path}/a/x.webp would have one name"):
         find_images("a")
+
+
+def test_brackets_may_belong_to_a_name(tmp_path):
+    touch(tmp_path, "day [1]/x.png", "day 1/y.png", "day 1/z[0].png", "day 1/z0.png")
+
+    def names(*globs):
+        return [s.name for s in list_samples(folder_of(tmp_path, *globs), with_labels=False)]
+
+    assert names("day [1]/*.png") == ["day [1]/x"]
+    assert names("day 1/z[0].png") == ["day 1/z0", "day 1/z[0]"]
 
 
 def folder_of(tmp_path, *images, **section):
@@ -429,3 +440,12 @@ def test_labels_beside_their_images_are_not_left_out(tmp_path):
 @pytest.mark.parametrize("name", ["gta5", "synthia", "cityscapes", "cityscapes_val", "day", "dusk"])
 def test_nothing_is_left_out_of_clean_trees(trees, name):
     assert list_samples(dataset_config(**trees[name].section)).note == ""
+
+
+def test_fingerprint_of_labels(tmp_path):
+    for name, content in (("x.png", b"image"), ("x_l.png", b"label")):
+        (tmp_path / name).write_bytes(content)
+    samples = [Sample(tmp_path / "x.png", tmp_path / "x_l.png", "x")]
+    images, labels = fingerprint(samples), fingerprint(samples, labels=True)
+    (tmp_path / "x_l.png").write_bytes(b"corrected")
+    assert fingerprint(samples) == images and fingerprint(samples, labels=True) != labels

@@ -159,6 +159,17 @@ def test_metadata_does_not_decide_whether_pixels_are_read(tmp_path, recwarn):
     assert not recwarn
 
 
+XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("ending", ["jpg", "webp", "tif"])
+def test_xmp_turns_nothing(tmp_path, ending):
+    given = {"tiffinfo": {700: XMP}} if ending == "tif" else {"xmp": XMP}
+    Image.new("RGB", (48, 32)).save(tmp_path / f"x.{ending}", **given)
+    assert Image.open(tmp_path / f"x.{ending}").getexif()[0x0112] == 6  # Pillow's own reading
+    assert read_image(tmp_path / f"x.{ending}").shape == (3, 32, 48)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_orientation(tmp_path, orientation):
     exif = Image.Exif()

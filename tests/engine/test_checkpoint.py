@@ -97,6 +97,18 @@ def test_a_folder_of_a_run_is_a_checkpoint(cfg, tmp_path, monkeypatch):
     assert checkpoint.find_checkpoint(cfg, "moved/bpl") == tmp_path / "moved/bpl/checkpoints/last.pth"
 
 
+def test_a_run_behind_a_link_knows_what_it_was_started_from(tmp_path):
+    for folder in ("runs", "big/pst"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "runs/bpl.pth").write_bytes(b"x")
+    (tmp_path / "runs/pst").symlink_to(tmp_path / "big/pst")
+    upstream = {"../bpl.pth": checkpoint.file_hash(tmp_path / "runs/bpl.pth")}
+    checkpoint.refuse_changed_upstream(upstream, tmp_path / "runs/pst")
+    (tmp_path / "runs/bpl.pth").write_bytes(b"y")
+    with pytest.raises(UserError, match="has been made anew since"):
+        checkpoint.refuse_changed_upstream(upstream, tmp_path / "runs/pst")
+
+
 def test_hash_follows_the_content(tmp_path):
     for name, content in (("a", b"x"), ("b", b"x"), ("c", b"y")):
         (tmp_path / name).write_bytes(content)

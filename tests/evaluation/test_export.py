@@ -181,3 +181,13 @@ def test_scores_and_worst_images_of_another_dataset(configure, trees, weights, t
     test.main(again)
     assert not (cfg.run_dir / "panels").exists()
     assert "predictions is of an earlier call" in (cfg.run_dir / "log.txt").read_text(encoding="utf-8")
+
+
+def test_own_predictions_are_no_input(configure, weights, tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (48, 32)).save(tmp_path / "photos" / "x.png")
+    _, folder = predict_images(configure, weights, tmp_path / "photos")
+    before = {path: path.read_bytes() for path in folder.rglob("*.png")}
+    with pytest.raises(UserError, match=r"the images lie in .*predictions, which this test writes anew"):
+        predict_images(configure, weights, folder / "color")
+    assert before and before == {path: path.read_bytes() for path in folder.rglob("*.png")}

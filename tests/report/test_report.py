@@ -11,7 +11,7 @@ from PIL import Image
 
 from utils.config import UserError
 from utils.report.markup import heat_map
-from utils.report.page import find_runs, title_of, write_report
+from utils.report.page import find_runs, score_table, title_of, write_report
 
 EVIL = '<script>alert("x")</script> & co'
 NAMES = ["road", EVIL]
@@ -147,14 +147,14 @@ def test_page_of_several_seeds(tmp_path, folder):
         "iou": {"road": {"mean": 90.0, "std": 0.5}, EVIL: None},
         "statistics": "target",
     }
-    content = {"seeds": [0, 1], "folders": {"0": "../seed0/b", "1": "../seed1/b"}, "stages": {"pst": row}}
+    content = {"seeds": [0, 1], "folders": {"0": "../seed0/b", "1": "../seed1/b#"}, "stages": {"pst": row}}
     for place, others in ((tmp_path / "alone", False), (folder, True)):  # below a summary of one seed, beside its rows
         place.mkdir(exist_ok=True)
         (place / "seeds.json").write_text(json.dumps(content))
         page = parsed(write_report(place))
         text = " ".join(page.text)
         assert all(said in text for said in ("Over seeds", "50.2 ± 1.5", "90.0 ± 0.5", "over 2 seeds")), text
-        assert ("href", "../seed1/b/report.html") in page.attributes
+        assert ("href", "../seed1/b%23/report.html") in page.attributes
         assert ("mIoU by stage" in text) == others
 
 
@@ -167,6 +167,9 @@ def test_folder_without_a_run_is_refused(tmp_path):
 def test_runs_come_in_the_order_of_the_stages(folder):
     make_run(folder, "bpl_weaker", 20.0)
     assert [r.name for r in find_runs(folder)] == ["source_only", "bpl", "pst", "distill/round2", "bpl_weaker"]
+    (folder / "pst").rename(folder.parent / "elsewhere")
+    (folder / "pst").symlink_to(folder.parent / "elsewhere")
+    assert [r.name for r in find_runs(folder)][2] == "pst"
     assert title_of("distill/round2") == "distilled, round 2" and title_of("bpl_weaker") == "bpl weaker"
 
 
@@ -210,3 +213,13 @@ def test_heat_map_counts_in_percent_of_the_truth():
         ("b taken for a: 0.0 %", "0", ""),
         ("b taken for b: 0.0 %", "0", ""),
     ]
+
+
+def test_rows_whose_means_are_of_different_classes_are_named():
+    rows = {
+        "bpl": {"miou": 1.0, "iou": {"road": 1.0, "sky": 1.0}},
+        "pst": {"miou": 1.0, "iou": {"road": 1.0, "sky": None}},
+    }
+    assert score_table(rows)[2] == ["mIoU over 1 of 2 classes: no pixel of sky (pst)."]
+    rows["bpl"] = rows["pst"]
+    assert score_table(rows)[2] == ["mIoU over 1 of 2 classes: no pixel of sky."]

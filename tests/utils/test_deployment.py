@@ -100,6 +100,8 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_written(trained, tmp_pat
     refused(ConfigError, r"output=mask is not one of labels \| probabilities", "format=pt2", "output=mask")
     refused(ConfigError, r"test\.scales=\[0\.5\]: the file holds the network alone", "format=pt2", "test.scales=[0.5]")
     refused(UserError, "no weights at .*none.pth", "format=pt2", "checkpoint=none.pth")
+    with pytest.raises(UserError, match="is a folder: name a file="):
+        export.run([f"checkpoint={checkpoint}", f"file={tmp_path}", "format=pt2"])
     with pytest.raises(UserError, match="is the checkpoint itself: name another file="):
         export.run([f"checkpoint={checkpoint}", f"file={checkpoint}", "format=pt2"])
     with monkeypatch.context() as patch:

@@ -59,14 +59,15 @@ def test_stages_are_held_against_controls_under_target_statistics(benchmarks, mo
     assert (rows[CONTROL]["miou"], rows[CONTROL]["miou_target_bn"]) == (50, 60 - gains[0])
 
 
-@pytest.mark.parametrize("change", ["none", "checkpoint_hash", "files", "mode", "damaged"])
+@pytest.mark.parametrize("change", ["none", "checkpoint_hash", "files", "labels", "mode", "damaged"])
 def test_scores_of_an_earlier_call_are_taken_if_they_are_of_the_same(benchmarks, tmp_path, monkeypatch, change):
     tests = pipeline.load_tests([f"runs={tmp_path}"], stages_of(benchmarks, "gta5_to_city")["bpl"])
     weights = tests.sibling_run("bpl") / "checkpoints" / "last.pth"
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"weights")
     kept = {"checkpoint_hash": pipeline.checkpoint.file_hash(weights), "mode": pipeline.test.mode(tests), "miou": 1.0}
-    kept |= {"files": datasets.fingerprint(datasets.list_samples(tests.data.val))}
+    val = datasets.list_samples(tests.data.val)
+    kept |= {"files": datasets.fingerprint(val), "labels": datasets.fingerprint(val, labels=True)}
     file = tests.sibling_run("test/bpl_target") / "metrics.json"
     file.parent.mkdir(parents=True)
     file.write_text("{" if change == "damaged" else json.dumps(kept | ({change: "other"} if change in kept else {})))

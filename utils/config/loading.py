@@ -291,7 +291,8 @@ def _override(assignment: str) -> tuple[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"{key}={text!r}: {error}") from None
     except Exception:
-        raise ConfigError(f"{key}={text!r}: the value is not valid YAML") from None
+        quoted = f"; text may need quotes of its own: '{key}=[\"{text}\"]'" if text.startswith(("*", "&", "!")) else ""
+        raise ConfigError(f"{key}={text!r}: the value is not valid YAML{quoted}") from None
 
 
 def _stage_deltas(content: Any, file: Path) -> dict[str, dict]:

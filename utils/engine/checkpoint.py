@@ -185,7 +185,7 @@ def refuse_changed_upstream(upstream: dict[str, str], run: Path) -> None:
     A relative path is from the run's own folder.
     """
     for name, digest in upstream.items():
-        path = (run.resolve() / name).resolve()
+        path = Path(os.path.normpath(run.absolute() / name))  # the run's folder may be a link
         if path.is_file() and file_hash(path) != digest:
             raise UserError(
                 f"{run} was started from {path}, which has been made anew since: they no longer belong together; "

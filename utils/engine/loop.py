@@ -12,7 +12,7 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -211,11 +211,13 @@ class Data(NamedTuple):
 def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
     """Check every input, build the networks, and fill them from the run's saved state or from `model.init`."""
     refuse_unusable_backbone(cfg)
+    if (cfg.run_dir / pseudo_labels.MANIFEST).exists():
+        raise UserError(f"{cfg.run_dir} is a folder of pseudo labels: choose another name=")
     files, saved, start = checkpoint.RunFiles(cfg.run_dir), None, "random weights"
     if files.there() and not cfg.train.restart:
         saved, start = files.read()
         upstream = saved.get("upstream", {})  # older runs have none
-        refuse_other_experiment(saved["config"], cfg)
+        refuse_other_experiment(saved["config"], cfg, upstream.values())
         checkpoint.refuse_changed_upstream(upstream, cfg.run_dir)
         if cfg.train.precision == "auto":  # a resumed run keeps its precision, on another device too
             cfg = copy.deepcopy(cfg)
@@ -233,6 +235,7 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
     )
     data = Data(*datasets)
     images = {name: fingerprint(dataset.samples) for name, dataset in data._asdict().items()}
+    images["val.labels"] = fingerprint(data.val.samples, labels=True)  # those that its scores are by
     if saved:
         refuse_other_images(saved.get("images", {}), images, cfg.run_dir)
         file = identify(files.last, saved)
@@ -259,8 +262,8 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
 
 def _beside(path: Path, cfg: Config) -> str:
     """A file as a run remembers it: from its own folder, where all runs may move together, or the whole path."""
-    path, folder = path.resolve(), cfg.run_dir.resolve()
-    return os.path.relpath(path, folder) if path.is_relative_to(cfg.sibling_run("").resolve()) else str(path)
+    path = path.absolute()
+    return os.path.relpath(path, cfg.run_dir) if path.is_relative_to(cfg.sibling_run("")) else str(path)
 
 
 def training_set(
@@ -302,12 +305,17 @@ def seeds(cfg: Config) -> list[int]:
     return sequence.generate_state(3).tolist()
 
 
-def refuse_other_experiment(saved: dict, cfg: Config) -> None:
-    """UserError if a run's saved configuration, nested as in its config.yml, differs from `cfg` in what is learnt."""
+def refuse_other_experiment(saved: dict, cfg: Config, started_from: Collection[str] = ()) -> None:
+    """UserError if a run's saved configuration, nested as in its config.yml, differs from `cfg` in what is learnt.
+
+    `started_from` are the hashes of the files that the run was started from: these may have got another path.
+    """
     defaults = flatten(to_dict(Config()))  # of keys that are newer than the run
     old, new = defaults | flatten(saved), flatten(to_dict(cfg))
     unread = {k for k, key in all_keys().items() if key.stages is not None and cfg.stage not in key.stages}
     changed = [k for k in new if k not in HARMLESS | unread and new[k] not in (old.get(k), "auto")]  # auto: as it was
+    files = {k for k in ("model.init", "distill.init_round1") if os.path.isfile(new[k])}
+    changed = [k for k in changed if k not in files or checkpoint.file_hash(Path(new[k])) not in started_from]
     if changed:
         listed = ", ".join(f"{k}: {old.get(k)} -> {new[k]}" for k in changed[:4])
         raise UserError(
@@ -317,7 +325,7 @@ def refuse_other_experiment(saved: dict, cfg: Config) -> None:
 
 
 def refuse_other_images(saved: dict[str, str], found: dict[str, str], run: Path) -> None:
-    """UserError if source, target or val no longer consist of the images that a run has begun with."""
+    """UserError if source, target or val no longer consist of the images that a run has begun with, or val's labels."""
     for name, images in saved.items():  # older runs have none
         if found[name] != images:
             raise UserError(

@@ -7,9 +7,11 @@ and panel.png. Missing or damaged files leave a gap. TensorBoard has the curves.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import yaml
@@ -94,7 +96,8 @@ def find_runs(folder: Path) -> list[Run]:
     """
     if (folder / "config.yml").is_file():
         return [_read_run(folder)]
-    found = (p.parent.relative_to(folder) for p in folder.rglob("metrics.jsonl"))
+    every = os.walk(folder, followlinks=True)
+    found = (Path(place).relative_to(folder) for place, _, files in every if "metrics.jsonl" in files)
     names = sorted((f.as_posix() for f in found if ABLATION not in f.parts), key=_place)
     if not names:
         raise UserError(f"{folder} holds no run: name runs/<benchmark> or a run's folder in it")
@@ -121,7 +124,14 @@ def score_table(rows: dict[str, dict]) -> tuple[list[str], list[list[str]], list
     """Head and cells of a table of scores, a row for each of `rows`, and the notes on its columns."""
     columns = {title: key for title, key in COLUMNS.items() if any(row.get(key) is not None for row in rows.values())}
     cells = [[name, *(cell(row.get(key)) for key in columns.values())] for name, row in rows.items()]
-    return list(columns), cells, [note for title, note in NOTES.items() if title in columns]
+    notes = [note for title, note in NOTES.items() if title in columns]
+    rows_of: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        rows_of.setdefault(left_out_note(row) if row.get("iou") else "", []).append(name)
+    for note, names in rows_of.items():
+        if note:  # of several, each names its rows: their means are of different classes
+            notes.append(f"{note} ({', '.join(names)})." if len(rows_of) > 1 else f"{note}.")
+    return list(columns), cells, notes
 
 
 def _scores(title: str, rows: dict[str, dict], lead: str = "In percent.", more: str = "") -> str:
@@ -136,7 +146,6 @@ def _scores(title: str, rows: dict[str, dict], lead: str = "In percent.", more: 
     by_class = f"<h3>IoU by class</h3>{table(['', *by_row], cells)}" if cells else ""
     rarest = next((row["rarest"] for row in rows.values() if row.get("rarest")), None)
     notes += [f"Rarest classes: {', '.join(rarest)}."] if rarest else []
-    notes += dict.fromkeys(f"{note}." for row in rows.values() if row.get("iou") and (note := left_out_note(row)))
     return _section(title, table(["", *columns], averages) + by_class + more, escape(" ".join([lead, *notes])))
 
 
@@ -172,7 +181,7 @@ class _Page:
         rows = {title_of(name): row for name, row in stages.items() if isinstance(row, dict)}
         count = len(self.over_seeds.get("seeds", []))
         pages = self.over_seeds.get("folders", {}).items()
-        links = ", ".join(f'<a href="{escape(place)}/report.html">seed {escape(seed)}</a>' for seed, place in pages)
+        links = ", ".join(f'<a href="{quote(place)}/report.html">seed {escape(seed)}</a>' for seed, place in pages)
         lead = f"In percent, last checkpoints: mean ± standard deviation over {count} seeds."
         return _scores("Over seeds", rows, lead, f"<p>{links}</p>")
 
