@@ -67,7 +67,8 @@ def _evaluated(cfg: Config) -> dict:
     if not images:
         dataset = check_samples(build_dataset(section, classes), cfg.test.dataset, cfg)  # with the checkpoint's classes
     export, folder = None, cfg.run_dir / "predictions"
-    if any(folder.resolve() in sample.image.parent.resolve().parents for sample in dataset.samples):
+    places = {sample.image.parent for sample in dataset.samples} if images or cfg.test.export else ()
+    if any(folder.resolve() in place.resolve().parents for place in places):
         raise UserError(f"the images lie in {folder}, which this test writes anew: choose another name=")
     log = open_log(cfg)
     for line in (*dataset.notes, message):
