@@ -87,13 +87,22 @@ def round_config(cfg: Config, number: int) -> Config:
     return cfg
 
 
+def refuse_missing_start(cfg: Config) -> None:
+    """UserError or WeightError if the first round cannot start for want of a network or a file, in what lies there."""
+    refuse_unusable_backbone(cfg)
+    before = checkpoint.RunFiles(cfg.sibling_run(f"{cfg.name or cfg.stage}/round1")).of(cfg.which)
+    if cfg.distill.rounds[0] == 2 and not before.is_file():
+        raise UserError(f"distill.rounds=[2] learns from round 1's result, but there is no {before}; run rounds [1, 2]")
+    first = round_config(cfg, cfg.distill.rounds[0])
+    done = checkpoint.RunFiles(first.run_dir).there()
+    if cfg.distill.init_round1 != "teacher" and not done:  # gen_pseudo_labels.py looks for the teacher
+        checkpoint.find_init(first)
+
+
 def main(cfg: Config) -> dict:
     """Run the rounds asked for; returns the metrics of the last one."""
     metrics = {}
-    refuse_unusable_backbone(cfg)  # before the teacher labels
-    first = checkpoint.RunFiles(cfg.sibling_run(f"{cfg.name or cfg.stage}/round1")).of(cfg.which)
-    if cfg.distill.rounds[0] == 2 and not first.is_file():
-        raise UserError(f"distill.rounds=[2] learns from round 1's result, but there is no {first}; run rounds [1, 2]")
+    refuse_missing_start(cfg)  # before the teacher labels
     for number in cfg.distill.rounds:
         this_round = round_config(cfg, number)
         labels = teacher_config(this_round)

@@ -150,8 +150,8 @@ def read_manifest(folder: Path) -> dict:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"no pseudo labels: {path} does not exist; make them with `python gen_pseudo_labels.py` (same benchmark=, "
-            f"runs=), or name the run that holds them with pseudo_labels="
+            f"no pseudo labels: {path} does not exist; make them with `python gen_pseudo_labels.py name={folder.name}` "
+            f"(same benchmark=, runs=), or name the run that holds them with pseudo_labels="
         ) from None
     except (ValueError, RecursionError):
         manifest = None

@@ -24,6 +24,7 @@ import os
 import pickle
 import re
 import ssl
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -126,7 +127,8 @@ def read_checkpoint(path: str | Path) -> dict:
     try:
         if safetensors:
             return timm.models.load_state_dict(str(path))
-        with torch.serialization.safe_globals(_PLAIN_TYPES):
+        with torch.serialization.safe_globals(_PLAIN_TYPES), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch says of odd files is said below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
@@ -136,6 +138,10 @@ def read_checkpoint(path: str | Path) -> dict:
         raise WeightError(f"{path} is not a weight file, or cut short") from None
     except Exception as error:  # a damaged stream fails in every way there is
         reason = str(error).strip().split("\n")[0] or "it is empty"
+        if isinstance(error, OSError) and error.errno:
+            raise WeightError(f"{path} cannot be read: {error.strerror}") from None
+        if "TorchScript" in reason:
+            raise WeightError(f"{path} is an exported network: give the checkpoint that it was made from") from None
         raise WeightError(f"{path} is not a weight file, or cut short ({reason})") from None
     if not isinstance(content, dict):
         raise WeightError(f"{path} holds {type(content).__name__}, not a dict of weights")

@@ -295,6 +295,29 @@ def test_corrected_validation_labels_are_noticed(finished, configure, monkeypatc
 
 
 @one_layout
+def test_distillation_looks_for_its_start_before_the_teacher_labels(finished, configure, monkeypatch):
+    forbid_training(monkeypatch)
+    cfg = configure(finished.layout, "stage3_distill.yml", finished.runs, "name=d", "distill.init_round1=nope")
+    with pytest.raises(UserError, match="no weights of 'nope'"):
+        distill.main(cfg)
+
+
+@one_layout
+def test_a_broken_target_image_is_left_out_of_the_statistics_of_a_test(finished, configure, tmp_path):
+    given = configure(finished.layout, "test_from_gta_to_city.yml", finished.runs).data.target.root
+    shutil.copytree(given, tmp_path / "target")
+    target = configure(
+        finished.layout, "test_from_gta_to_city.yml", finished.runs, f"data.target.root={tmp_path}/target"
+    )
+    list_samples(target.data.target, with_labels=False)[0].image.write_bytes(b"broken")
+    target.checkpoint, target.batchnorm.statistics = "bpl", "target"
+    with pytest.raises(UserError, match="cannot read image"):
+        load_network(target, finished.runs / finished.layout / "bpl/checkpoints/last.pth", torch.device("cpu"))
+    target.data.on_error = "skip"
+    load_network(target, finished.runs / finished.layout / "bpl/checkpoints/last.pth", torch.device("cpu"))
+
+
+@one_layout
 def test_no_run_begins_among_pseudo_labels(finished, configure):
     cfg = configure(finished.layout, "stage1_BPL.yml", finished.runs, "name=pseudo_labels")
     with pytest.raises(UserError, match="is a folder of pseudo labels: choose another name="):

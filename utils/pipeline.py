@@ -126,7 +126,10 @@ def first_weights(cfg: Config) -> None:
     """Raise UserError now if a stage to come cannot start for want of a network or a file of pretrained weights."""
     refuse_unusable_backbone(cfg)
     if cfg.stage == "distill":
-        cfg = distill.round_config(cfg, cfg.distill.rounds[0])
+        require(
+            cfg.distill.rounds[0] == 1, f"distill.rounds={cfg.distill.rounds}: here, distillation begins with round 1"
+        )
+        cfg = distill.round_config(cfg, 1)
     done = checkpoint.RunFiles(cfg.run_dir).last.is_file()
     if cfg.stage in TRAINING_STAGES and cfg.model.init in ("imagenet", "simclr") and not done:
         checkpoint.find_init(cfg)
@@ -338,6 +341,8 @@ def own_keys(overrides: list[str]) -> tuple[list[str], bool | None, list[int]]:
     require(len(set(seeds)) == len(seeds), f"seeds={numbers!r} names a seed twice")
     given = {o.partition("=")[0] for o in others}
     require("name" not in given, "name= would be the one folder of all stages; runs= keeps pipelines apart")
+    for key in ("checkpoint", "pseudo_labels"):
+        require(key not in given, f"{key}= is not read here: each stage takes up what the one before it has made")
     require(not seeds or "seed" not in given, "seed= and seeds= are given; seeds= says all")
     return others, controls and controls == "true", seeds
 

@@ -475,3 +475,20 @@ def test_imagenet_weights_that_cannot_be_had(tmp_path, monkeypatch, error, said)
     )
     (tmp_path / "resnet18-f37072fd.pth").touch()
     assert find_imagenet_weights("resnet18", tmp_path) == tmp_path / "resnet18-f37072fd.pth"
+
+
+def test_an_exported_network_is_no_weight_file(tmp_path, recwarn):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "x.pt"))
+    recwarn.clear()
+    one_line(lambda: read_weights(tmp_path / "x.pt"), r"x\.pt is an exported network: give the checkpoint that")
+    assert not recwarn
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    (tmp_path / "x.pth").touch()
+
+    def fail(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(torch, "load", fail)
+    one_line(lambda: read_weights(tmp_path / "x.pth"), r"x\.pth cannot be read: Permission denied$")

@@ -82,6 +82,18 @@ def test_a_yaml_may_not_name_the_one_folder_of_all_stages(benchmarks, tmp_path):
         load_stages([f"benchmark={tmp_path / 'mine.yml'}"])
 
 
+def test_distillation_begins_with_round_1(benchmarks):
+    cfg = stages_of(benchmarks, "gta5_to_city", "distill.rounds=[2]")["distill"]
+    with pytest.raises(ConfigError, match=r"distill\.rounds=\[2\]: here, distillation begins with round 1"):
+        pipeline.first_weights(cfg)
+
+
+@pytest.mark.parametrize("key", ["checkpoint", "pseudo_labels", "name"])
+def test_what_links_the_stages_is_no_key_of_the_pipeline(key):
+    with pytest.raises(ConfigError, match=f"{key}= "):
+        pipeline.own_keys([f"{key}=bpl"])
+
+
 def test_no_bound_without_target_labels(benchmarks, capsys):
     assert bound_config(stages_of(benchmarks, "day_to_dusk")) is None
     assert f"no {BOUND}" in capsys.readouterr().out

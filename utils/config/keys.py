@@ -148,8 +148,9 @@ class DataConfig:
     workers: int = opt(4, "loader processes per domain and training process; 0 = the training process loads")
     on_error: Literal["stop", "skip"] = opt(
         "stop",
-        f"an image or label that cannot be used ends the run, or is skipped ({MAX_SKIPPED} files at most)",
-        stages=(*TRAINING_STAGES, "pseudo_labels"),
+        f"an image or label of source or target that cannot be used ends the run, or is skipped ({MAX_SKIPPED} files "
+        "at most); validation files, and labels that are missing, end it",
+        stages=STAGES,
     )
     toy_root: str = opt("", "folder that the toy cities are drawn into on first use; '' = real data")
 

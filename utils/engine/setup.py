@@ -53,6 +53,7 @@ def choose_device(cfg: Config) -> torch.device:
     exact = cfg.train.deterministic
     if exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable with a fixed workspace alone
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors lie on huge pages: CPU steps are faster
     torch.use_deterministic_algorithms(exact)
     torch.backends.cudnn.benchmark = False
     try:
@@ -211,6 +212,7 @@ def load_network(
     elif cfg.batchnorm.statistics == "target":
         if target is None:
             target = build_dataset(cfg.data.target, class_set(cfg.data), with_labels=False)
+            target.skips = cfg.data.on_error == "skip"
         recompute_batchnorm(model, target, cfg, device)
     return model.eval(), message
 
