@@ -149,9 +149,10 @@ def read_manifest(folder: Path) -> dict:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        name = "" if folder.name == "pseudo_labels" else f" name={folder.name}"
         raise UserError(
-            f"no pseudo labels: {path} does not exist; make them with `python gen_pseudo_labels.py name={folder.name}` "
-            f"(same benchmark=, runs=), or name the run that holds them with pseudo_labels="
+            f"no pseudo labels: {path} does not exist; make them with `python gen_pseudo_labels.py{name}` (same "
+            "benchmark=, runs=), or name the run that holds them with pseudo_labels="
         ) from None
     except (ValueError, RecursionError):
         manifest = None

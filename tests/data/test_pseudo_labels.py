@@ -77,7 +77,7 @@ def test_attached_labels_are_train_ids_as_they_stand(trees, tmp_path):
         written[i] = np.random.default_rng(i).choice([0, 7, 18, IGNORE], (64, 96)).astype(np.uint8)
         store.write_png(store.path_of(tmp_path, "labels", sample.name), written[i])
     with pytest.raises(
-        UserError, match=r"manifest\.json does not exist; make them with `python gen_pseudo_labels\.py`"
+        UserError, match=r"manifest\.json does not exist; make them with `python gen_pseudo_labels\.py name=test_\w+`"
     ):
         store.attach(target, tmp_path, CLASS_SETS["cityscapes19"])
     (tmp_path / "manifest.json").write_text("{")
