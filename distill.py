@@ -88,13 +88,14 @@ def round_config(cfg: Config, number: int) -> Config:
 
 
 def refuse_missing_start(cfg: Config) -> None:
-    """UserError or WeightError if the first round cannot start for want of a network or a file, in what lies there."""
+    """UserError or WeightError if there is no network of the student's name, or no file that the first round begins
+    with."""
     refuse_unusable_backbone(cfg)
     before = checkpoint.RunFiles(cfg.sibling_run(f"{cfg.name or cfg.stage}/round1")).of(cfg.which)
     if cfg.distill.rounds[0] == 2 and not before.is_file():
         raise UserError(f"distill.rounds=[2] learns from round 1's result, but there is no {before}; run rounds [1, 2]")
     first = round_config(cfg, cfg.distill.rounds[0])
-    done = checkpoint.RunFiles(first.run_dir).there()
+    done = checkpoint.RunFiles(first.run_dir).there() and not cfg.train.restart
     if cfg.distill.init_round1 != "teacher" and not done:  # gen_pseudo_labels.py looks for the teacher
         checkpoint.find_init(first)
 

@@ -96,9 +96,14 @@ class OnlinePST(PST):
         return {"image": images, "label": labels, "weight": sure.expand(labels.shape).where(~pasted, 1.0)}
 
 
+def stage_class(cfg: Config) -> type[PST]:
+    """PST with the pseudo labels that `pseudo.labels` asks for."""
+    return OnlinePST if cfg.pseudo.labels == "online" else PST
+
+
 def main(cfg: Config) -> dict:
     """Train PST; returns the run's metrics."""
-    metrics = fit(cfg, OnlinePST if cfg.pseudo.labels == "online" else PST)
+    metrics = fit(cfg, stage_class(cfg))
     write_report(cfg.run_dir)
     return metrics
 

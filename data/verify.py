@@ -27,7 +27,8 @@ from utils.engine.setup import prepare_data
 from utils.evaluation.metrics import text_table
 from utils.evaluation.pictures import colorize, save_panel, to_picture
 
-READS = ("benchmark", "runs", "data.class", "data.palette", "data.source", "data.target", "data.val", "data.workers")
+_OF_DATA = ("class_", "palette", "source", "target", "val", "workers", "toy_root")
+READS = ("benchmark", "runs", *(f"data.{key}" for key in _OF_DATA))  # what the keys that are read begin with
 SHOWN = 8  # faults of a kind that are printed, samples on a contact sheet
 
 

@@ -183,11 +183,11 @@ class Distillation(distill.Distillation):
         self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
 
 
-STAGES = {  # stage -> its config, its class
-    "warmup": ("stage0_warmup.yml", train_bpl.BPL),
-    "bpl": ("stage1_BPL.yml", train_bpl.BPL),
-    "pst": ("stage2_PST.yml", train_pst.PST),
-    "distill": ("stage3_distill.yml", Distillation),
+STAGES = {  # stage -> its config, its class by the configuration
+    "warmup": ("stage0_warmup.yml", lambda cfg: train_bpl.BPL),
+    "bpl": ("stage1_BPL.yml", lambda cfg: train_bpl.BPL),
+    "pst": ("stage2_PST.yml", train_pst.stage_class),
+    "distill": ("stage3_distill.yml", lambda cfg: Distillation),
 }
 
 
@@ -202,7 +202,7 @@ def batches(cfg: Config, device: torch.device) -> tuple[dict[str, Tensor], dict[
         labels = {"label": draw(size, high=len(class_set(cfg.data)))} if labelled else {}
         return {"image": draw(size, 3)} | labels
 
-    return batch(t.batch_source, True), batch(t.batch_target, STAGES[cfg.stage][1].uses_pseudo_labels)
+    return batch(t.batch_source, True), batch(t.batch_target, STAGES[cfg.stage][1](cfg).uses_pseudo_labels)
 
 
 def step_of(cfg: Config, device: torch.device, form: str) -> Callable[[], object]:
@@ -212,8 +212,7 @@ def step_of(cfg: Config, device: torch.device, form: str) -> Callable[[], object
         form: "here"; "graphs": compiled, replayed as CUDA graphs; "released": float32, contiguous, one backward pass
             of the sum of all losses.
     """
-    stage_type = train_pst.OnlinePST if cfg.stage == "pst" and cfg.pseudo.labels == "online" else STAGES[cfg.stage][1]
-    stage, (source, target) = stage_type(cfg, device), batches(cfg, device)
+    stage, (source, target) = STAGES[cfg.stage][1](cfg)(cfg, device), batches(cfg, device)
     if form == "graphs":
         cfg = copy.deepcopy(cfg)
         cfg.train.compile = "graphs"

@@ -9,6 +9,7 @@ import yaml
 from conftest import CUSTOM
 
 from data.taxonomy import class_set
+from data.verify import READS
 from utils.ablate import read_variants
 from utils.config import ROOT, ConfigError, UserError, all_keys, key_help, read_yaml, to_dict
 from utils.config.keys import STAGES
@@ -436,8 +437,21 @@ def test_own_classes_need_no_dataset_to_predict_photos(tmp_path):
 
 def test_what_leads_another_command_to_the_same_runs():
     assert checked_config(BPL, ["benchmark=toy"]).words == "benchmark=toy"
-    given = checked_config(BPL, ["benchmark=toy", "runs=my runs", "seed=3"])
+    given = checked_config(BPL, ["benchmark=toy", "runs=my runs", "seed=3"])  # quoted for a shell
     assert given.words == "benchmark=toy 'runs=my runs' seed=3"
+
+
+def test_where_a_yaml_may_not_write_the_command_line_may(tmp_path):
+    (tmp_path / "mine.yml").write_text(f"runs: {tmp_path}/out")
+    with pytest.raises(ConfigError, match=r"in a YAML must be a relative path .*; give it as runs="):
+        checked_config(BPL, [f"benchmark={tmp_path}/mine.yml"])
+    assert checked_config(BPL, [f"benchmark={tmp_path}/mine.yml", f"runs={tmp_path}/mine"]).runs == f"{tmp_path}/mine"
+
+
+def test_data_verify_reads_what_it_checks():
+    read = [key for key in all_keys() if key.startswith(READS)]
+    assert {"data.toy_root", "data.val.root", "data.class_set", "data.workers", "runs"} < set(read)
+    assert not {"data.crop", "data.scale", "train.lr", "seed"} & set(read)
 
 
 def test_a_command_names_the_keys_that_it_does_not_read(capsys):

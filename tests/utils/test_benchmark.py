@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import train_bpl
+from data.transforms import class_mix
 from utils import benchmark
 from utils.benchmark import CPU, Timing, compare, memory_of_step, peak_memory_of, step_of
 from utils.config import ConfigError
@@ -167,3 +168,13 @@ def test_peak_counts_what_is_alive_at_once():
         return a, torch.empty(2**19, dtype=torch.uint8)
 
     assert peak_memory_of(call, CPU) == pytest.approx(1.5 * 2**20, rel=0.01)
+
+
+@pytest.mark.parametrize("labels", ["offline", "online"])
+def test_the_step_of_pst_is_that_of_its_labels(configure, tmp_path, monkeypatch, labels):
+    mixed = []
+    monkeypatch.setattr("train_pst.class_mix", lambda *given: mixed.append(1) or class_mix(*given))
+    given = ("train.batch_source=2", "train.batch_target=2", f"pseudo.labels={labels}")
+    cfg = resolve_auto(configure("gta5_to_city", "stage2_PST.yml", tmp_path, *given))
+    step_of(cfg, CPU, "here")()
+    assert bool(mixed) == (labels == "online")

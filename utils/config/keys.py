@@ -452,9 +452,9 @@ class Config:
     @property
     def words(self) -> str:
         """What leads another command to the runs of this benchmark."""
-        given = {"benchmark": self.benchmark, "runs": self.runs, "seed": self.seed}
-        keep = {"benchmark", *(key for key in given if given[key] != getattr(Config, key))}
-        return " ".join(shlex.quote(f"{key}={value}") for key, value in given.items() if key in keep)
+        others = {key: getattr(self, key) for key in ("runs", "seed")}
+        words = [f"{key}={value}" for key, value in others.items() if value != getattr(Config, key)]
+        return shlex.join([f"benchmark={self.benchmark}", *words])
 
     @property
     def run_dir(self) -> Path:

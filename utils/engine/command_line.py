@@ -101,10 +101,10 @@ def warn_of_idle_gpus(config: Config) -> None:
 def warn_of_unread_keys(config: Config, overrides: list[str], reads: tuple[str, ...] = ()) -> None:
     """A line for each key of the command line that is not read; `reads` as in `run_cli`."""
     keys = all_keys()
-    for key in dict.fromkeys(word.partition("=")[0] for word in overrides):
+    for key in dict.fromkeys(word.partition("=")[0] for word in overrides) if distributed.is_main() else ():
         if reads and not key.startswith(reads):
             print(f"warning: {key}= is not read by this command", file=sys.stderr)
-        elif (stages := keys[key].stages) is not None and config.stage not in stages and distributed.is_main():
+        elif (stages := keys[key].stages) is not None and config.stage not in stages:
             print(f"warning: {key}= is not read by stage {config.stage}, but by {', '.join(stages)}", file=sys.stderr)
 
 
@@ -145,8 +145,7 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return (
             f"{str(error).split('. ')[0]}: see train.checkpointing, train.accumulate, data.crop, test.batch and "
-            "train.batch_target; "
-            "`python -m utils.benchmark plan` says what fits"
+            "train.batch_target; `python -m utils.benchmark plan` says what fits"
         )
     if isinstance(error, OSError):  # no space left, a read-only folder, …
         return f"{error.filename or 'the system says'}: {error.strerror or error}"

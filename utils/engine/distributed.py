@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from utils.config.errors import UserError, reason
 
 SLOW = timedelta(minutes=30)  # how long processes wait for one that downloads, or whose file system is slow
-GONE = "another process of this run has ended or cannot be reached; the same command, without "
-"train.restart=true, resumes the run"
+GONE = (
+    "another process of this run has ended or cannot be reached; the same command, without train.restart=true, resumes "
+    "the run"
+)
 
 _store: dist.Store | None = None  # that all processes see
 _silence = contextlib.ExitStack()  # open while this process must not speak
