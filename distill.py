@@ -40,7 +40,8 @@ class Distillation(Stage):
     def __init__(self, cfg: Config, device: torch.device):
         super().__init__(cfg, device)
         teacher = teacher_config(cfg)
-        self.teacher, _ = load_network(teacher, checkpoint.find_checkpoint(teacher, teacher.checkpoint), device)
+        weights = checkpoint.find_checkpoint(teacher, teacher.checkpoint, teacher.model.published)
+        self.teacher, _ = load_network(teacher, weights, device)
         self.teacher.requires_grad_(False)  # it stays in eval mode and is never saved: not among `networks`
 
     def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
@@ -70,7 +71,8 @@ class Distillation(Stage):
 def teacher_config(cfg: Config) -> Config:
     """The teacher is what its file says; `model` describes the student, who may be another network."""
     cfg = copy.deepcopy(cfg)
-    cfg.stage, cfg.model, cfg.batchnorm.statistics = "pseudo_labels", ModelConfig(), "saved"
+    cfg.stage, cfg.batchnorm.statistics = "pseudo_labels", "saved"
+    cfg.model = ModelConfig(published=cfg.model.published)
     return cfg
 
 

@@ -23,7 +23,7 @@ from data import pseudo_labels as store
 from data.check import check_samples
 from data.datasets import SegmentationDataset, build_dataset, fingerprint
 from data.taxonomy import class_set
-from utils.config import Config, to_dict
+from utils.config import Config, UserError, to_dict
 from utils.config.keys import MAX_SKIPPED
 from utils.engine import checkpoint, distributed
 from utils.engine.command_line import run_cli
@@ -56,7 +56,11 @@ def main(cfg: Config) -> dict:
         print(*target.notes, message, sep="\n")
         folder = cfg.run_dir / store.UNFINISHED
         own, histogram, highest = _predict(model, target, cfg, device, folder)
-        left_out = store.left_out(target.samples, set().union(*distributed.gathered(own)), MAX_SKIPPED)
+        written = set().union(*distributed.gathered(own))
+        left_out = [sample.name for sample in target.samples if sample.name not in written]
+        if len(left_out) > MAX_SKIPPED:
+            number = f"{len(left_out)} target images cannot be used, more than {MAX_SKIPPED}"
+            raise UserError(f"{number}; the first is {left_out[0]}")
         limits = store.level_limits(histogram, cfg.pseudo.threshold, cfg.pseudo.selection, cfg.pseudo.keep)
         statistics = store.statistics(histogram, limits, class_set(cfg.data).names, cfg.pseudo.threshold, highest)
         store.drop_unsure(folder, own, limits)
@@ -75,8 +79,8 @@ def main(cfg: Config) -> dict:
 
 
 def _target(cfg: Config) -> SegmentationDataset:
-    target = build_dataset(cfg.data.target, class_set(cfg.data), with_labels=False)
-    target.skips = cfg.data.on_error == "skip"
+    skips = cfg.data.on_error == "skip"
+    target = build_dataset(cfg.data.target, class_set(cfg.data), with_labels=False, skips=skips)
     return check_samples(target, "target", cfg)
 
 

@@ -69,7 +69,7 @@ def _evaluated(cfg: Config) -> dict:
     export, folder = None, cfg.run_dir / "predictions"
     places = {sample.image.parent for sample in dataset.samples} if images or cfg.test.export else ()
     if any(folder.resolve() in place.resolve().parents for place in places):
-        raise UserError(f"the images lie in {folder}, which this test writes anew: choose another name=")
+        raise UserError(f"the images lie in {folder}, which this test overwrites: choose another name=")
     log = open_log(cfg)
     for line in (*dataset.notes, message):
         log.info(line)
@@ -98,7 +98,7 @@ def _evaluated(cfg: Config) -> dict:
         gallery = Gallery(spread(len(dataset), cfg.test.panels), classes)
         worst = Worst(cfg.test.panels, [s.name for s in dataset.samples], classes)
         callbacks = [gallery, worst, export] if export else [gallery, worst]
-        scores = evaluate(model, dataset, classes, cfg, device, *callbacks)
+        scores = evaluate(model, dataset, cfg, device, *callbacks)
         for name, pictures in (("test", gallery), ("worst", worst)):
             if pictures.shown:
                 pictures.save(cfg.run_dir / "panels" / f"{name}.png")

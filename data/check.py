@@ -215,7 +215,7 @@ def check_samples(
     if squeezed:
         dataset.notes.append(f"{key}: {squeezed_note(squeezed, dataset.size)}")
     if trained and sizes:
-        _refuse_small(sizes, key, cfg)
+        _refuse_small([tuple(dataset.size)] if dataset.size else sizes, key, cfg)
     return dataset
 
 

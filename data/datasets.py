@@ -41,7 +41,7 @@ HOW_TO_GET = {
 
 UNREADABLE = "unreadable"  # entry of a sample: why it, or the one that it replaces, cannot be used
 ATTEMPTS = 10  # samples in a row that a draw may skip
-TOLERANCE = 0.1  # of an image's and a label's ratio of width to height, where `size` brings both to one
+TOLERANCE = 0.1  # how much the aspect ratios of image and label may differ where `size` rescales both
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Sample:
 
 
 def list_samples(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
-    """The files of a dataset, sorted by name; without labels, images alone, where labels must not be read.
+    """The files of a dataset, sorted by name. `with_labels=False` never looks at labels.
 
     Raises:
         UserError: root is missing, no image is found, labels are wanted but not described or a file is missing, a file
@@ -138,7 +138,7 @@ def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
         )
     orphans = []
     if with_labels and cfg.format != "folder":  # a folder may hold more labels than its globs name images
-        # The rule that gives an image's label, applied to the images' glob, gives the labels' glob.
+        # The label template, applied to the images' glob, is the labels' glob.
         there, _ = find_files(root, [_label_of(Path(pattern), cfg).as_posix() for pattern in cfg.images])
         orphans = [path for path in there if path not in labels]
     notes = [_note(root, [path for path in left if path not in labels])]
@@ -415,9 +415,14 @@ def resize_label(label: Tensor, hw: Sequence[int]) -> Tensor:
 
 
 def build_dataset(
-    cfg: DatasetConfig, classes: ClassSet, with_labels: bool = True, transform: Callable | None = None, seed: int = 0
+    cfg: DatasetConfig,
+    classes: ClassSet,
+    with_labels: bool = True,
+    transform: Callable | None = None,
+    seed: int = 0,
+    skips: bool = False,
 ) -> SegmentationDataset:
     """The dataset that a config section describes; see `SegmentationDataset`."""
     # Ids that an id_map leaves out are ignored; `data.verify` names them.
     table = classes.lookup_table(label_ids(cfg, classes), known_ids(cfg, classes))
-    return SegmentationDataset(list_samples(cfg, with_labels), table, cfg.size, transform, seed)
+    return SegmentationDataset(list_samples(cfg, with_labels), table, cfg.size, transform, seed, skips)

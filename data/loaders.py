@@ -26,11 +26,9 @@ _REMEDIES = {
     f"or {_FEWER}",
     "files": f"too many files are open: raise the limit (ulimit -n 65536), or {_FEWER}",
     "memory": f"there is not enough memory: {_FEWER} or smaller batches",
-    "ended": "a loader process has ended ({}), as when memory runs out or too many files are open: "
+    "ended": "a loader process has ended, as when memory runs out or too many files are open: "
     f"{_FEWER} or smaller batches, or raise the limit of files (ulimit -n 65536)",
 }
-
-_torchs_handler: Callable | None = None
 
 
 def endless_draws(length: int, seed: int, start: int = 0) -> Iterator[tuple[int, int]]:
@@ -96,12 +94,11 @@ def iterate(loader: DataLoader) -> Iterator:
 
     Raises:
         UserError: a sample cannot be used, or the loader's processes fail: shared memory is full, too many files are
-            open, one was killed. The latter may be raised at any line of the main thread, since the system's signal
-            that a process has ended does not wait for the next batch.
+            open, one was killed.
     """
     others = set(multiprocessing.active_children())
     if loader.num_workers:
-        # Made here for all: a loader process that makes its own may lack the open files to remove it, and says so.
+        # One temporary folder for all: a worker near its limit of open files could not delete its own, and complains.
         multiprocessing.util.get_temp_dir()
     try:
         batches = iter(loader)
@@ -110,8 +107,10 @@ def iterate(loader: DataLoader) -> Iterator:
         error.__traceback__ = None  # frees torch's half-made iterator, which complains of being half made
         sys.unraisablehook = hook
         raise _explained(error) from None
-    if loader.num_workers:
-        _explain_ended_processes()
+    if loader.num_workers and threading.current_thread() is threading.main_thread():
+        # Torch's handler raises at any line of the main thread, also while a checkpoint is written. The next batch
+        # tells as well.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return _explained_batches(batches, set(multiprocessing.active_children()) - others)
 
 
@@ -122,35 +121,8 @@ def _explained_batches(batches: Iterator, processes: set) -> Iterator:
         raise
     except (OSError, EOFError, RuntimeError, MemoryError) as error:
         if isinstance(error, EOFError | OSError):
-            time.sleep(1)  # the signal that a process has ended, which may be on its way, says why
-        _ignore_ended_processes()
+            time.sleep(1)  # until the process has ended, and has an exit code
         raise _explained(error, [process.exitcode for process in processes]) from None
-
-
-def _explain_ended_processes() -> None:
-    """Make torch's handler of SIGCHLD, which raises where a loader process has failed, raise a UserError, once."""
-    global _torchs_handler
-    if threading.current_thread() is not threading.main_thread():  # Python takes no handler from others
-        return
-    handler = signal.getsignal(signal.SIGCHLD)
-    if callable(handler) and handler is not _child_ended:
-        _torchs_handler = handler
-    if _torchs_handler:
-        signal.signal(signal.SIGCHLD, _child_ended)
-
-
-def _child_ended(number: int, frame: object) -> None:
-    try:
-        _torchs_handler(number, frame)
-    except RuntimeError as error:
-        _ignore_ended_processes()
-        raise _explained(error) from None
-
-
-def _ignore_ended_processes() -> None:
-    """While a run ends by an error, its other loader processes may fail too."""
-    if _torchs_handler and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _cause(error: BaseException, exit_codes: Sequence[int | None] = ()) -> str:
@@ -176,9 +148,7 @@ def _explained(error: BaseException, exit_codes: Sequence[int | None] = ()) -> B
     cause = _cause(error, exit_codes)
     if not cause:
         return error
-    by_signal = str(error).partition("is killed by signal: ")[2].partition(".")[0]
-    end = f"signal: {by_signal}" if by_signal else "no batch came from it"
-    return UserError(f"loading images: {_REMEDIES[cause].format(end)}")
+    return UserError(f"loading images: {_REMEDIES[cause]}")
 
 
 def _loader(dataset: Dataset | Sequence, batch_size: int | None, workers: int, sampler, **options) -> DataLoader:
@@ -204,7 +174,7 @@ def _start_worker(parent: int, worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if os.getppid() != parent:  # torch's worker ends when its parent is gone, unless it was gone before
         os._exit(1)
-    # A thread hands the batches over. Where it fails, Python drops the batch, for which the parent would wait for ever.
+    # A thread sends the batches. If it fails, Python drops the batch, and the parent would wait for ever.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: _end_worker(error))
     sys.excepthook = lambda kind, error, trace: _end_worker(error)  # of the thread that shares open files
 

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.datasets import Sample, SegmentationDataset, fingerprint
+from data.datasets import SegmentationDataset, fingerprint
 from data.taxonomy import IGNORE, ClassSet
 from utils.config import UserError, reason
 
@@ -51,7 +51,7 @@ def write_png(path: Path, array: np.ndarray) -> None:
 
 
 def begin(folder: Path) -> None:
-    """Empty the folder's `UNFINISHED`, which finished labels stay beside; UserError if `folder` holds anything else."""
+    """Empty `UNFINISHED`; finished labels beside it stay. UserError if `folder` holds anything else."""
     foreign = sorted({p.name for p in folder.iterdir() if p.name[0] != "."} - {*KINDS, MANIFEST})
     if foreign:
         raise UserError(f"{folder} holds {foreign[0]}, which is not a pseudo label: choose another name=")
@@ -169,21 +169,12 @@ def finished(folder: Path, wanted: dict, replace: bool) -> dict | None:
     if replace or not (folder / MANIFEST).is_file():
         return None
     manifest = read_manifest(folder)
-    old = {k: manifest.get(k) for k in wanted if k in manifest or k not in ("files", "size")}  # older ones lack these
-    changes = ", ".join(f"{k}: {v} -> {wanted[k]}" for k, v in old.items() if v != wanted[k])
+    changes = ", ".join(f"{k}: {manifest.get(k)} -> {v}" for k, v in wanted.items() if manifest.get(k) != v)
     if changes:
         raise UserError(
             f"{folder} holds other pseudo labels ({changes}); choose a name=, or replace them with train.restart=true"
         )
     return manifest
-
-
-def left_out(samples: list[Sample], written: set[str], most: int) -> list[str]:
-    """Names of images without a pseudo label, as they cannot be read; UserError if there are more than `most`."""
-    names = [s.name for s in samples if s.name not in written]
-    if len(names) > most:
-        raise UserError(f"{len(names)} target images cannot be used, more than {most}; the first is {names[0]}")
-    return names
 
 
 def attach(target: SegmentationDataset, folder: Path, classes: ClassSet) -> None:

@@ -161,7 +161,7 @@ def label_ids(cfg: DatasetConfig, classes: ClassSet) -> dict[int, str]:
 
 
 def known_ids(cfg: DatasetConfig, classes: ClassSet) -> set[int] | None:
-    """Every label id that a dataset may hold; None of one with an id_map, which need not name the numbers of void."""
+    """Every label id that a dataset may hold; None with an id_map, which need not list void ids."""
     return None if cfg.id_map else KNOWN_IDS.get(cfg.format, {*range(len(classes)), IGNORE})
 
 

@@ -44,7 +44,7 @@ class Crop:
     def of_image(self, picture: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
         """RGB picture of any size -> uint8 (3, H, W), black where not covered.
 
-        Of a picture of (width, height) `size` its rows down to `depth` are enough.
+        `size` is the whole picture's (width, height); `picture` may hold only its rows down to `depth`.
 
         Equal to scaling the whole picture (bilinear, antialiased) and then cropping: the box has fractions of a pixel,
         and the filter sees the picture beyond it.

@@ -28,7 +28,7 @@ from utils.evaluation.metrics import text_table
 from utils.evaluation.pictures import colorize, save_panel, to_picture
 
 _OF_DATA = ("class_", "palette", "source", "target", "val", "workers", "toy_root")
-READS = ("benchmark", "runs", *(f"data.{key}" for key in _OF_DATA))  # what the keys that are read begin with
+READS = ("benchmark", "runs", *(f"data.{key}" for key in _OF_DATA))  # prefixes of the keys that are read
 SHOWN = 8  # faults of a kind that are printed, samples on a contact sheet
 
 
@@ -122,8 +122,8 @@ def summary(reports: dict[str, Report], classes: ClassSet) -> str:
 
 def contact_sheet(path: Path, samples: list[Sample], cfg: DatasetConfig, classes: ClassSet) -> None:
     """Draw samples of a dataset: image | label | both, images alone where there are no labels."""
-    dataset = SegmentationDataset(samples, classes.lookup_table(label_ids(cfg, classes)), cfg.size)
-    dataset.skips, rows = True, []
+    table, rows = classes.lookup_table(label_ids(cfg, classes)), []
+    dataset = SegmentationDataset(samples, table, cfg.size, skips=True)
     for item in (dataset[index] for index in spread(len(samples), SHOWN)):
         if UNREADABLE in item:  # it is among the faults
             continue

@@ -10,10 +10,7 @@ from loss.cosine import cosine_map
 
 
 def bidirectional_prototype_loss(
-    feat: Tensor,
-    logits: Tensor,
-    prototypes: Tensor,
-    merge: Callable[[Tensor, Tensor], Tensor] | None = None,
+    feat: Tensor, logits: Tensor, prototypes: Tensor, merge: Callable[[Tensor, Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Transport cost between target pixels and prototypes, in both directions.
 

@@ -48,7 +48,7 @@ _PLAIN_TYPES = [
     *{type(np.dtype(t)) for t in ("float64", "float32", "int64", "int32")},
 ]
 
-# That hold a network's tensors.
+# Entries that hold a network's tensors.
 _ENTRIES = ("DeepLab", "ResNet101", "model_state", "model_state_dict", "state_dict", "model", "net", "resnet")
 _TRAINING_ENTRIES = {"epoch", "arch", "optimizer"}  # beside the tensors in checkpoints of supervised training
 _COUNTER = "num_batches_tracked"

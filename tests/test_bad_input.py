@@ -152,6 +152,18 @@ def retrained(place):
     torch.save(torch.load(path, weights_only=True) | {"iteration": 9}, path)
 
 
+def linked(path):
+    """Moved away, with a link in its place."""
+
+    def damage(place):
+        moved = place / "elsewhere" / path
+        moved.parent.mkdir(parents=True)
+        (place / path).rename(moved)
+        (place / path).symlink_to(moved)
+
+    return damage
+
+
 def own_yaml(**changes):
     """The user's own benchmark, bad.yml."""
 
@@ -255,6 +267,7 @@ CASES = [
     case(
         "pseudo labels stale", "pst", "", retrained, "are stale", "bpl/checkpoints/last.pth has been trained on since"
     ),
+    case("… behind a link", "pst", "", lambda p: (linked(LABELS)(p), retrained(p)), "are stale"),
     case(
         "pseudo labels of other classes", "pst", "", manifest(classes={"a": {}}), "pseudo_labels are of other classes"
     ),

@@ -14,6 +14,7 @@ import torch
 import yaml
 from conftest import FOLDER_NAMES, LAYOUTS, NAMES
 from PIL import Image
+from survival import metrics_of, same
 
 import distill
 import gen_pseudo_labels
@@ -93,23 +94,6 @@ def runs(tmp_path):
 one_layout = pytest.mark.parametrize("finished", ["gta5_to_city"], indirect=True)
 
 
-def lines_of(folder):
-    """metrics.jsonl without the times."""
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in entry.items() if k != "images_per_second"} for entry in entries]
-
-
-def same(a, b):
-    """Bit-equal nested states."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 def work(*args, **kwargs):
     """Stands in for what must not be called again."""
     raise AssertionError("work was done")
@@ -129,7 +113,7 @@ def test_what_a_run_leaves_behind(finished, run):
     with pytest.raises(UserError, match=r"config\.yml is what a run has written"):  # a benchmark's keys would win
         load_config(folder / "config.yml")
 
-    first, second, val = lines_of(folder)
+    first, second, val = metrics_of(folder)
     assert [(x["step"], x["group"]) for x in (first, second, val)] == [(1, "train"), (2, "train"), (2, "val")]
     for entry, step in ((first, 1), (second, 2)):
         assert set(entry["loss"]) == TERMS[run] and all(math.isfinite(v) for v in entry["loss"].values())
@@ -608,7 +592,7 @@ def test_two_and_two_steps_are_four_steps(configure, runs, monkeypatch, way):
     torch.rand(7)  # the new process would be elsewhere in its stream
     assert train(configure, runs / "in_parts", *given) == expected
     folders = [runs / kind / "gta5_to_city" / "bpl" for kind in ("at_once", "in_parts")]
-    assert lines_of(folders[0]) == lines_of(folders[1])
+    assert metrics_of(folders[0]) == metrics_of(folders[1])
     once, parts = (read(folder / "checkpoints" / "last.pth") for folder in folders)
     for key in ("model", "running_statistics", "networks", "optimizers", "rng", "best", "iteration", "step"):
         assert same(once[key], parts[key]), key
@@ -642,7 +626,7 @@ def test_restart_begins_anew(configure, runs):
     train(configure, runs, "train.iterations=2", "seed=1", "train.restart=true")
     folder = runs / "gta5_to_city" / "bpl"
     assert yaml.safe_load((folder / "config.yml").read_text(encoding="utf-8"))["seed"] == 1
-    assert [entry["step"] for entry in lines_of(folder)] == [1, 2, 2]
+    assert [entry["step"] for entry in metrics_of(folder)] == [1, 2, 2]
     assert read(folder / "checkpoints" / "last.pth")["config"]["seed"] == 1
 
 
@@ -690,7 +674,7 @@ def test_precision_is_settled_and_stays_and_changes_the_losses_little(configure,
     folder, given = runs / "gta5_to_city", {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
     for name, precision in given.items():
         train(configure, runs, "train.iterations=1", f"train.precision={precision}", f"name={name}")
-    exact, *half = (lines_of(folder / name)[0]["loss"] for name in given)
+    exact, *half = (metrics_of(folder / name)[0]["loss"] for name in given)
     train(configure, runs, "train.iterations=1", "train.precision=auto", "name=auto")
     for losses in half:
         assert losses == pytest.approx(exact, rel=0.05) and losses != exact  # bfloat16 has eight bits
@@ -745,7 +729,7 @@ def test_pipeline_sums_up_every_stage(summary):
     assert panel.width > 7 * 300  # image, five stages, truth
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "mIoU by stage" in page and "data:image/jpeg" in page and (folder / "pst" / "report.html").is_file()
-    assert set(lines_of(folder / "source_only")[0]["loss"]) == {"ce_source"}
+    assert set(metrics_of(folder / "source_only")[0]["loss"]) == {"ce_source"}
 
 
 def test_second_call_of_the_pipeline_does_no_work(summary, monkeypatch):

@@ -103,7 +103,7 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 def peak_memory_of(call: Callable[[], object], device: torch.device) -> int:
     """Bytes of tensors that one call has alive at once, beyond those that were there before."""
     if device.type == "cuda":
-        gc.collect()  # or what others left behind may be freed during the call, and count as less
+        gc.collect()  # garbage that is freed during the call would lower the count
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
@@ -314,7 +314,7 @@ def run_data(cfg: Config, device: torch.device, repeats: int = 31) -> None:
     """Print the time of a training sample, of batches from worker processes, and the cores that feed a step."""
     with tempfile.TemporaryDirectory() as folder:
         write_pair(Path(folder))
-        section = DatasetConfig(**vars(cfg.data.source) | {"format": "gta5", "root": folder, "size": [*GTA5_SIZE]})
+        section = DatasetConfig(format="gta5", root=folder, size=[*GTA5_SIZE])
         dataset = build_dataset(section, CLASS_SETS["cityscapes19"], transform=RandomScaleCropFlip(cfg.data))
         threads, draws = torch.get_num_threads(), [itertools.count(), itertools.count()]  # both take the same crops
         torch.set_num_threads(1)  # as in a worker

@@ -123,7 +123,7 @@ def run(overrides: list[str], control: bool = True, bound: bool = False) -> dict
 
 
 def first_weights(cfg: Config) -> None:
-    """Raise UserError now if a stage to come cannot start for want of a network or a file of pretrained weights."""
+    """Raise UserError now if a later stage would lack its network or pretrained weights."""
     refuse_unusable_backbone(cfg)
     if cfg.stage == "distill":
         require(
@@ -155,7 +155,7 @@ class LabelledBound(Stage):
 def add_controls(rows: dict[str, dict], configs: dict[str, Config], tests: Config, bound: Config | None) -> None:
     """Train the controls and add to `rows` what they reach and how each stage compares, under target statistics.
 
-    Of the legs of the control, the last alone has a row.
+    Only the control's last leg gets a row.
     """
     steps = steps_by_stage(configs)
     for stage, cfg in control_legs(configs):
@@ -290,7 +290,7 @@ def _panel(cfg: Config, runs: dict[str, str], statistics: str, path: Path) -> No
         cfg.batchnorm.statistics = statistics if stage == "source_only" else "saved"
         model, _ = load_network(cfg, checkpoint.find_checkpoint(cfg, run_name), device)
         gallery = Gallery(range(len(val)), classes)
-        evaluate(model, val, classes, cfg, device, gallery)
+        evaluate(model, val, cfg, device, gallery)
         shown.append(gallery.shown)
     rows = [[image, *(pictures[i][1] for pictures in shown), truth] for i, (image, _, truth) in shown[0].items()]
     save_panel(path, rows, ["image", *(name.replace("_", " ") for name in runs), "truth"])

@@ -150,8 +150,14 @@ def test_one_image_that_fills_the_crop_is_enough(configure, tmp_path):
     Image.new("RGB", (400, 60)).save(tmp_path / "wide.png")
     with pytest.raises(UserError, match=r"data\.crop=\[100, 50\] is larger than the images .*: 400x60 .* is 100x15"):
         check()
+    cfg.data.target.size = [200, 200]  # what crops are taken of, whatever the file's own shape
+    check()
+    cfg.data.target.size = []
     Image.new("RGB", (58, 58)).save(tmp_path / "small.png")  # 100x100 at scale 1
     check()
+    cfg.data.target.size = [200, 20]
+    with pytest.raises(UserError, match=r"larger than the images .*: 200x20 .* is 100x10"):
+        check()
 
 
 def test_a_broken_link_is_named_or_left_out(configure, copied, tmp_path):

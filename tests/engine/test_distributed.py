@@ -199,8 +199,8 @@ def test_one_is_killed_and_the_run_goes_on_bit_for_bit(configure, upstream, tmp_
         assert read(run / "checkpoints" / "last.pth")["iteration"] == 4
         assert two(main).statuses() == [0, 0]
     assert_same_run(at_once, run)
-    states = [read(folder / "checkpoints" / "last.pth")["rng_of_others"] for folder in (at_once, run)]
-    assert len(states[0]) == 1 and same(*states)
+    states = [read(folder / "checkpoints" / "last.pth")["rng"] for folder in (at_once, run)]
+    assert len(states[0]) == 2 and same(*states)
 
 
 def watch_at(at, rank, number):

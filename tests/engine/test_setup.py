@@ -88,6 +88,12 @@ def test_batch_of_one_is_refused_where_pooled_features_are_normalised(cfg):
     assert settled(teacher_config(cfg), {}, PBAL)[0] == "deeplab_pbal"  # a teacher does not learn
 
 
+def test_a_teacher_is_what_its_file_says_and_may_be_a_published_one(cfg):
+    cfg.model.output_stride, cfg.model.published = 16, ["theirs.pkl"]
+    model = teacher_config(cfg).model
+    assert model.output_stride == "auto" and model.published == ["theirs.pkl"]
+
+
 def test_own_checkpoints_tell_all(cfg, tmp_path):
     cfg.model.normalization = "none"
     cfg = resolve_auto(cfg)

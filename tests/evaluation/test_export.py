@@ -61,7 +61,7 @@ def test_official_scorer_agrees(configure, trees, tmp_path, mode):
     assert {*np.unique(np.stack(list(tree.ids.values())))} == {*range(34), 255}
     val = build_dataset(cfg.data.val, class_set(cfg.data))
     export = Exporter(tmp_path / "out", val, class_set(cfg.data), label_ids(cfg.data.val, class_set(cfg.data)))
-    scores = evaluate(Noisy(), val, class_set(cfg.data), cfg, CPU, export)
+    scores = evaluate(Noisy(), val, cfg, CPU, export)
     theirs = officially(tmp_path / "out" / "label_ids", [s.label for s in val.samples], tmp_path)
     assert scores["miou"] > 1 and len(scores["iou"]) == 19
     for name in NAMES:
@@ -74,9 +74,7 @@ def test_maps_are_of_the_size_of_their_files(configure, trees, tmp_path):
     gta5 = build_dataset(cfg.data.source, class_set(cfg.data))
     seen = {}
     export = Exporter(tmp_path, gta5, class_set(cfg.data), label_ids(cfg.data.source, class_set(cfg.data)))
-    evaluate(
-        Noisy(), gta5, class_set(cfg.data), cfg, CPU, export, lambda i, _, prediction, __: seen.update({i: prediction})
-    )
+    evaluate(Noisy(), gta5, cfg, CPU, export, lambda i, _, prediction, __: seen.update({i: prediction}))
     for index, sample in enumerate(gta5.samples):
         size = (WIDTH + 4, HEIGHT - 2) if sample.name.endswith("5") else (WIDTH, HEIGHT)
         maps = {kind: Image.open(next(tmp_path.glob(f"{kind}/{sample.name}.*"))) for kind in KINDS}
@@ -188,6 +186,6 @@ def test_own_predictions_are_no_input(configure, weights, tmp_path):
     Image.new("RGB", (48, 32)).save(tmp_path / "photos" / "x.png")
     _, folder = predict_images(configure, weights, tmp_path / "photos")
     before = {path: path.read_bytes() for path in folder.rglob("*.png")}
-    with pytest.raises(UserError, match=r"the images lie in .*predictions, which this test writes anew"):
+    with pytest.raises(UserError, match=r"the images lie in .*predictions, which this test overwrites"):
         predict_images(configure, weights, folder / "color")
     assert before and before == {path: path.read_bytes() for path in folder.rglob("*.png")}

@@ -285,7 +285,7 @@ def test_too_large_an_image_is_named(cfg, monkeypatch):
     monkeypatch.setattr(prediction, "predict_labels", full)
     val = build_dataset(cfg.data.val, class_set(cfg.data))
     with pytest.raises(UserError, match=r"leftImg8bit\.png \(96x64\) does not fit into .* test\.window"):
-        evaluate(OneLayer(), val, class_set(cfg.data), cfg, CPU)
+        evaluate(OneLayer(), val, cfg, CPU)
 
 
 def test_images_of_other_sizes_are_batches_of_their_own(trees, cfg):
@@ -317,7 +317,7 @@ def test_evaluation_counts_every_image_of_every_batch(cfg):
     cfg.test.batch, seen = 2, []  # the last of five images is a batch of its own
     labels = [val[i]["label"] for i in range(5)]
     model = Truth(labels).train()
-    scores = evaluate(model, val, class_set(cfg.data), cfg, CPU, lambda index, *maps: seen.append(index))
+    scores = evaluate(model, val, cfg, CPU, lambda index, *maps: seen.append(index))
     assert seen == [0, 1, 2, 3, 4] and model.training
     known = np.stack(labels) != 255
     assert scores["pixel_accuracy"] == pytest.approx(100 * known[:, 32:].sum() / known.sum())

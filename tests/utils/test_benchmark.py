@@ -128,6 +128,7 @@ def test_a_step_of_every_stage(configure, tmp_path, stage, capsys):
 
 def test_data_and_eval_print_their_tables(recipe, capsys):
     cfg = recipe("train.batch_source=1", "train.batch_target=1")
+    cfg.data.source.split = "train"  # of the benchmark's own data, not of the image drawn here
     benchmark.run_data(cfg, CPU, repeats=1)
     benchmark.run_eval(cfg, CPU, repeats=1)
     text = capsys.readouterr().out

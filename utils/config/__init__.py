@@ -2,14 +2,4 @@
 
 from utils.config.errors import ConfigError, UserError, reason
 from utils.config.keys import Config
-from utils.config.loading import (
-    ROOT,
-    all_keys,
-    find_path,
-    flatten,
-    key_help,
-    load_config,
-    read_yaml,
-    to_dict,
-    to_yaml,
-)
+from utils.config.loading import ROOT, all_keys, find_path, flatten, key_help, load_config, read_yaml, to_dict, to_yaml

@@ -79,7 +79,7 @@ def matches(pattern: str) -> bool:
 
 
 def fixed_part(pattern: Path) -> Path:
-    """The longest part of a glob that is there as it is written: brackets may belong to the name of a folder."""
+    """The longest prefix of a glob that exists literally: brackets may be part of a folder's name."""
     return next((path for path in (pattern, *pattern.parents) if os.path.exists(path)), Path())
 
 
@@ -184,8 +184,8 @@ class ModelConfig:
     backbone: str = opt("auto", f"{' | '.join(RESNETS)} | timm/NAME; {DEFAULT_BACKBONE} by default")
     output_stride: Literal["auto", 8, 14, 16, 32] = opt(
         "auto",
-        "input pixels per pixel of the backbone's output; 8 by default, deeplab_pbal 16 (as released), or timm's "
-        "network's own where it cannot be dilated; ResNets have 8 and 16",
+        "input pixels per pixel of the backbone's output: 8 by default; deeplab_pbal 16 (as released); a timm network "
+        "that cannot be dilated keeps its own; ResNets have 8 and 16",
     )
     dilations: Literal["auto"] | list[int] = opt(
         "auto",
@@ -375,7 +375,7 @@ class TestConfig:
     window: list[int] = opt(
         [], "sliding window [width, height]; [] = the whole image (usual)", least=32, stages=TRAIN_OR_TEST
     )
-    overlap: float = opt(0.5, "least share of a window that its neighbour sees too", most=0.9, stages=TRAIN_OR_TEST)
+    overlap: float = opt(0.5, "least share of a window that neighbours overlap by", most=0.9, stages=TRAIN_OR_TEST)
     batch: int = opt(1, "images predicted at once, in validation and pseudo labels too", least=1)
     panels: int = opt(8, "images drawn into panels/, and as many of the worst", stages=("test",))
 

@@ -57,9 +57,7 @@ def all_keys(cls: type = Config, prefix: str = "", stages: tuple[str, ...] | Non
     return keys
 
 
-def to_dict(config: Config) -> dict:
-    """The configuration as plain nested dicts, for YAML and checkpoints."""
-    return dataclasses.asdict(config)
+to_dict = dataclasses.asdict  # a configuration as plain nested dicts, for YAML and checkpoints
 
 
 def to_yaml(content: dict) -> str:
@@ -79,7 +77,7 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 def key_help(config: Config, reads: tuple[str, ...] = ()) -> str:
     """The keys that the configuration's stage reads, with their values and reasons, by section.
 
-    `reads` names what they begin with, where a command reads fewer.
+    `reads`: prefixes of the keys to show; () shows all.
     """
     values, defaults = flatten(to_dict(config)), flatten(to_dict(Config()))
     datasets = {f"data.{name}": metadata["help"] for name, _, metadata in _fields(DataConfig)}
@@ -196,11 +194,7 @@ def find_path(path: str, is_there: Callable[[str], bool] = os.path.exists, besid
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what YAML would misread without a word.
-
-    Of a key that stands twice in one mapping, the second value would count; a number that begins with 0, or holds
-    colons, would be octal, or count seconds.
-    """
+    """Refuses what YAML misreads silently: a key that stands twice (the last value wins), 010 (octal), 1:30 (seconds)."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         mapping, lines = super().compose_mapping_node(anchor), {}

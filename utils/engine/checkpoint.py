@@ -115,19 +115,16 @@ def set_rng_state(state: dict) -> None:
     np.random.set_state((version, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_initialized() and state["cuda"]:
-        of_each = state["cuda"]  # of every GPU in older files
-        torch.cuda.set_rng_state(of_each[torch.cuda.current_device() % len(of_each)])
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
-def rng_states() -> dict:
-    """`rng_state` of every process, as entries of a checkpoint."""
-    first, *others = distributed.gathered(rng_state())
-    return {"rng": first, "rng_of_others": others}
+def rng_states() -> list[dict]:
+    """`rng_state` of every process, by rank."""
+    return distributed.gathered(rng_state())
 
 
-def set_rng_states(saved: dict) -> None:
+def set_rng_states(states: list[dict]) -> None:
     """Undo `rng_states`; processes without a saved state keep their current streams."""
-    states = [saved["rng"], *saved.get("rng_of_others", [])]  # older files lack the others
     if distributed.rank() < len(states):
         set_rng_state(states[distributed.rank()])
 
@@ -170,7 +167,7 @@ class RunFiles:
         for path in (self.last, self.previous):
             try:
                 state = read_checkpoint(path)
-                if {"model", "iteration", "config", "optimizers", "rng"} <= state.keys():
+                if {"model", "iteration", "config", "optimizers", "rng", "upstream", "images"} <= state.keys():
                     passed_over = "".join(f" from {path}: {problem}" for problem in problems)
                     return state, f"resumed after step {state['iteration']}{passed_over}"
                 problems.append(f"{path} is not the state of a training run")

@@ -27,7 +27,7 @@ def run_cli(
 
     0 done · 1 the user's mistake beyond the config (one line) · 2 a config that cannot be meant (one line).
     `--help` and `--print-config` show the configuration in place of a run. `--debug` shows the traceback of errors.
-    `reads` names what the keys that are read begin with, where these are fewer than the stage's.
+    `reads`: prefixes of the keys that this command reads, if not all of the stage's.
     """
     parser = _parser(usage, add_help=False)
     parser.add_argument("-h", "--help", action="store_true", help="show the keys that are read, with their values")

@@ -216,7 +216,7 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
     files, saved, start = checkpoint.RunFiles(cfg.run_dir), None, "random weights"
     if files.there() and not cfg.train.restart:
         saved, start = files.read()
-        upstream = saved.get("upstream", {})  # older runs have none
+        upstream = saved["upstream"]
         refuse_other_experiment(saved["config"], cfg, upstream.values())
         checkpoint.refuse_changed_upstream(upstream, cfg.run_dir)
         if cfg.train.precision == "auto":  # a resumed run keeps its precision, on another device too
@@ -237,7 +237,7 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
     images = {name: fingerprint(dataset.samples) for name, dataset in data._asdict().items()}
     images["val.labels"] = fingerprint(data.val.samples, labels=True)  # those that its scores are by
     if saved:
-        refuse_other_images(saved.get("images", {}), images, cfg.run_dir)
+        refuse_other_images(saved["images"], images, cfg.run_dir)
         file = identify(files.last, saved)
     else:
         file = read_weights(init) if init else None
@@ -247,7 +247,7 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
     stage = stage_type(cfg, device)
     if init:
         start = checkpoint.load_networks(stage.networks, file, cfg)
-    run = Run(cfg, stage, data, files, upstream, images)
+    run = Run(cfg, stage, data, upstream, images)
     checkpoint.seed_generators(own_seed)
     if saved:
         run.load_state_dict(saved)
@@ -256,7 +256,7 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
         compile_networks(stage.networks, device, cfg.train.compile == "graphs")
     if not saved:
         files.clear()  # only now: a refusal above leaves the run that was to be replaced as it is
-    run.open_log(start, saved and saved.get("lengths"))
+    run.open_log(start, saved and saved["lengths"])
     return run
 
 
@@ -270,9 +270,8 @@ def training_set(
     cfg: Config, name: str, seed: int, labelled: bool = True, labels: Path | None = None
 ) -> SegmentationDataset:
     """The source or target dataset with random crops, checked; `labels` is a folder of pseudo labels."""
-    classes = class_set(cfg.data)
-    dataset = build_dataset(getattr(cfg.data, name), classes, labelled, RandomScaleCropFlip(cfg.data), seed)
-    dataset.skips = cfg.data.on_error == "skip"
+    classes, skips = class_set(cfg.data), cfg.data.on_error == "skip"
+    dataset = build_dataset(getattr(cfg.data, name), classes, labelled, RandomScaleCropFlip(cfg.data), seed, skips)
     if labels:
         pseudo_labels.attach(dataset, labels, classes)
     return check_samples(dataset, name, cfg, pseudo_labels=labels is not None)
@@ -281,10 +280,8 @@ def training_set(
 def _refuse_stale(labels: Path) -> None:
     """UserError if pseudo labels are unfinished, or made by a checkpoint that has changed since."""
     manifest = pseudo_labels.read_manifest(labels)
-    made_by = manifest.get("weights", "")
-    # Earlier code wrote the path from the working folder.
-    weights = next((p.resolve() for p in (labels / made_by, Path(made_by)) if p.is_file()), None)
-    if weights and checkpoint.file_hash(weights) != manifest.get("checkpoint"):
+    weights = Path(os.path.normpath(labels.absolute() / manifest.get("weights", "")))  # the folder may be a link
+    if weights.is_file() and checkpoint.file_hash(weights) != manifest.get("checkpoint"):
         raise UserError(
             f"the pseudo labels in {labels} are stale: {weights} has been trained on since; delete this folder and "
             "make them again, by the command that made them"
@@ -326,7 +323,7 @@ def refuse_other_experiment(saved: dict, cfg: Config, started_from: Collection[s
 
 def refuse_other_images(saved: dict[str, str], found: dict[str, str], run: Path) -> None:
     """UserError if source, target or val no longer consist of the images that a run has begun with, or val's labels."""
-    for name, images in saved.items():  # older runs have none
+    for name, images in saved.items():
         if found[name] != images:
             raise UserError(
                 f"data.{name} has {found[name]}, but {run} has begun with {images}; put them back, begin anew with "
@@ -343,18 +340,11 @@ class Run:
         images: `fingerprint` of source, target and val.
     """
 
-    def __init__(
-        self,
-        cfg: Config,
-        stage: Stage,
-        data: Data,
-        files: checkpoint.RunFiles,
-        upstream: dict[str, str],
-        images: dict[str, str],
-    ):
+    def __init__(self, cfg: Config, stage: Stage, data: Data, upstream: dict[str, str], images: dict[str, str]):
         self.cfg, self.stage, self.model, self.data = cfg, stage, stage.model, data
-        self.folder, self.files, self.upstream, self.images = cfg.run_dir, files, upstream, images
-        self.step = GuardedStep(cfg, stage.networks, stage.optimizers, stage.device, files.not_finite)
+        self.folder, self.files = cfg.run_dir, checkpoint.RunFiles(cfg.run_dir)
+        self.upstream, self.images = upstream, images
+        self.step = GuardedStep(cfg, stage.networks, stage.optimizers, stage.device, self.files.not_finite)
         self.iteration = self.saved_at = 0
         self.last_scores: dict | None = None
         self.best: dict | None = None
@@ -384,7 +374,7 @@ class Run:
             for name, state in saved["optimizers"].items():
                 self.stage.optimizers[name].load_state_dict(state)
                 _lay_out_as_weights(self.stage.optimizers[name])
-            checkpoint.set_rng_states(saved)
+            checkpoint.set_rng_states(saved["rng"])
             self.step.load_state_dict(saved["step"])
             self.unreadable = set(saved["unreadable"])
         except (KeyError, RuntimeError, ValueError) as error:
@@ -463,7 +453,7 @@ class Run:
         for name, teacher in self.stage.teachers.items():
             with self._inference_statistics(teacher) as running:
                 if validates:
-                    scores = self._evaluate(teacher)
+                    scores = evaluate(teacher, self.data.val, self.cfg, self.stage.device)
                     teachers[name] = {key: scores[key] for key in ("miou", "iou")}
                     self.log.info(f"step {self.iteration}: mIoU {scores['miou']:.2f} of the {name}")
                 checkpoint.save_checkpoint(self.files.of(name), self._weights(teacher, running))
@@ -471,7 +461,7 @@ class Run:
             weights = self._weights(self.model, running)
             if validates and self._validate({"teachers": teachers} if teachers else {}):
                 checkpoint.save_checkpoint(self.files.best, weights)
-            checkpoint.save_checkpoint(self.files.last, weights | self.state_dict() | rng, self.files.previous)
+            checkpoint.save_checkpoint(self.files.last, weights | self.state_dict() | {"rng": rng}, self.files.previous)
         self.saved_at = self.iteration
         checkpoint.set_rng_states(rng)
         self._start_clock()
@@ -496,15 +486,11 @@ class Run:
             "config": to_dict(self.cfg),
         }
 
-    def _evaluate(self, network: nn.Module, *callbacks: Callable) -> dict:
-        """Scores of a network on `data.val`."""
-        return evaluate(network, self.data.val, class_set(self.cfg.data), self.cfg, self.stage.device, *callbacks)
-
     def _validate(self, more: dict) -> bool:
         """Score the model and log the scores with `more`; returns whether it is the best so far."""
         cfg, classes, step = self.cfg, class_set(self.cfg.data), self.iteration
         gallery = Gallery(spread(len(self.data.val), cfg.train.panels), classes)
-        scores = self._evaluate(self.model, gallery)
+        scores = evaluate(self.model, self.data.val, cfg, self.stage.device, gallery)
         self.last_scores = scores | more | {"iteration": step}
         better = self.best is None or scores["miou"] > self.best["miou"]
         self.best = self.last_scores if better else self.best

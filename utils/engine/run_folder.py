@@ -76,9 +76,9 @@ def _lock(file, folder: Path) -> None:
 class Interruption:
     """Ctrl-C, SIGTERM and SIGHUP inside a `with` block: the first is noted in `signal`, which is 0 before.
 
-    A second Ctrl-C or SIGTERM ends the process at once. Not so after a SIGHUP, which may come several times as a
-    terminal goes away. Nor in one of several processes, which would leave the others waiting: torchrun itself ends
-    those that stay for more than half a minute.
+    A second Ctrl-C or SIGTERM ends the process at once. A second SIGHUP does not, since a closing terminal sends
+    several. With several processes nothing ends at once, or the others would wait; torchrun ends those that take over
+    half a minute.
     """
 
     def __init__(self):

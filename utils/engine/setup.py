@@ -211,8 +211,8 @@ def load_network(
         set_batchnorm_statistics(model, file.running_statistics)
     elif cfg.batchnorm.statistics == "target":
         if target is None:
-            target = build_dataset(cfg.data.target, class_set(cfg.data), with_labels=False)
-            target.skips = cfg.data.on_error == "skip"
+            skips = cfg.data.on_error == "skip"
+            target = build_dataset(cfg.data.target, class_set(cfg.data), with_labels=False, skips=skips)
         recompute_batchnorm(model, target, cfg, device)
     return model.eval(), message
 

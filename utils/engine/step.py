@@ -73,7 +73,6 @@ class GuardedStep:
             optimizer.zero_grad(set_to_none=True)
         if t.compile == "graphs":  # the call alone imports torch's compiler, which takes seconds
             torch.compiler.cudagraph_mark_step_begin()  # graphs may now write over what the last step's returned
-        rng = checkpoint.rng_state()
         buffers = [b for n in self.networks.values() for b in n.buffers()]
         # A forward pass that is not finite spoils running statistics too; on_nonfinite=skip puts them back.
         before = [b.clone() for b in buffers] if t.on_nonfinite == "skip" else []
@@ -108,7 +107,7 @@ class GuardedStep:
             return self._overflow(iteration)
         if not all(finite.values()):
             parts = {"source": distributed.joined(source), "target": distributed.joined(target)}
-            message = self._keep(numbers, parts | {"rng": rng}, iteration)
+            message = self._keep(numbers, parts, iteration)
             for buffer, value in zip(buffers, before):
                 buffer.copy_(value)
             self.scaler.update()
@@ -168,8 +167,8 @@ class GuardedStep:
 
     def load_state_dict(self, state: dict) -> None:
         """Undo `state_dict`."""
-        self._sums, self._count, self.skipped = state["sums"], state["count"], state["skipped"]
-        self.overflows = state.get("overflows", 0)  # runs from before float16 have none
+        self._sums, self._count = state["sums"], state["count"]
+        self.skipped, self.overflows = state["skipped"], state["overflows"]
         self.scaler.load_state_dict(state["scaler"])
 
 

@@ -90,7 +90,7 @@ def cell(value: float | dict | None, digits: int = 1) -> str:
     if value is None:
         return "-"
     if isinstance(value, dict):
-        if value["mean"] is None:  # not a number over seeds, as JSON has it
+        if value["mean"] is None:  # NaN, which JSON stores as null
             return "-"
         deviation = f" ± {value['std']:.{digits}f}" if value["std"] else ""
         return f"{value['mean']:.{digits}f}{deviation}"

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from data.datasets import SegmentationDataset
 from data.loaders import whole_images
-from data.taxonomy import ClassSet
+from data.taxonomy import class_set
 from models.deeplab import upsampled_rows
 from models.prediction import normalized
 from utils.config import Config, UserError
@@ -219,12 +219,11 @@ def predictions(
 def evaluate(
     model: nn.Module,
     dataset: SegmentationDataset,
-    classes: ClassSet,
     cfg: Config,
     device: torch.device,
     *callbacks: Callable[[int, Tensor, Tensor, Tensor], None],
 ) -> dict:
-    """Scores of a network on a labelled dataset; see `ConfusionMatrix.scores`.
+    """Scores of a network on a dataset with labels of `data.class_set`; see `ConfusionMatrix.scores`.
 
     Args:
         callbacks: each is called with (index, image, prediction, label) of each image. Several processes share the
@@ -232,6 +231,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
+    classes = class_set(cfg.data)
     confusion = ConfusionMatrix(len(classes), device)
     for index, image, prediction, label in predictions(model, dataset, cfg, device, "validate"):
         confusion.update(prediction, label)

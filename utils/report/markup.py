@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image
 
 PICTURE_WIDTH = 1680  # px that pictures are shrunk to
-LEGIBLE_WIDTH = 860  # least px of a wide picture; on a phone it scrolls in its box
 
 
 def heat_map(counts: np.ndarray, names: Sequence[str]) -> str:
@@ -46,7 +45,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def picture(path: Path, description: str) -> str:
-    """A picture file as JPEG inside the page, in a box that scrolls on a phone and says so; '' if there is none."""
+    """A picture file as JPEG inside the page; '' if there is none."""
     try:
         with Image.open(path) as file:
             sheet = file.convert("RGB")
@@ -57,13 +56,7 @@ def picture(path: Path, description: str) -> str:
     sheet.save(data, "JPEG", quality=82, optimize=True)
     uri = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
     width, height = sheet.size
-    least = min(width, LEGIBLE_WIDTH)
-    wide = " wide" if least == LEGIBLE_WIDTH else ""
-    return (
-        f'<div class="picture{wide}"><div class="scroll" tabindex="0">'
-        f'<img src="{uri}" width="{width}" height="{height}" '
-        f'style="min-width:{least}px" alt="{escape(description)}"></div></div>'
-    )
+    return f'<img src="{uri}" width="{width}" height="{height}" alt="{escape(description)}">'
 
 
 def legend(items: list[tuple[str, str]]) -> str:

@@ -96,8 +96,14 @@ def find_runs(folder: Path) -> list[Run]:
     """
     if (folder / "config.yml").is_file():
         return [_read_run(folder)]
-    every = os.walk(folder, followlinks=True)
-    found = (Path(place).relative_to(folder) for place, _, files in every if "metrics.jsonl" in files)
+    found, entered = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in entered:  # a link to a folder above would never end
+            folders.clear()
+        elif "metrics.jsonl" in files:
+            found.append(Path(place).relative_to(folder))
+        entered.add(real)
     names = sorted((f.as_posix() for f in found if ABLATION not in f.parts), key=_place)
     if not names:
         raise UserError(f"{folder} holds no run: name runs/<benchmark> or a run's folder in it")
@@ -171,7 +177,7 @@ class _Page:
             return _scores("mIoU", {names.get(k, k): v for k, v in self.runs[0].scores.items()})
         stages = read_mapping(self.folder / "summary.json").get("stages", {})
         rows = {title_of(name): row for name, row in stages.items() if isinstance(row, dict)}
-        for run in self.runs:  # those that the summary does not know; of a row in rounds it holds the last one
+        for run in self.runs:  # runs that the summary lacks; its distillation row stands for the last round
             if run.name.split("/")[0] not in stages and run.scores.get("last"):
                 rows[title_of(run.name)] = run.scores["last"]
         return _scores("mIoU by stage", rows, "In percent, on the validation images, of last checkpoints.")
