@@ -63,6 +63,9 @@ class OnlinePST(PST):
     As in DACS: the teacher labels the weak view; half the classes of a source image are pasted onto the target image
     with their labels; the model learns from the strong view of the mix. Pasted pixels weigh 1, target pixels the share
     of their image where the teacher's confidence is above `pseudo.confidence`.
+
+    Beyond DACS, the last steps may learn from target images as they are (`pseudo.mix`): a mix is of neither domain, in
+    what it shows and in its BatchNorm statistics.
     """
 
     uses_pseudo_labels = False
@@ -72,10 +75,12 @@ class OnlinePST(PST):
         self.teacher = copy.deepcopy(self.model).requires_grad_(False)
         self.teacher.dropout = nn.Identity()
         self.teachers["teacher"] = self.networks["teacher"] = self.teacher
+        self.mixes = True
 
     @torch.no_grad()
     def before_step(self, iteration: int) -> None:
         """θ' = a θ' + (1 - a) θ with a = min(1 - 1/t, pseudo.ema) in step t: a copy at first."""
+        self.mixes = iteration <= self.cfg.pseudo.mix * self.cfg.train.iterations
         ema = min(1 - 1 / iteration, self.cfg.pseudo.ema)
         get_ema_multi_avg_fn(ema)([*self.teacher.parameters()], [*self.model.parameters()], None)  # in few kernels
         if iteration == 1:  # afterwards it keeps its own BatchNorm statistics: it labels in train mode
@@ -84,16 +89,19 @@ class OnlinePST(PST):
 
     def step(self, source: dict[str, Tensor], target: dict[str, Tensor], backward: Backward) -> None:
         self._learn("source", source, 1.0, backward)
-        self._learn("target", self._mixed(source, target["image"]), self.cfg.loss.pseudo_ce, backward)
+        self._learn("target", self._labelled(source, target["image"]), self.cfg.loss.pseudo_ce, backward)
 
     @torch.no_grad()
-    def _mixed(self, source: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
-        """Target images with pasted source classes, their labels uint8 and weights float (N, H, W)."""
+    def _labelled(self, source: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+        """Target images, with source classes pasted while it `mixes`, their labels uint8 and weights float (N, H, W)."""
         logits = self.teacher(self.views.weak(images))["logits"]
         confidence, labels = upsample(logits.float(), images.shape[2:]).softmax(1).max(1)
         sure = (confidence > self.cfg.pseudo.confidence).float().mean((1, 2), keepdim=True)
-        images, labels, pasted = class_mix(source["image"], source["label"], images, labels.byte())
-        return {"image": images, "label": labels, "weight": sure.expand(labels.shape).where(~pasted, 1.0)}
+        labels, weight = labels.byte(), sure.expand(labels.shape)
+        if self.mixes:
+            images, labels, pasted = class_mix(source["image"], source["label"], images, labels)
+            weight = weight.where(~pasted, 1.0)
+        return {"image": images, "label": labels, "weight": weight}
 
 
 def stage_class(cfg: Config) -> type[PST]:

@@ -272,10 +272,25 @@ def test_another_experiment_is_not_resumed(finished, configure, key):
 
 
 @one_layout
-def test_corrected_validation_labels_are_noticed(finished, configure, monkeypatch):
-    monkeypatch.setattr(loop, "fingerprint", lambda samples, labels=False: "others" if labels else fingerprint(samples))
-    with pytest.raises(UserError, match=r"data\.val\.labels has others, but .*bpl has begun with \d+ labels of hash"):
-        train_bpl.main(configure(finished.layout, "stage1_BPL.yml", finished.runs))
+@pytest.mark.parametrize(
+    ("name", "stage", "file"),
+    [
+        ("val", train_bpl, "stage1_BPL.yml"),
+        ("source", train_bpl, "stage1_BPL.yml"),
+        ("target", train_pst, "stage2_PST.yml"),
+    ],
+)
+def test_changed_labels_are_noticed(finished, configure, monkeypatch, name, stage, file):
+    cfg = configure(finished.layout, file, finished.runs)
+    images = list_samples(getattr(cfg.data, name), with_labels=False)
+
+    def changed(samples, labels=False):
+        return "others" if labels and samples[0].image == images[0].image else fingerprint(samples, labels)
+
+    monkeypatch.setattr(loop, "fingerprint", changed)
+    begun = rf"data\.{name}\.labels has others, but .*/{cfg.stage} has begun with \d+ labels of hash"
+    with pytest.raises(UserError, match=begun):
+        stage.main(cfg)
 
 
 @one_layout
@@ -501,6 +516,23 @@ def test_equation_of_distillation(configure, runs, arch, form, resolution):
 
     compare_step(stage, expected_of)
     assert not any(p.requires_grad for p in stage.teacher.parameters())
+
+
+def test_the_last_online_steps_see_target_images_as_they_are(configure, runs):
+    given = ("model.init=scratch", "train.iterations=4", "pseudo.mix=0.5", "pseudo.confidence=0.1")
+    stage = train_pst.OnlinePST(
+        resolve_auto(configure("gta5_to_city", "stage2_PST_online.yml", runs, *given)), torch.device("cpu")
+    )
+    generator = torch.Generator().manual_seed(0)
+    images, pasted = (torch.randint(256, (2, 3, 32, 64), dtype=torch.uint8, generator=generator) for _ in range(2))
+    source = {"image": pasted, "label": torch.randint(19, (2, 32, 64), dtype=torch.uint8, generator=generator)}
+    for iteration in range(1, 5):
+        stage.before_step(iteration)
+        batch = stage._labelled(source, images)
+        own = (batch["image"] == images).all(1)
+        assert own.all() == (iteration > 2)
+        assert (batch["label"][~own] == source["label"][~own]).all() and (batch["weight"][~own] == 1).all()
+        assert all(len(weight[mask].unique()) == 1 for weight, mask in zip(batch["weight"], own))  # one for an image
 
 
 def test_links_of_a_chain_draw_apart(configure, runs, monkeypatch):

@@ -36,7 +36,7 @@ STAGES = {
     "warmup": (train_bpl, "stage0_warmup.yml", "warmup", []),
     "bpl": (train_bpl, "stage1_BPL.yml", "bpl", ["model.init=warmup"]),
     "pst": (train_pst, "stage2_PST.yml", "pst", []),
-    "online": (train_pst, "stage2_PST_online.yml", "online", ["name=online"]),
+    "online": (train_pst, "stage2_PST_online.yml", "online", ["name=online", "pseudo.mix=0.5"]),
     "distill": (distill, "stage3_distill.yml", "distill/round1", ["distill.rounds=[1]", "checkpoint=bpl"]),
 }
 

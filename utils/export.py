@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import os
 import shutil
 import tempfile
 import warnings
@@ -146,7 +147,7 @@ def run(words: list[str]) -> Path:
     model, message = load_network(cfg, weights, torch.device("cpu"))
     print(message)
     network = Deployed(model, output).eval().requires_grad_(False)
-    path = Path(own.get("file") or f"{_name_of(weights, cfg)}{ENDINGS[form]}").expanduser()
+    path = Path(os.path.expanduser(own.get("file") or f"{_name_of(weights, cfg)}{ENDINGS[form]}"))
     if path.is_dir():
         raise UserError(f"{path.absolute()} is a folder: name a file=")
     if path.exists() and path.samefile(weights):

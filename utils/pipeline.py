@@ -88,9 +88,10 @@ def load_stages(overrides: list[str]) -> dict[str, Config]:
 
 
 def load_tests(overrides: list[str], cfg: Config) -> Config:
-    """The configuration that the runs of `cfg`'s benchmark are scored by."""
+    """The configuration that the runs of `cfg`'s benchmark are scored by: as the stages validate."""
     tests = checked_config(TESTS, [*overrides, f"benchmark={cfg.benchmark}"])  # the tests' file names one of its own
-    tests.data.class_set = cfg.data.class_set  # the benchmark's stages.test may leave it to the file
+    # The benchmark's stages.test may have others, but the numbers of one table must be of the same images.
+    tests.data.class_set, tests.data.val, tests.test = cfg.data.class_set, cfg.data.val, cfg.test
     return tests
 
 

@@ -186,6 +186,11 @@ def test_what_wins_over_what(tmp_path):
     train = checked_config(stage, ["name=source_only"]).train  # a warm-up with deltas of its own
     assert (train.lr, train.head_lr_factor) == (4, 6)
     assert checked_config(stage).train.head_lr_factor == 3
+    assert checked_config(stage, ["name=bpl"]).train.lr == 4  # a name chooses no other stage's section
+    for odd in ([], False):
+        benchmark.write_text(yaml.safe_dump(content | {"stages": odd}))
+        with pytest.raises(ConfigError, match="must hold one section per stage"):
+            checked_config(stage)
 
 
 def test_numbers_as_people_write_them(tmp_path):

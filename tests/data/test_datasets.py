@@ -449,3 +449,18 @@ def test_fingerprint_of_labels(tmp_path):
     images, labels = fingerprint(samples), fingerprint(samples, labels=True)
     (tmp_path / "x_l.png").write_bytes(b"corrected")
     assert fingerprint(samples) == images and fingerprint(samples, labels=True) != labels
+
+
+def test_fingerprint_of_uncompressed_images(tmp_path):
+    """Their size is the same whatever they show."""
+    samples, found = [Sample(tmp_path / "x.bmp", None, "x")], set()
+    for brightness in (10, 20):
+        Image.new("RGB", (9, 9), (brightness,) * 3).save(tmp_path / "x.bmp")
+        found.add(fingerprint(samples))
+    assert len(found) == 2
+
+
+def test_a_path_may_begin_with_the_sign_for_home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (9, 9)).save("~x.png")
+    assert [sample.name for sample in find_images("~x.png", "~runs")] == ["~x"]

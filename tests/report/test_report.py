@@ -174,6 +174,13 @@ def test_runs_come_in_the_order_of_the_stages(folder):
     assert title_of("distill/round2") == "distilled, round 2" and title_of("bpl_weaker") == "bpl weaker"
 
 
+@pytest.mark.parametrize("content", [{"stages": None}, {"stages": []}, {"stages": {"bpl": {"miou": "high", "iou": 3}}}])
+def test_a_summary_of_another_form_leaves_a_gap(folder, content):
+    (folder / "summary.json").write_text(json.dumps(content))
+    page = parsed(write_report(folder))
+    assert "Configuration" in page.text and "mIoU by stage" not in page.text
+
+
 def test_gain_is_over_the_control(folder):
     summary = json.loads((folder / "summary.json").read_text())
     compared = {"control_miou_target_bn": 58.0, "gain_over_control": 2.0, "gap_closed_from_source_only_long": 16.7}

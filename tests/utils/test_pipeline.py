@@ -59,6 +59,15 @@ def test_stages_are_held_against_controls_under_target_statistics(benchmarks, mo
     assert (rows[CONTROL]["miou"], rows[CONTROL]["miou_target_bn"]) == (50, 60 - gains[0])
 
 
+def test_the_scores_of_a_table_are_of_the_same_images(benchmarks, tmp_path):
+    content = yaml.safe_load(Path(benchmarks["gta5_to_city"]).read_text())
+    content.setdefault("stages", {})["test"] = {"test": {"flip": True}, "data": {"val": {"split": "test"}}}
+    (tmp_path / "own.yml").write_text(yaml.safe_dump(content))
+    cfg = pipeline.load_stages([f"benchmark={tmp_path / 'own.yml'}"])["bpl"]
+    tests = pipeline.load_tests([f"benchmark={tmp_path / 'own.yml'}"], cfg)
+    assert (tests.data.val, tests.test) == (cfg.data.val, cfg.test) and not cfg.test.flip
+
+
 @pytest.mark.parametrize("change", ["none", "checkpoint_hash", "files", "labels", "mode", "damaged"])
 def test_scores_of_an_earlier_call_are_taken_if_they_are_of_the_same(benchmarks, tmp_path, monkeypatch, change):
     tests = pipeline.load_tests([f"runs={tmp_path}"], stages_of(benchmarks, "gta5_to_city")["bpl"])

@@ -345,6 +345,13 @@ class PseudoConfig:
     confidence: float = opt(
         0.968, "online: target pixels weigh by the share of their image above this (DACS)", most=1, stages=("pst",)
     )
+    mix: float = opt(
+        1.0,
+        "online: share of the steps, from the first on, in which source classes are pasted onto target images (DACS: "
+        "all)",
+        most=1,
+        stages=("pst",),
+    )
 
 
 @dataclass
@@ -463,4 +470,4 @@ class Config:
 
     def sibling_run(self, name: str) -> Path:
         """Folder of another run of the same benchmark."""
-        return Path(self.runs).expanduser().absolute() / self.benchmark_name / name
+        return Path(os.path.expanduser(self.runs)).absolute() / self.benchmark_name / name

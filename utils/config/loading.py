@@ -291,6 +291,7 @@ def _override(assignment: str) -> tuple[str, Any]:
 
 def _stage_deltas(content: Any, file: Path) -> dict[str, dict]:
     """A benchmark's `stages:`, by the name of a run, every one of them checked."""
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise ConfigError(f"stages in {file} must hold one section per stage, not {content!r}")
     for run, delta in content.items():
@@ -358,7 +359,7 @@ def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
     benchmark_delta = read_yaml(benchmark_file)
     require(benchmark_delta, f"{benchmark_file} holds no key")
     _refuse_choices(benchmark_delta, str(benchmark_file))
-    by_stage = _stage_deltas(benchmark_delta.pop("stages", None) or {}, benchmark_file)
+    by_stage = _stage_deltas(benchmark_delta.pop("stages", None), benchmark_file)
 
     def apply(delta: dict, file: Path, where: str) -> None:
         folder = file.resolve().parent
@@ -366,8 +367,8 @@ def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
 
     apply(stage_delta, stage_file, str(stage_file))
     apply(benchmark_delta, benchmark_file, str(benchmark_file))
-    run_name = chosen.get("name") or config.name or config.stage
-    for run in dict.fromkeys((config.stage, run_name)):  # source_only is a warm-up with deltas of its own
+    source_only = config.stage == "warmup" and (chosen.get("name") or config.name) == "source_only"
+    for run in (config.stage, *(["source_only"] if source_only else [])):  # a warm-up with deltas of its own
         apply(by_stage.get(run, {}), benchmark_file, f"stages.{run} of {benchmark_file}")
     for key, value in (("runs", config.runs), ("data.toy_root", config.data.toy_root)):
         # Who passes a YAML on does not decide where it writes.

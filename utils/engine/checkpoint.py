@@ -157,6 +157,11 @@ class RunFiles:
         (self.folder / "metrics.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder / "panels", ignore_errors=True)
 
+    def refuse_unwritable(self) -> None:
+        """UserError if no checkpoint can be written: before the first step, not at the first save."""
+        atomic_write(self.of("probe"), Path.touch)
+        self.of("probe").unlink(missing_ok=True)
+
     def read(self) -> tuple[dict, str]:
         """The newest undamaged state, and a line that names its file and those passed over.
 
@@ -207,7 +212,7 @@ def find_checkpoint(cfg: Config, name: str, published: Sequence[str] = ()) -> Pa
     Raises:
         UserError: says where was looked and how to get the weights.
     """
-    file = Path(name).expanduser().absolute()
+    file = Path(os.path.expanduser(name)).absolute()
     if file.is_file():
         return file
     if name.endswith(WEIGHT_ENDINGS):

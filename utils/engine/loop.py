@@ -235,7 +235,9 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
     )
     data = Data(*datasets)
     images = {name: fingerprint(dataset.samples) for name, dataset in data._asdict().items()}
-    images["val.labels"] = fingerprint(data.val.samples, labels=True)  # those that its scores are by
+    for name, dataset in data._asdict().items():  # labels that it learns from, or is scored by
+        if all(sample.label for sample in dataset.samples):
+            images[f"{name}.labels"] = fingerprint(dataset.samples, labels=True)
     if saved:
         refuse_other_images(saved["images"], images, cfg.run_dir)
         file = identify(files.last, saved)
@@ -254,6 +256,7 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
     distributed.same_weights(stage.networks)
     if cfg.train.compile:
         compile_networks(stage.networks, device, cfg.train.compile == "graphs")
+    files.refuse_unwritable()
     if not saved:
         files.clear()  # only now: a refusal above leaves the run that was to be replaced as it is
     run.open_log(start, saved and saved["lengths"])
@@ -322,11 +325,11 @@ def refuse_other_experiment(saved: dict, cfg: Config, started_from: Collection[s
 
 
 def refuse_other_images(saved: dict[str, str], found: dict[str, str], run: Path) -> None:
-    """UserError if source, target or val no longer consist of the images that a run has begun with, or val's labels."""
+    """UserError if source, target or val no longer consist of the images or labels that a run has begun with."""
     for name, images in saved.items():
-        if found[name] != images:
+        if found.get(name) != images:
             raise UserError(
-                f"data.{name} has {found[name]}, but {run} has begun with {images}; put them back, begin anew with "
+                f"data.{name} has {found.get(name)}, but {run} has begun with {images}; put them back, begin anew with "
                 "train.restart=true, or give this run a name="
             )
 
@@ -337,7 +340,7 @@ class Run:
     Args:
         cfg: resolved.
         upstream: {path: hash} of the files that the run was started from.
-        images: `fingerprint` of source, target and val.
+        images: `fingerprint` of source, target and val, and of their labels.
     """
 
     def __init__(self, cfg: Config, stage: Stage, data: Data, upstream: dict[str, str], images: dict[str, str]):

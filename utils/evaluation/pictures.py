@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data.images import show_name
 from data.taxonomy import ClassSet
+from utils.config import UserError, reason
 from utils.engine import distributed
 from utils.evaluation.metrics import ConfusionMatrix
 
@@ -54,8 +55,11 @@ def save_panel(path: Path, rows: list[list[np.ndarray]], captions: list[str], wi
             sheet.paste(Image.fromarray(picture).resize((width, height), resample), (column * (width + gap), top))
         top += height + gap
     if distributed.is_main():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sheet.save(path)
+        except OSError as error:  # a full disk, a read-only folder
+            raise UserError(f"cannot write {path}: {reason(error)}") from None
     return np.asarray(sheet)
 
 

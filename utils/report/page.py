@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -231,10 +232,17 @@ class _Page:
     def html(self) -> str:
         style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
         parts = (self.head, self.seeds, self.scores, self.panels, self.confusion, self.configs)
+
+        def text_of(part: Callable[[], str]) -> str:
+            try:
+                return part()
+            except (AttributeError, KeyError, TypeError, ValueError):  # a file of another form leaves a gap
+                return ""
+
         return (
             f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>PBAL: {escape(self.folder.name)}'
             '</title><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<style>\n{style}</style></head>\n<body><main>{''.join(part() for part in parts)}</main></body></html>\n"
+            f"<style>\n{style}</style></head>\n<body><main>{''.join(map(text_of, parts))}</main></body></html>\n"
         )
 
 
