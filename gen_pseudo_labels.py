@@ -59,8 +59,9 @@ def main(cfg: Config) -> dict:
         written = set().union(*distributed.gathered(own))
         left_out = [sample.name for sample in target.samples if sample.name not in written]
         if len(left_out) > MAX_SKIPPED:
-            number = f"{len(left_out)} target images cannot be used, more than {MAX_SKIPPED}"
-            raise UserError(f"{number}; the first is {left_out[0]}")
+            raise UserError(
+                f"{len(left_out)} target images cannot be used, more than {MAX_SKIPPED}; the first is {left_out[0]}"
+            )
         limits = store.level_limits(histogram, cfg.pseudo.threshold, cfg.pseudo.selection, cfg.pseudo.keep)
         statistics = store.statistics(histogram, limits, class_set(cfg.data).names, cfg.pseudo.threshold, highest)
         store.drop_unsure(folder, own, limits)

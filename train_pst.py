@@ -80,7 +80,7 @@ class OnlinePST(PST):
     @torch.no_grad()
     def before_step(self, iteration: int) -> None:
         """θ' = a θ' + (1 - a) θ with a = min(1 - 1/t, pseudo.ema) in step t: a copy at first."""
-        self.mixes = iteration <= self.cfg.pseudo.mix * self.cfg.train.iterations
+        self.mixes = iteration <= round(self.cfg.pseudo.mix * self.cfg.train.horizon)
         ema = min(1 - 1 / iteration, self.cfg.pseudo.ema)
         get_ema_multi_avg_fn(ema)([*self.teacher.parameters()], [*self.model.parameters()], None)  # in few kernels
         if iteration == 1:  # afterwards it keeps its own BatchNorm statistics: it labels in train mode

@@ -55,7 +55,7 @@ class Sample:
 
 
 def list_samples(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
-    """The files of a dataset, sorted by name. `with_labels=False` never looks at labels.
+    """The files of a dataset, sorted by name. `with_labels=False` neither needs nor reads labels.
 
     Raises:
         UserError: root is missing, no image is found, labels are wanted but not described or a file is missing, a file

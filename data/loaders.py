@@ -96,7 +96,7 @@ def iterate(loader: DataLoader) -> Iterator:
         UserError: a sample cannot be used, or the loader's processes fail: shared memory is full, too many files are
             open, one was killed.
     """
-    others = set(multiprocessing.active_children())
+    others, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
     if loader.num_workers:
         # One temporary folder for all: a worker near its limit of open files could not delete its own, and complains.
         multiprocessing.util.get_temp_dir()
@@ -108,9 +108,8 @@ def iterate(loader: DataLoader) -> Iterator:
         sys.unraisablehook = hook
         raise _explained(error) from None
     if loader.num_workers and threading.current_thread() is threading.main_thread():
-        # Torch's handler raises at any line of the main thread, also while a checkpoint is written. The next batch
-        # tells as well.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # Torch's own handler would raise at any line, also while a checkpoint is written. The next batch tells as well.
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
     return _explained_batches(batches, set(multiprocessing.active_children()) - others)
 
 

@@ -23,7 +23,7 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None =
     if weight is None:
         return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     each = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-    return (each * weight.view(each.shape)).sum()
+    return (each * weight.reshape(each.shape)).sum()
 
 
 def segmentation_loss(

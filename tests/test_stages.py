@@ -518,21 +518,34 @@ def test_equation_of_distillation(configure, runs, arch, form, resolution):
     assert not any(p.requires_grad for p in stage.teacher.parameters())
 
 
+@one_layout
+def test_a_published_file_may_be_the_teacher(finished, configure, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PRETRAINED", finished.folder / "pst/checkpoints")
+    given = ("checkpoint=absent", "model.published=[last.pth]")
+    cfg = resolve_auto(configure(finished.layout, "stage3_distill.yml", finished.runs, *given))
+    teacher, own = distill.Distillation(cfg, torch.device("cpu")).teacher, read(checkpoint.PRETRAINED / "last.pth")
+    assert same(teacher.state_dict(), own["model"])
+
+
 def test_the_last_online_steps_see_target_images_as_they_are(configure, runs):
-    given = ("model.init=scratch", "train.iterations=4", "pseudo.mix=0.5", "pseudo.confidence=0.1")
+    given = ("model.init=scratch", "train.iterations=4", "train.horizon=8", "pseudo.mix=0.25")
     stage = train_pst.OnlinePST(
         resolve_auto(configure("gta5_to_city", "stage2_PST_online.yml", runs, *given)), torch.device("cpu")
     )
     generator = torch.Generator().manual_seed(0)
     images, pasted = (torch.randint(256, (2, 3, 32, 64), dtype=torch.uint8, generator=generator) for _ in range(2))
     source = {"image": pasted, "label": torch.randint(19, (2, 32, 64), dtype=torch.uint8, generator=generator)}
+    with torch.no_grad():
+        confidence = upsample(stage.teacher(stage.views.weak(images))["logits"], (32, 64)).softmax(1).amax(1)
+    stage.cfg.pseudo.confidence = confidence.median().item()  # of random weights: close to 1 / 19
     for iteration in range(1, 5):
         stage.before_step(iteration)
         batch = stage._labelled(source, images)
         own = (batch["image"] == images).all(1)
         assert own.all() == (iteration > 2)
         assert (batch["label"][~own] == source["label"][~own]).all() and (batch["weight"][~own] == 1).all()
-        assert all(len(weight[mask].unique()) == 1 for weight, mask in zip(batch["weight"], own))  # one for an image
+        weights = [weight[mask].unique() for weight, mask in zip(batch["weight"], own)]
+        assert all(len(weight) == 1 and 0 < weight < 1 for weight in weights)  # one for an image
 
 
 def test_links_of_a_chain_draw_apart(configure, runs, monkeypatch):

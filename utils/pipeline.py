@@ -84,14 +84,16 @@ def load_stages(overrides: list[str]) -> dict[str, Config]:
     stages = {stage: load_stage(stage, overrides) for stage in STEPS}
     named = {cfg.name for stage, cfg in stages.items() if stage != "source_only"} - {""}
     require(not named, f"name: {' '.join(named)} would be the one folder of all stages; take it out of the YAML")
+    scored = {str((cfg.data.val, test.mode(cfg))) for cfg in stages.values() if cfg.stage in TRAINING_STAGES}
+    require(len(scored) == 1, "data.val or test. differs between the benchmark's stages: one table would compare them")
     return stages
 
 
 def load_tests(overrides: list[str], cfg: Config) -> Config:
-    """The configuration that the runs of `cfg`'s benchmark are scored by: as the stages validate."""
+    """The configuration that the runs of `cfg`'s benchmark are scored by: as the stages validate, whatever the
+    benchmark's stages.test has."""
     tests = checked_config(TESTS, [*overrides, f"benchmark={cfg.benchmark}"])  # the tests' file names one of its own
-    # The benchmark's stages.test may have others, but the numbers of one table must be of the same images.
-    tests.data.class_set, tests.data.val, tests.test = cfg.data.class_set, cfg.data.val, cfg.test
+    tests.data, tests.test, tests.batchnorm.images = cfg.data, cfg.test, cfg.batchnorm.images
     return tests
 
 

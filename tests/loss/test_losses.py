@@ -207,6 +207,7 @@ def test_deterministic_form_is_the_same_sum(golden):
         torch.use_deterministic_algorithms(exact)
         terms = (
             segmentation_loss(upsample(logits, labels.shape[1:]), labels),
+            segmentation_loss(upsample(logits, labels.shape[1:]), labels, None, torch.tensor(0.5).expand(labels.shape)),
             prototype_contrast_loss(feat, labels, prototypes.flatten(1)),
         )
         torch.use_deterministic_algorithms(False)

@@ -347,8 +347,7 @@ class PseudoConfig:
     )
     mix: float = opt(
         1.0,
-        "online: share of the steps, from the first on, in which source classes are pasted onto target images (DACS: "
-        "all)",
+        "online: source classes are pasted onto target images up to this share of train.horizon (DACS: always)",
         most=1,
         stages=("pst",),
     )

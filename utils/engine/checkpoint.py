@@ -152,15 +152,19 @@ class RunFiles:
 
     def clear(self) -> None:
         """Delete them and what was drawn and scored, so that a run that begins anew is not taken for the old one."""
+        if not distributed.is_main():
+            return
         for path in (self.last, self.previous, self.best, self.not_finite, self.of("teacher")):
             path.unlink(missing_ok=True)
         (self.folder / "metrics.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder / "panels", ignore_errors=True)
 
     def refuse_unwritable(self) -> None:
-        """UserError if no checkpoint can be written: before the first step, not at the first save."""
-        atomic_write(self.of("probe"), Path.touch)
-        self.of("probe").unlink(missing_ok=True)
+        """UserError if the folder of checkpoints takes no file: before the first step, not at the first save."""
+        if distributed.is_main():
+            atomic_write(self.last.with_name("probe"), Path.touch)
+            self.last.with_name("probe").unlink()
+        distributed.wait()
 
     def read(self) -> tuple[dict, str]:
         """The newest undamaged state, and a line that names its file and those passed over.
@@ -172,7 +176,8 @@ class RunFiles:
         for path in (self.last, self.previous):
             try:
                 state = read_checkpoint(path)
-                if {"model", "iteration", "config", "optimizers", "rng", "upstream", "images"} <= state.keys():
+                own = {"model", "iteration", "config", "optimizers", "rng", "upstream", "images"} <= state.keys()
+                if own and isinstance(state["rng"], list):
                     passed_over = "".join(f" from {path}: {problem}" for problem in problems)
                     return state, f"resumed after step {state['iteration']}{passed_over}"
                 problems.append(f"{path} is not the state of a training run")

@@ -329,7 +329,7 @@ def refuse_other_images(saved: dict[str, str], found: dict[str, str], run: Path)
     for name, images in saved.items():
         if found.get(name) != images:
             raise UserError(
-                f"data.{name} has {found.get(name)}, but {run} has begun with {images}; put them back, begin anew with "
+                f"data.{name} has {found.get(name, 'no labels')}, but {run} has begun with {images}; put them back, begin anew with "
                 "train.restart=true, or give this run a name="
             )
 
@@ -340,7 +340,7 @@ class Run:
     Args:
         cfg: resolved.
         upstream: {path: hash} of the files that the run was started from.
-        images: `fingerprint` of source, target and val, and of their labels.
+        images: `fingerprint` of source, target and val, and of their labels where there are any.
     """
 
     def __init__(self, cfg: Config, stage: Stage, data: Data, upstream: dict[str, str], images: dict[str, str]):

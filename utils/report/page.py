@@ -72,9 +72,15 @@ def read_mapping(path: Path, parse=json.loads) -> dict:
     """The mapping that a file holds, {} if it cannot be read."""
     try:
         content = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _stages(summary: dict) -> dict[str, dict]:
+    """The rows of a summary, as far as they are rows."""
+    stages = summary.get("stages")
+    return {name: row for name, row in stages.items() if isinstance(row, dict)} if isinstance(stages, dict) else {}
 
 
 def _read_run(folder: Path, name: str = "") -> Run:
@@ -97,14 +103,12 @@ def find_runs(folder: Path) -> list[Run]:
     """
     if (folder / "config.yml").is_file():
         return [_read_run(folder)]
-    found, entered = [], set()
+    found = []
     for place, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in entered:  # a link to a folder above would never end
+        if os.path.realpath(place) in map(os.path.realpath, Path(place).parents):  # a link to a folder above
             folders.clear()
         elif "metrics.jsonl" in files:
             found.append(Path(place).relative_to(folder))
-        entered.add(real)
     names = sorted((f.as_posix() for f in found if ABLATION not in f.parts), key=_place)
     if not names:
         raise UserError(f"{folder} holds no run: name runs/<benchmark> or a run's folder in it")
@@ -176,16 +180,15 @@ class _Page:
         if self.alone:
             names = {"last": "last checkpoint", "best": "best checkpoint", "test": "test"}
             return _scores("mIoU", {names.get(k, k): v for k, v in self.runs[0].scores.items()})
-        stages = read_mapping(self.folder / "summary.json").get("stages", {})
-        rows = {title_of(name): row for name, row in stages.items() if isinstance(row, dict)}
+        stages = _stages(read_mapping(self.folder / "summary.json"))
+        rows = {title_of(name): row for name, row in stages.items()}
         for run in self.runs:  # runs that the summary lacks; its distillation row stands for the last round
             if run.name.split("/")[0] not in stages and run.scores.get("last"):
                 rows[title_of(run.name)] = run.scores["last"]
         return _scores("mIoU by stage", rows, "In percent, on the validation images, of last checkpoints.")
 
     def seeds(self) -> str:
-        stages = self.over_seeds.get("stages", {})
-        rows = {title_of(name): row for name, row in stages.items() if isinstance(row, dict)}
+        rows = {title_of(name): row for name, row in _stages(self.over_seeds).items()}
         count = len(self.over_seeds.get("seeds", []))
         pages = self.over_seeds.get("folders", {}).items()
         links = ", ".join(f'<a href="{quote(place)}/report.html">seed {escape(seed)}</a>' for seed, place in pages)
