@@ -93,7 +93,7 @@ class OnlinePST(PST):
 
     @torch.no_grad()
     def _labelled(self, source: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
-        """Target images, with source classes pasted while it `mixes`, their labels uint8 and weights float (N, H, W)."""
+        """Target images, with source classes pasted while it `mixes`; labels uint8 and weights float (N, H, W)."""
         logits = self.teacher(self.views.weak(images))["logits"]
         confidence, labels = upsample(logits.float(), images.shape[2:]).softmax(1).max(1)
         sure = (confidence > self.cfg.pseudo.confidence).float().mean((1, 2), keepdim=True)

@@ -115,7 +115,7 @@ guarded(main)
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
-    for number in range(40):
+    for number in range(120):  # more than a killed process may have read ahead
         Image.new("RGB", (512, 256)).save(folder / f"{number:03d}.png")
     return folder
 

@@ -194,7 +194,7 @@ def find_path(path: str, is_there: Callable[[str], bool] = os.path.exists, besid
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what YAML misreads silently: a key that stands twice (the last value wins), 010 (octal), 1:30 (seconds)."""
+    """Refuses what YAML misreads silently: a key that stands twice (the last wins), 010 (octal), 1:30 (seconds)."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         mapping, lines = super().compose_mapping_node(anchor), {}

@@ -327,9 +327,10 @@ def refuse_other_experiment(saved: dict, cfg: Config, started_from: Collection[s
 def refuse_other_images(saved: dict[str, str], found: dict[str, str], run: Path) -> None:
     """UserError if source, target or val no longer consist of the images or labels that a run has begun with."""
     for name, images in saved.items():
-        if found.get(name) != images:
+        here = found.get(name, "no labels")
+        if here != images:
             raise UserError(
-                f"data.{name} has {found.get(name, 'no labels')}, but {run} has begun with {images}; put them back, begin anew with "
+                f"data.{name} has {here}, but {run} has begun with {images}; put them back, begin anew with "
                 "train.restart=true, or give this run a name="
             )
 
