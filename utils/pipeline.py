@@ -85,7 +85,8 @@ def load_stages(overrides: list[str]) -> dict[str, Config]:
     named = {cfg.name for stage, cfg in stages.items() if stage != "source_only"} - {""}
     require(not named, f"name: {' '.join(named)} would be the one folder of all stages; take it out of the YAML")
     scored = {str((cfg.data.val, test.mode(cfg))) for cfg in stages.values() if cfg.stage in TRAINING_STAGES}
-    require(len(scored) == 1, "data.val or test. differs between the benchmark's stages: one table would compare them")
+    different = "data.val, or how it is predicted (test.flip, scales, window, overlap), differs between the stages"
+    require(len(scored) == 1, f"{different} of the benchmark: one table would compare them")
     return stages
 
 
