@@ -22,7 +22,7 @@ from loss import distillation_loss, labels_at, segmentation_loss
 from models import upsample
 from utils.config import Config, UserError
 from utils.config.keys import ModelConfig
-from utils.engine import checkpoint
+from utils.engine import checkpoint, distributed
 from utils.engine.command_line import run_cli
 from utils.engine.loop import Backward, Stage, fit
 from utils.engine.setup import load_network, refuse_unusable_backbone
@@ -62,7 +62,9 @@ class Distillation(Stage):
             label = labels_at(label, quarter)
         normalizer = target.get("normalizer")
         if normalizer is not None:  # it counts labels before cutout and at full size: take the share that is left
-            normalizer = normalizer * (label != IGNORE).sum() / (target["label"] != IGNORE).sum().clamp(min=1)
+            left, before = counts = torch.stack([(x != IGNORE).sum() for x in (label, target["label"])]).float()
+            distributed.average([counts])  # of all processes: geometry and holes are not the same in each
+            normalizer = normalizer * left / before.clamp(min=1e-6)
         ce = segmentation_loss(upsample(student, label.shape[1:]), label, normalizer)
         kl = distillation_loss(student, upsample(teacher_logits.float(), student.shape[2:]), options.distill_form)
         backward(options.pseudo_ce * ce + options.distill * kl, ce_target=ce, distill=kl)
@@ -97,7 +99,7 @@ def refuse_missing_start(cfg: Config) -> None:
     if cfg.distill.rounds[0] == 2 and not before.is_file():
         raise UserError(f"distill.rounds=[2] learns from round 1's result, but there is no {before}; run rounds [1, 2]")
     first = round_config(cfg, cfg.distill.rounds[0])
-    done = checkpoint.RunFiles(first.run_dir).there() and not cfg.train.restart
+    done = checkpoint.RunFiles(first.run_dir).can_resume() and not cfg.train.restart
     if cfg.distill.init_round1 != "teacher" and not done:  # gen_pseudo_labels.py looks for the teacher
         checkpoint.find_init(first)
 

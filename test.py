@@ -57,7 +57,11 @@ def _evaluated(cfg: Config) -> dict:
     prepare_data(cfg)
     section, images = getattr(cfg.data, cfg.test.dataset), cfg.test.images
     dataset, weights = check_inputs(
-        lambda: _photos(cfg) if images else build_dataset(section, class_set(cfg.data)),
+        lambda: (
+            SegmentationDataset(find_images(images, cfg.runs))
+            if images
+            else build_dataset(section, class_set(cfg.data))
+        ),
         lambda: checkpoint.find_checkpoint(cfg, cfg.checkpoint, cfg.model.published),
     )
     file = read_weights(weights)
@@ -110,11 +114,6 @@ def _evaluated(cfg: Config) -> dict:
         log.info(f"written to {show_path(cfg.run_dir)}")
     log.close()
     return result
-
-
-def _photos(cfg: Config) -> SegmentationDataset:
-    """The images that `test.images` names, without pictures of earlier runs."""
-    return SegmentationDataset(find_images(cfg.test.images, cfg.runs))
 
 
 if __name__ == "__main__":

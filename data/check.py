@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.datasets import Sample, SegmentationDataset, alike, by
+from data.datasets import Sample, SegmentationDataset, same_aspect, size_text
 from data.images import read_label_ids, read_picture, show_name, stored_as
 from data.loaders import spread
 from data.taxonomy import CITYSCAPES_NAMES, ID_TO_NAME, IGNORE, KNOWN_IDS, ClassSet, class_set, known_ids, label_ids
@@ -22,7 +22,7 @@ FEW_BITS = {"1": 1, "L;2": 3, "L;4": 15}  # how such labels are stored: the larg
 MOST_IGNORED = 2 / 3  # of the pixels; more cause a warning
 
 
-def look_at(sample: Sample) -> dict:
+def sample_facts(sample: Sample) -> dict:
     """Facts about one image and its label.
 
     Returns:
@@ -60,7 +60,7 @@ class Labels:
         self.other_palette = ""
 
     def add(self, sample: Sample, found: dict) -> None:
-        """Take in what `look_at` found."""
+        """Take in what `sample_facts` found."""
         self.ids.update(found.get("ids", {}))
         stored = found.get("stored", "")
         largest = next((most for kind, most in FEW_BITS.items() if stored.startswith(kind)), None)
@@ -197,7 +197,7 @@ def check_samples(
     labels, sizes = Labels(getattr(cfg.data, name), class_set(cfg.data)), []
     for index in spread(len(dataset), CHECKED):
         sample = dataset.samples[index]
-        found = look_at(sample)
+        found = sample_facts(sample)
         try:
             _refuse_unusable(dataset, sample, found, labels)
             sizes.append(found["size"])
@@ -211,7 +211,7 @@ def check_samples(
             kind, text = faults[0]
             raise UserError(f"{kind}: {text} ({len(sizes)} labels of {key} were looked at, such as {show_name(first)})")
         dataset.notes += [f"{key}: {text}" for text in labels.mostly_ignored()]
-    squeezed = [size for size in sizes if dataset.size and not alike(size, dataset.size)]
+    squeezed = [size for size in sizes if dataset.size and not same_aspect(size, dataset.size)]
     if squeezed:
         dataset.notes.append(f"{key}: {squeezed_note(squeezed, dataset.size)}")
     if trained and sizes:
@@ -221,7 +221,7 @@ def check_samples(
 
 def squeezed_note(sizes: Sequence[tuple[int, int]], size: Sequence[int]) -> str:
     """A line about images of (width, height) whose shape the dataset's `size` changes."""
-    return f"{len(sizes)} images, the first of {by(sizes[0])}, are squeezed to size={[*size]} (width, height)"
+    return f"{len(sizes)} images, the first of {size_text(sizes[0])}, are squeezed to size={[*size]} (width, height)"
 
 
 def _refuse_unusable(dataset: SegmentationDataset, sample: Sample, found: dict, labels: Labels) -> None:

@@ -39,7 +39,7 @@ HOW_TO_GET = {
     "folder": "set root, images and labels to your files",
 }
 
-UNREADABLE = "unreadable"  # entry of a sample: why it, or the one that it replaces, cannot be used
+UNREADABLE = "unreadable"  # entry of a sample: why its file, or the one that it stands in for, cannot be used
 ATTEMPTS = 10  # samples in a row that a draw may skip
 UNCOMPRESSED = {".bmp", ".pbm", ".pgm", ".pnm", ".ppm", ".tif", ".tiff"}  # the size says nothing of the content
 TOLERANCE = 0.1  # how much the aspect ratios of image and label may differ where `size` rescales both
@@ -381,14 +381,14 @@ class SegmentationDataset(Dataset):
         return item | {"label": label}
 
     def refuse_unlike_sizes(self, sample: Sample, size: tuple[int, int], label_size: tuple[int, int]) -> None:
-        """UserError for an image and a label whose (width, height) are `unlike`."""
-        if not unlike(size, label_size, self.size):
+        """UserError for an image and a label whose (width, height) are `sizes_conflict`."""
+        if not sizes_conflict(size, label_size, self.size):
             return
         remedy = "do they belong together?"
-        if alike(size, label_size):
+        if same_aspect(size, label_size):
             remedy = "set the dataset's size to bring both to one"
         image, label = show_name(sample.image), show_name(sample.label)
-        raise UserError(f"{image} is {by(size)}, but its label {label} is {by(label_size)}; {remedy}")
+        raise UserError(f"{image} is {size_text(size)}, but its label {label} is {size_text(label_size)}; {remedy}")
 
     def train_ids(self, path: Path, ids: np.ndarray) -> np.ndarray:
         """uint8 train ids of label ids, which file `path` holds; UserError for one that the dataset cannot hold."""
@@ -398,18 +398,18 @@ class SegmentationDataset(Dataset):
         return label
 
 
-def unlike(size: tuple[int, int], label_size: tuple[int, int], common: Sequence[int]) -> bool:
+def sizes_conflict(size: tuple[int, int], label_size: tuple[int, int], common: Sequence[int]) -> bool:
     """Whether the (width, height) of image and label differ, and a dataset's `size` cannot bring them to one."""
-    return size != label_size and not (common and alike(size, label_size))
+    return size != label_size and not (common and same_aspect(size, label_size))
 
 
-def alike(size: tuple[int, int], other: tuple[int, int]) -> bool:
+def same_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
     """Whether two (width, height) have about one shape, as those of GTA5's images and labels."""
     across = sorted((size[0] * other[1], other[0] * size[1]))
     return across[1] <= (1 + TOLERANCE) * across[0]
 
 
-def by(size: tuple[int, int]) -> str:
+def size_text(size: tuple[int, int]) -> str:
     """(width, height) in words."""
     return f"{size[0]}x{size[1]}"
 

@@ -95,19 +95,12 @@ def _read(path: Path) -> tuple[bytes, _Png | None]:
     return content, _Png(content) if content.startswith(_PNG_START) else None
 
 
-def _refuse_huge(width: int, height: int) -> None:
-    """ValueError for a size that no image has: a few bytes must not fill memory."""
-    if width * height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{width}x{height} pixels are too many")
-
-
 def _open(content: bytes, png: _Png | None) -> Image.Image:
     """A picture that is not decoded yet."""
     try:
         picture = Image.open(io.BytesIO(png.content() if png else content), formats=_FORMATS)
     except UnidentifiedImageError:
         raise ValueError(f"not a picture of a known format ({', '.join(_FORMATS)})") from None
-    _refuse_huge(*picture.size)
     if picture.format == "BMP" and picture.mode == "1" and content[28] == 8:  # which Pillow decodes as one bit each
         raise ValueError("a BMP of 8 bits whose palette is black and white alone: save it as PNG")
     picture.info.pop("xmp", None)  # where Pillow looks for an orientation if EXIF has none
@@ -179,8 +172,7 @@ def read_upper_rows(path: Path, share: Callable[[tuple[int, int]], float]) -> tu
     """
     with _named("image", path):
         content, png = _read(path)
-        if png and png.plain:
-            _refuse_huge(*png.size)
+        if png and png.plain and math.prod(png.size) <= 2 * Image.MAX_IMAGE_PIXELS:  # Pillow refuses more
             width, height = png.size
             if decode_png:
                 with contextlib.suppress(Exception):  # it has no others; Pillow then says what is wrong, or reads it
@@ -306,3 +298,12 @@ def _ids_of_palette(index: np.ndarray, picture: Image.Image) -> np.ndarray:
     raise ValueError(
         "its palette is grey, so that ids may be its indices or its greys: save it as grey or with a colour palette"
     )
+
+
+def save_picture(path: Path, picture: Image.Image, **options: object) -> None:
+    """Write a picture, with Pillow's options, into its folder, which is made; UserError if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, **options)
+    except OSError as error:  # a full disk, a read-only folder, a side above 65,500 pixels, which JPEG cannot hold
+        raise UserError(f"cannot write {path}: {reason(error)}") from None

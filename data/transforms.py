@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from data.taxonomy import IGNORE
 from utils.config.keys import DataConfig
+
+GREY = 127  # of what distillation's strong view hides or does not cover (as ProDA has it)
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,8 @@ class Views:
 
     def __init__(self, cfg: DataConfig, mean: tuple[float, ...], std: tuple[float, ...]):
         self.mean, self.std, self.cutout = mean, std, cfg.cutout
-        low, high = cfg.jitter_factor
-        self.jitter = v2.ColorJitter((low, high), (low, high), (low, high), cfg.jitter_hue) if cfg.jitter else None
+        ranges = [[-cfg.jitter_hue, cfg.jitter_hue], *[cfg.jitter_factor] * 3]
+        self.jitter = torch.tensor(ranges) if cfg.jitter else None  # of hue, brightness, contrast, saturation
         self.randaugment, self.geometry = cfg.randaugment, cfg.strong_geometry
 
     def weak(self, images: Tensor) -> Tensor:
@@ -114,12 +116,15 @@ class Views:
         return _normalize(images.float().div_(255), self.mean, self.std)
 
     def strong(self, images: Tensor) -> Tensor:
-        """As `weak`, after colour jitter, drawn anew for each image."""
+        """As `weak`, after hue, brightness, contrast and saturation are changed in this order (as released).
+
+        Amounts are drawn for each image, uniformly from their ranges.
+        """
         if self.jitter is None:
             return self.weak(images)
-        out = images.float().div_(255)
-        for image in out:
-            image.copy_(_jittered(image, self.jitter.make_params([])))
+        low, high = self.jitter[:, :, None, None, None, None].unbind(1)
+        amounts = low + (high - low) * torch.rand(4, len(images), 1, 1, 1)
+        out = _jittered(images.float().div_(255), *amounts.to(images.device, non_blocking=True))
         return _normalize(out, self.mean, self.std)
 
     def distill(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +145,7 @@ class Views:
             ids.copy_(label)
             if self.cutout:
                 hole = self._hole(*label.shape)
-                view[:, *hole] = 127  # grey: about the mean after normalisation
+                view[:, *hole] = GREY
                 ids[hole] = IGNORE
         return self.weak(views), kept
 
@@ -169,35 +174,32 @@ def _normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
     return images
 
 
-def _jittered(image: Tensor, params: dict) -> Tensor:
-    """An image (3, H, W) in [0, 1] after the operations that `v2.ColorJitter.make_params` drew, in their order."""
-    operations = (
-        (F.adjust_brightness, params["brightness_factor"]),
-        (F.adjust_contrast, params["contrast_factor"]),
-        (F.adjust_saturation, params["saturation_factor"]),
-        (_turn_hue, params["hue_factor"]),
-    )
-    for i in params["fn_idx"]:
-        operation, amount = operations[i]
-        if amount is not None:  # None: its range holds "unchanged" alone
-            image = operation(image, amount)
-    return image
+def _jittered(images: Tensor, hue: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
+    """Images (N, 3, H, W) in [0, 1] after torchvision's `adjust_*`, each with an amount of its own, (N, 1, 1, 1).
+
+    torchvision's functions take one amount for all images, and one call an image keeps a GPU waiting for the host.
+    """
+    images = _turn_hue(images, hue[:, 0]).mul_(brightness).clamp_(max=1)
+    grey = F.rgb_to_grayscale(images).mean((2, 3), keepdim=True)
+    images.mul_(contrast).add_((1 - contrast) * grey).clamp_(0, 1)
+    grey = F.rgb_to_grayscale(images)
+    return images.mul_(saturation).add_((1 - saturation) * grey).clamp_(0, 1)
 
 
-def _turn_hue(image: Tensor, turn: float) -> Tensor:
-    """An image (3, H, W) in [0, 1] with its HSV hue turned by a share of the circle.
+def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
+    """Images (N, 3, H, W) in [0, 1] with their HSV hues turned by shares (N, 1, 1) of the circle.
 
     The result of torchvision's `adjust_hue` for floats, with a third of its passes over memory. Hue runs from 0 to 6.
     Each channel is a wave of the hue with a flat top and bottom; the three waves lie a third of the circle apart.
     """
-    red, green, blue = image.unbind(0)
-    low, high = torch.aminmax(image, dim=0)
+    red, green, blue = images.unbind(1)
+    low, high = torch.aminmax(images, dim=1)
     chroma = high - low
     to_blue, to_red = (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)
     hue = torch.where(high == red, green - blue, torch.where(high == green, to_blue, to_red))
     hue.div_(chroma.clamp(min=1e-6))  # -1..5; of grey, whose chroma is 0, any hue will do
-    out = torch.empty_like(image)
-    for channel, shift in zip(out, (0, 4, 2)):
+    out = torch.empty_like(images)
+    for channel, shift in zip(out.unbind(1), (0, 4, 2)):
         torch.add(hue, (6 * turn + shift) % 6 - 6, out=channel)
         channel.abs_().sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(chroma).add_(low)
     return out
@@ -240,9 +242,9 @@ _GEOMETRY = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 
 
 def _moved(image: Tensor, label: Tensor, kind: str, v: float) -> tuple[Tensor, Tensor]:
-    """A uint8 image (3, H, W), black where it is uncovered, and its label (H, W), `IGNORE` there, after one operation.
+    """A uint8 image (3, H, W), grey where it is uncovered, and its label (H, W), `IGNORE` there, after one operation.
 
-    Up to 30 degrees, a shear of 0.3, or 0.3 of the side (as ProDA has it); `v` is -1 to 1.
+    Up to 30 degrees, a shear of 0.3, or 0.3 of the side, bilinear (as ProDA has it); `v` is -1 to 1.
     """
     height, width = label.shape
     shear = math.degrees(math.atan(0.3 * v))
@@ -250,13 +252,12 @@ def _moved(image: Tensor, label: Tensor, kind: str, v: float) -> tuple[Tensor, T
         "rotate": {"angle": 30 * v},
         "shear_x": {"shear": [shear, 0.0], "center": [0, 0]},
         "shear_y": {"shear": [0.0, shear], "center": [0, 0]},
-        "translate_x": {"translate": [0.3 * v * width, 0]},
-        "translate_y": {"translate": [0, 0.3 * v * height]},
+        "translate_x": {"translate": [int(0.3 * v * width), 0]},
+        "translate_y": {"translate": [0, int(0.3 * v * height)]},
     }[kind]
-    still = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
-    # Both by nearest neighbour, as Pillow's transforms are by default: no pixel mixes two classes.
-    how = still | change | {"interpolation": InterpolationMode.NEAREST}
-    return F.affine(image, **how, fill=0), F.affine(label[None], **how, fill=IGNORE)[0]
+    how = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]} | change
+    label = F.affine(label[None], **how, interpolation=InterpolationMode.NEAREST, fill=IGNORE)[0]
+    return F.affine(image, **how, interpolation=InterpolationMode.BILINEAR, fill=GREY), label
 
 
 def _randaugmented(image: Tensor, label: Tensor, number: int, magnitude: int, geometry: bool) -> tuple[Tensor, Tensor]:

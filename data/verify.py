@@ -13,8 +13,17 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.check import Labels, look_at, squeezed_note
-from data.datasets import TOLERANCE, UNREADABLE, Sample, SegmentationDataset, alike, by, pair_files, unlike
+from data.check import Labels, sample_facts, squeezed_note
+from data.datasets import (
+    TOLERANCE,
+    UNREADABLE,
+    Sample,
+    SegmentationDataset,
+    pair_files,
+    same_aspect,
+    size_text,
+    sizes_conflict,
+)
 from data.images import show_name
 from data.loaders import mapped, spread
 from data.taxonomy import ClassSet, class_set, label_ids
@@ -65,7 +74,7 @@ def check_dataset(cfg: DatasetConfig, classes: ClassSet, workers: int, name: str
         report.warnings.append(listing.note)
     for path in listing.orphans:
         report.fault("label without image", path)
-    size_of, looks = {}, mapped(look_at, listing, workers)
+    size_of, looks = {}, mapped(sample_facts, listing, workers)
     for sample, found in zip(listing, progress(looks, desc=name, total=len(listing), unit="img")):
         if with_labels and not sample.label.exists():
             report.fault("image without label", f"{sample.image}: {sample.label} is missing")
@@ -74,8 +83,10 @@ def check_dataset(cfg: DatasetConfig, classes: ClassSet, workers: int, name: str
         if found.get("label_map"):
             report.fault("image looks like a label map", sample.image)
         size, label_size = found.get("size"), found.get("label_size")
-        if size and label_size and unlike(size, label_size, cfg.size):
-            report.fault("image and label differ in size", f"{sample.image}: {by(size)}, label {by(label_size)}")
+        if size and label_size and sizes_conflict(size, label_size, cfg.size):
+            report.fault(
+                "image and label differ in size", f"{sample.image}: {size_text(size)}, label {size_text(label_size)}"
+            )
         if size:
             size_of[sample.image] = size
             if (twin := report.hashes.setdefault(found["hash"], str(sample.image))) != str(sample.image):
@@ -92,8 +103,8 @@ def check_dataset(cfg: DatasetConfig, classes: ClassSet, workers: int, name: str
     usual, any_size = _usual(report), cfg.format == "folder"
     for path, size in size_of.items():
         if not any_size and any(abs(a - b) > TOLERANCE * b for a, b in zip(size, usual)):
-            report.fault("image of another size than the rest", f"{path}: {by(size)}, not {by(usual)}")
-    if squeezed := [size for size in size_of.values() if cfg.size and not alike(size, cfg.size)]:
+            report.fault("image of another size than the rest", f"{path}: {size_text(size)}, not {size_text(usual)}")
+    if squeezed := [size for size in size_of.values() if cfg.size and not same_aspect(size, cfg.size)]:
         report.warnings.append(squeezed_note(squeezed, cfg.size))
     for kind, text in labels.faults():
         report.fault(kind, f"{report.labels} labels below {cfg.root}: {text}")
@@ -111,7 +122,7 @@ def summary(reports: dict[str, Report], classes: ClassSet) -> str:
     rows = [
         ["images", *(str(r.images) for r in every)],
         ["labels", *(str(r.labels) for r in every)],
-        ["usual size", *(by(_usual(r)) if r.sizes else "-" for r in every)],
+        ["usual size", *(size_text(_usual(r)) if r.sizes else "-" for r in every)],
         ["sizes", *(str(len(r.sizes)) for r in every)],
     ]
     for name in (*classes.names, "ignored"):

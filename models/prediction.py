@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor, nn
@@ -31,10 +30,9 @@ def _upright(image: Image.Image) -> Image.Image:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # of many kinds
         orientation = None
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation if orientation in range(1, 9) else 1
-    plain = Image.fromarray(np.asarray(image.convert("RGB")))
-    plain.info["exif"] = exif.tobytes()
+    plain = image.convert("RGB")
+    plain.info.clear()
+    plain.getexif()[ExifTags.Base.Orientation] = orientation
     return ImageOps.exif_transpose(plain)
 
 

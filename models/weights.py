@@ -171,9 +171,9 @@ def identify(path: Path, content: dict) -> WeightFile:
         return WeightFile(path, "ProDA", state, settings, networks=networks)
     without_fc = {key: value for key, value in state.items() if not key.startswith("fc.")}
     if "conv1.weight" in state and "layer1.0.conv1.weight" in state:
-        told = {"normalization": "imagenet"} if _of_imagenet(content, state) else {}
-        kind = "ImageNet ResNet" if told else "ResNet"
-        return WeightFile(path, kind, _rename(without_fc, _RESNET), told, backbone_alone=True)
+        settings = {"normalization": "imagenet"} if _of_imagenet(content, state) else {}
+        kind = "ImageNet ResNet" if settings else "ResNet"
+        return WeightFile(path, kind, _rename(without_fc, _RESNET), settings, backbone_alone=True)
     if "net.0.0.weight" in state:
         renamed = _rename(without_fc, _simclr_names(without_fc))
         return WeightFile(path, "SimCLRv2", renamed, dict(SIMCLR_SETTINGS), backbone_alone=True)
@@ -223,8 +223,8 @@ def _of_imagenet(content: dict, state: dict[str, Tensor]) -> bool:
     It has a classifier of 1000 classes, and is either saved as it is (torchvision) or beside the entries of supervised
     training (PyTorch's ImageNet example). `{"state_dict": …}` alone may be SimCLR's.
     """
-    told = _holds_tensors(content) or _TRAINING_ENTRIES & content.keys()
-    return len(state.get("fc.weight", ())) == 1000 and bool(told)
+    supervised = _holds_tensors(content) or bool(_TRAINING_ENTRIES & content.keys())
+    return len(state.get("fc.weight", ())) == 1000 and supervised
 
 
 def _rename(state: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Tensor]:
@@ -311,17 +311,17 @@ def load_weights(model: nn.Module, file: str | Path | WeightFile) -> Loaded:
 
 def _contradictions(model: nn.Module, file: WeightFile) -> list[str]:
     """What the file says of its network and the model is not, although tensors of the same shapes would fit."""
-    told, problems = file.settings, []
-    if told.get("arch", model.arch) != model.arch:
-        return [f"{told['arch']} file, {model.arch} model"]
+    wanted, problems = file.settings, []
+    if wanted.get("arch", model.arch) != model.arch:
+        return [f"{wanted['arch']} file, {model.arch} model"]
     for key in ("output_stride", "dilations"):
-        if told.get(key, getattr(model, key)) != getattr(model, key):
-            problems.append(f"{key} {told[key]} in the file, {getattr(model, key)} in the model")
-    statistics = NORMALIZATIONS.get(told.get("normalization"))
+        if wanted.get(key, getattr(model, key)) != getattr(model, key):
+            problems.append(f"{key} {wanted[key]} in the file, {getattr(model, key)} in the model")
+    statistics = NORMALIZATIONS.get(wanted.get("normalization"))
     if statistics and statistics != (tuple(model.mean), tuple(model.std)):
         mean, std = (tuple(round(v, 3) for v in values) for values in (model.mean, model.std))
         problems.append(
-            f"the file needs normalization={told['normalization']!r} (mean {statistics[0]}, std {statistics[1]}), "
+            f"the file needs normalization={wanted['normalization']!r} (mean {statistics[0]}, std {statistics[1]}), "
             f"the model has mean {mean}, std {std}"
         )
     return problems

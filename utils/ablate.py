@@ -37,7 +37,7 @@ from utils.pipeline import (
     own_keys,
     stage_rows,
 )
-from utils.report.page import ABLATION, read_mapping
+from utils.report.page import ABLATION
 
 VARIANTS = ROOT / "configs" / "ablations" / "default.yml"
 STAGES = ("warmup", "bpl", "pst")  # that may have variants
@@ -124,7 +124,7 @@ def _plan(overrides: list[str], variants: Path) -> dict[str, list[Config]]:
 def _check(cfg: Config) -> None:
     """UserError if a run cannot start, or its folder holds another experiment."""
     first_weights(cfg)
-    saved = read_mapping(cfg.run_dir / "config.yml", yaml.safe_load)
+    saved = checkpoint.read_mapping(cfg.run_dir / "config.yml", yaml.safe_load)
     if saved and not cfg.train.restart:
         refuse_other_experiment(saved, cfg)
 
@@ -167,16 +167,14 @@ def _run_seed(plan: dict[str, list[Config]], tests: Config) -> dict[str, dict]:
     return rows
 
 
-def main() -> None:
-    def call(words: list[str]) -> None:
-        own, words = split_words(words, ("variants",))
-        overrides, controls, seeds = own_keys(words)
-        require(not any(o.startswith("seed=") for o in overrides), "seed= is given; seeds=0,1,2 says which to run")
-        require(controls is None, "controls= is for utils.pipeline, which trains them")
-        run(overrides, seeds or SEEDS, Path(find_path(own.get("variants", str(VARIANTS)))).absolute())
-
-    run_words(call, __doc__)
+def main(words: list[str]) -> None:
+    """Run what the command line asks for."""
+    own, words = split_words(words, ("variants",))
+    overrides, controls, seeds = own_keys(words)
+    require(not any(o.startswith("seed=") for o in overrides), "seed= is given; seeds=0,1,2 says which to run")
+    require(controls is None, "controls= is for utils.pipeline, which trains them")
+    run(overrides, seeds or SEEDS, Path(find_path(own.get("variants", str(VARIANTS)))).absolute())
 
 
 if __name__ == "__main__":
-    main()
+    run_words(main, __doc__)

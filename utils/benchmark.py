@@ -53,6 +53,7 @@ from data.transforms import RandomScaleCropFlip
 from models import statistics_kept, upsample
 from models.backbone import IMAGENET_MEAN, IMAGENET_STD, check_backbone
 from models.build import default_stride
+from models.prediction import normalized
 from utils.config import ROOT, Config, ConfigError, UserError
 from utils.config.keys import DataConfig, DatasetConfig, require
 from utils.engine.command_line import run_words, split_words
@@ -67,7 +68,7 @@ from utils.engine.setup import (
 )
 from utils.engine.step import GuardedStep
 from utils.evaluation.metrics import ConfusionMatrix
-from utils.evaluation.prediction import autocast, default_precision, normalized, predict_confidence, predict_labels
+from utils.evaluation.prediction import autocast, default_precision, predict_confidence, predict_labels
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 CPU_CROP, CPU_BATCH = [256, 128], 2  # of a step on a CPU, in place of larger ones
@@ -171,7 +172,8 @@ def fitting(cfg: Config, device: torch.device) -> Config:
     """A resolved copy with crops and batches that the device gets through."""
     cfg = copy.deepcopy(cfg)
     if device.type == "cpu" and np.prod(cfg.data.crop) > 4 * np.prod(CPU_CROP):
-        cfg.data.crop, cfg.train.batch_source, cfg.train.batch_target = CPU_CROP, CPU_BATCH, CPU_BATCH
+        t = cfg.train
+        cfg.data.crop, t.batch_source, t.batch_target, t.accumulate = CPU_CROP, CPU_BATCH, CPU_BATCH, 1
     return resolve_auto(cfg)
 
 
@@ -442,7 +444,7 @@ def run_plan(cfg: Config, device: torch.device) -> None:
         half = default_precision(device) if device.type == "cuda" else "bfloat16"
     m.arch = "deeplabv2" if m.arch == "auto" else m.arch
     own_stride = default_stride(m.arch, m.backbone) if m.output_stride == "auto" else m.output_stride
-    strides = (own_stride,) if check_backbone(m.backbone) else (8, 16)  # without dilation, there are not both
+    strides = {own_stride} if check_backbone(m.backbone) else {8, 16, own_stride}  # without dilation, there is one
     least = 2 if m.arch == "deeplab_pbal" else 1  # images in a part, see `resolve_auto`
     sizes = (t.batch_source, t.batch_target)
     parts = [n for n in (1, 2, 4, 8) if all(size % n == 0 and size // n >= least for size in sizes)]
@@ -451,7 +453,9 @@ def run_plan(cfg: Config, device: torch.device) -> None:
         f"plan: BPL of {cfg.benchmark_name}, {width}x{height}, {sizes[0]}+{sizes[1]} images; GiB of tensors, and in all"
     )
     print("precision  stride  checkpointing  accumulate  tensors  in all")
-    for t.precision, m.output_stride, t.checkpointing in itertools.product((half, "float32"), strides, (False, True)):
+    for t.precision, m.output_stride, t.checkpointing in itertools.product(
+        (half, "float32"), sorted(strides), (False, True)
+    ):
         memory, again = memory_of_step(cfg), "yes" if t.checkpointing else "no"
         for n in parts:
             peak = (memory.fixed + memory.batch / n) / GIB
@@ -481,26 +485,24 @@ def device_memory(device: torch.device) -> float:
 SECTIONS = {"step": run_step, "data": run_data, "eval": run_eval, "plan": run_plan}
 
 
-def main() -> None:
-    def call(words: list[str]) -> None:
-        own, words = split_words(words, ("stage",))
-        chosen = [w for w in words if "=" not in w] or [name for name in SECTIONS if name != "plan"]
-        if unknown := [name for name in chosen if name not in SECTIONS]:
-            raise ConfigError(f"unknown section {unknown[0]!r}; known are {', '.join(SECTIONS)}")
-        stage = own.get("stage", "bpl")
-        require(stage in STAGES, f"stage={stage!r} is not one of {', '.join(STAGES)}")
-        require(stage == "bpl" or chosen == ["step"], "stage= goes with `step` alone")
-        cfg = checked_config(ROOT / "configs" / STAGES[stage][0], [w for w in words if "=" in w])
-        refuse_unusable_backbone(cfg)
-        device = choose_device(cfg)
-        on_gpu = device.type == "cuda"
-        name = torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine()
-        print(f"torch {torch.__version__}, {device} ({name}), {os.cpu_count()} CPU cores\n")
-        for section in chosen:
-            SECTIONS[section](cfg, device)
-
-    run_words(call, __doc__, "section or key=value")
+def main(words: list[str]) -> None:
+    """Run the sections that the command line names."""
+    own, words = split_words(words, ("stage",))
+    chosen = [w for w in words if "=" not in w] or [name for name in SECTIONS if name != "plan"]
+    if unknown := [name for name in chosen if name not in SECTIONS]:
+        raise ConfigError(f"unknown section {unknown[0]!r}; known are {', '.join(SECTIONS)}")
+    stage = own.get("stage", "bpl")
+    require(stage in STAGES, f"stage={stage!r} is not one of {', '.join(STAGES)}")
+    require(stage == "bpl" or chosen == ["step"], "stage= goes with `step` alone")
+    cfg = checked_config(ROOT / "configs" / STAGES[stage][0], [w for w in words if "=" in w])
+    refuse_unusable_backbone(cfg)
+    device = choose_device(cfg)
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine()
+    print(f"torch {torch.__version__}, {device} ({name}), {os.cpu_count()} CPU cores\n")
+    for section in chosen:
+        SECTIONS[section](cfg, device)
 
 
 if __name__ == "__main__":
-    main()
+    run_words(main, __doc__, "section or key=value")

@@ -23,13 +23,14 @@ from data.loaders import spread, whole_images
 from data.taxonomy import IGNORE, ClassSet, class_set
 from loss import labels_at
 from models import classifier_prototypes
+from models.prediction import normalized
 from utils.config import ROOT, Config, UserError
 from utils.config.keys import require
 from utils.engine import checkpoint
 from utils.engine.command_line import run_words
 from utils.engine.log import show_path
 from utils.engine.setup import checked_config, choose_device, load_network, prepare_data
-from utils.evaluation.prediction import autocast, normalized, same_size_batches
+from utils.evaluation.prediction import autocast, same_size_batches
 from utils.report.page import find_runs, title_of
 
 LEAST_PIXELS = 10  # features that a class needs to have a centre

@@ -58,7 +58,7 @@ from utils.engine.setup import (
 from utils.evaluation.metrics import mean_over, text_table
 from utils.evaluation.pictures import Gallery, save_panel
 from utils.evaluation.prediction import evaluate
-from utils.report.page import read_mapping, score_table, write_report
+from utils.report.page import score_table, write_report
 
 STEPS = {  # stage: its script, its config, what sets it apart; in order
     "source_only": (train_bpl, "stage0_warmup.yml", ["name=source_only", "loss.adversarial=0"]),
@@ -265,7 +265,7 @@ def _test(tests: Config, run_name: str) -> dict:
     cfg = copy.deepcopy(tests)
     cfg.checkpoint, cfg.which, cfg.batchnorm.statistics = run_name, "last", "target"
     cfg.name, cfg.test.dataset, cfg.test.images = f"test/{run_name}_target", "val", ""
-    scores = read_mapping(cfg.run_dir / "metrics.json")
+    scores = checkpoint.read_mapping(cfg.run_dir / "metrics.json")
     same = {
         "checkpoint_hash": checkpoint.file_hash(checkpoint.find_checkpoint(cfg, run_name)),
         "files": fingerprint(val := list_samples(cfg.data.val)),

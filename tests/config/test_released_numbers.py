@@ -1,12 +1,11 @@
 """Every number that PBAL's and ProDA's releases fix, with its source: a change of one of them fails here."""
 
-import numpy as np
 import pytest
 import torch
 
 import train_bpl
+from data import transforms
 from data.taxonomy import IGNORE
-from data.transforms import Views
 from models import build_model
 from utils.config import ROOT
 from utils.engine import loop
@@ -23,7 +22,7 @@ NUMBERS = [
     (TRAINED, "train.horizon", 90_000, PBAL),
     (TRAINED, "train.head_lr_factor", 10, PBAL),
     ((WARMUP, BPL, PST), "train.iterations", 60_000, PBAL),
-    ((DISTILL,), "train.iterations", 84 * 2975 // 4, PRODA),  # 84 epochs
+    ((DISTILL,), "train.iterations", 84 * (2975 // 4), PRODA),  # 84 epochs of whole batches
     ((WARMUP, BPL), "train.lr", 1e-4, PBAL),
     ((PST,), "train.lr", 2.5e-4, PBAL),
     ((DISTILL,), "train.lr", 6e-4, PRODA),
@@ -39,19 +38,27 @@ NUMBERS = [
     (TRAINED, "data.jitter_factor", [0.5, 1.5], PBAL),
     (TRAINED, "data.source.size", [1914, 1052], PBAL),
     (TRAINED, "data.target.size", [2048, 1024], PBAL),
+    (TRAINED, "data.val.size", [2048, 1024], PBAL),
     ((DISTILL,), "data.randaugment", [2, 10], PRODA),
     ((DISTILL,), "data.strong_geometry", True, PRODA),
     ((DISTILL,), "data.cutout", 0.333, PRODA),  # 170 of 512 pixels
     ((DISTILL,), "distill.resolution", "quarter", PRODA),
     (TRAINED, "model.dropout", 0.1, PBAL),
     ((WARMUP, BPL), "loss.adversarial", 0.01, PBAL),
+    ((WARMUP, BPL), "loss.gan", "bce", PBAL),
+    ((BPL,), "model.init_discriminator", "new", PBAL),
     ((BPL,), "loss.bidirectional", 0.1, PBAL),
+    ((PST,), "model.init", "imagenet", PBAL),
+    ((PST,), "loss.projection", "none", PBAL),
     ((PST,), "loss.pseudo_ce", 1, PBAL),
     ((PST,), "loss.contrast", 1, PBAL),
     ((PST,), "loss.temperature", 0.07, PBAL),
     ((DISTILL,), "loss.pseudo_ce", 1, PRODA),
     ((DISTILL,), "loss.distill", 1, PRODA),
+    ((DISTILL,), "distill.rounds", [1, 2], PRODA),
+    ((DISTILL,), "distill.init_round1", "simclr", PRODA),
     ((LABELS, DISTILL), "pseudo.threshold", 0.95, PRODA),
+    ((LABELS, DISTILL), "pseudo.selection", "constant", PRODA),
 ]
 
 
@@ -62,6 +69,11 @@ def test_a_stage_has_the_released_number(files, key, value, source):
         for part in key.split("."):
             found = getattr(found, part)
         assert found == value, f"{file}: {source} has {key}={value}"
+
+
+def test_synthias_images_have_the_released_size():
+    cfg = checked_config(ROOT / "configs" / BPL, ["benchmark=synthia_to_cityscapes"])
+    assert cfg.data.source.size == [1280, 760]
 
 
 def test_discriminators_optimiser_and_form():
@@ -88,20 +100,18 @@ def test_architectures(arch, stride, kind, dilations):
     assert type(model.dropout) is kind and model.dropout.p == 0.1 and model.classifier.in_channels == 256
 
 
-def test_jitter_draws_from_the_released_ranges():
+def test_jitter_draws_from_the_released_ranges(monkeypatch):
     """Of a thousand draws, the extremes come within two percent of the range's ends and never beyond them."""
-    d = checked_config(ROOT / "configs" / BPL).data
+    draws = []
+    monkeypatch.setattr(transforms, "_jittered", lambda images, *amounts: draws.extend(amounts) or images)
     torch.manual_seed(0)
-    draws = [Views(d, (0,) * 3, (1,) * 3).jitter.make_params([]) for _ in range(1000)]
-    for name, low, high in (
-        ("brightness", 0.5, 1.5),
-        ("contrast", 0.5, 1.5),
-        ("saturation", 0.5, 1.5),
-        ("hue", -0.2, 0.2),
-    ):
-        values = np.array([draw[f"{name}_factor"] for draw in draws])
+    images = torch.zeros(1000, 3, 1, 1, dtype=torch.uint8)
+    transforms.Views(checked_config(ROOT / "configs" / BPL).data, (0,) * 3, (1,) * 3).strong(images)
+    hue, others = (-0.2, 0.2), (0.5, 1.5)
+    for values, (low, high) in zip(draws, (hue, others, others, others), strict=True):
         edge = 0.02 * (high - low)
-        assert low <= values.min() < low + edge and high - edge < values.max() <= high, name
+        assert values.numel() == 1000
+        assert low <= values.min() < low + edge and high - edge < values.max() <= high
 
 
 def test_momentum_and_poly_power():

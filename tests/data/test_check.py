@@ -8,7 +8,7 @@ import pytest
 from conftest import CITYSCAPES_IDS, CUSTOM, SYNTHIA_IDS
 from PIL import Image
 
-from data.check import Labels, check_samples, look_at
+from data.check import Labels, check_samples, sample_facts
 from data.datasets import Sample, build_dataset
 from data.taxonomy import CLASS_SETS, class_set, custom_class_set
 from data.transforms import RandomScaleCropFlip
@@ -176,7 +176,7 @@ def test_a_broken_link_is_named_or_left_out(configure, copied, tmp_path):
 def test_look_at_a_sample(trees):
     tree = trees["gta5"]
     (name, ids), path = next(iter(tree.ids.items())), tree.root / "labels/00001.png"
-    found = look_at(Sample(tree.root / f"{name}.png", path, name))
+    found = sample_facts(Sample(tree.root / f"{name}.png", path, name))
     assert found["size"] == found["label_size"] == (96, 64) and not found["problems"] and not found["label_map"]
     assert found["ids"] == {int(i): int((ids == i).sum()) for i in np.unique(ids)} and found["stored"] == "P"
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 from scipy.stats import chisquare, kstest
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from data import transforms
 from data.taxonomy import IGNORE
 from data.transforms import Crop, RandomScaleCropFlip, Views
 from utils.config import ROOT
@@ -224,20 +224,20 @@ def test_strong_views_change_colours_and_stay_in_range(view):
     assert torch.equal(images, before)
 
 
-def test_strong_view_is_torchvisions_colour_jitter_without_its_rounding():
+def test_strong_view_is_torchvisions_operations_in_the_released_order(monkeypatch):
     images = torch.randint(0, 256, (6, 3, 32, 48), dtype=torch.uint8)
     images[0, :, :8], images[1, 1:, :8], images[2, 1] = 77, 0, images[2, 0]  # grey, pure red, two equal channels
     images[3] = torch.tensor([0, 255])[torch.randint(0, 2, (3, 32, 48))]
-    cfg = data_config(jitter_hue=0.5)
-    jitter = v2.ColorJitter(*3 * [tuple(cfg.jitter_factor)], cfg.jitter_hue)
-    for seed in range(5):
-        torch.manual_seed(seed)
-        out = Views(cfg, (0,) * 3, (1,) * 3).strong(images)
-        after = torch.get_rng_state()
-        torch.manual_seed(seed)
-        expected = torch.stack([jitter(image) for image in images.double() / 255])
-        assert torch.equal(after, torch.get_rng_state())  # as many random numbers are drawn
-        torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-4)
+    jittered, drawn = transforms._jittered, []
+    monkeypatch.setattr(transforms, "_jittered", lambda x, *amounts: drawn.append(amounts) or jittered(x, *amounts))
+    torch.manual_seed(0)
+    for _ in range(5):
+        out = Views(data_config(jitter_hue=0.5), (0,) * 3, (1,) * 3).strong(images)
+        for image, view, amounts in zip(images, out, zip(*drawn.pop())):
+            expected = image.double() / 255
+            for change, amount in zip(("hue", "brightness", "contrast", "saturation"), amounts, strict=True):
+                expected = getattr(F, f"adjust_{change}")(expected, amount.item())
+            torch.testing.assert_close(view.double(), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{"jitter_hue": 0.0}, {"jitter_factor": [1.0, 1.0]}])

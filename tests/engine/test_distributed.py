@@ -15,10 +15,13 @@ import torch.distributed as dist
 from survival import FORK, TinyNetwork, assert_same_run, metrics_of, same, tiny_discriminator
 from torch import nn
 
+import distill
 import gen_pseudo_labels
 import test
 import train_bpl
 import train_pst
+from data.taxonomy import IGNORE
+from data.transforms import Views
 from models import read_checkpoint as read
 from utils.config import ROOT, UserError
 from utils.engine import distributed
@@ -31,6 +34,11 @@ STAGES = {
     "warmup": (train_bpl, "stage0_warmup.yml", ()),
     "bpl": (train_bpl, "stage1_BPL.yml", ("model.init=warmup",)),
     "pst": (train_pst, "stage2_PST.yml", ()),
+    "distill/round1": (
+        distill,
+        "stage3_distill.yml",
+        ("checkpoint=warmup", "distill.init_round1=teacher", "distill.rounds=[1]"),
+    ),
 }
 
 
@@ -131,8 +139,17 @@ def assert_alike(one, other):
                 assert same_entry[kind] == pytest.approx(entry[kind], abs=1e-5), entry["step"]
 
 
+def hides_half_of_some(views, images, labels):
+    """In place of what each process draws for itself: a hole in some images, not in others."""
+    some = images[:, 0, 0, 0] % 2 == 0
+    labels = labels.clone()
+    labels[some, :, : labels.shape[2] // 2] = IGNORE
+    return views.weak(images), labels
+
+
 @pytest.mark.parametrize("stage", list(STAGES))
-def test_two_processes_make_the_steps_of_one(configure, upstream, tmp_path, two, stage):
+def test_two_processes_make_the_steps_of_one(configure, upstream, tmp_path, two, stage, monkeypatch):
+    monkeypatch.setattr(Views, "distill", hides_half_of_some)
     steps = ("train.iterations=5", "train.horizon=10", "train.val_every=5", "train.save_every=3")
     steps += ("data.jitter=false", "train.lr=0.01")
     with networks(Plain):

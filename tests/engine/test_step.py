@@ -12,7 +12,7 @@ import train_bpl
 import train_pst
 from data.taxonomy import IGNORE
 from utils.config import ConfigError, UserError
-from utils.engine import setup
+from utils.engine import loop, setup
 from utils.engine.setup import build_network, choose_device, compile_networks, resolve_auto
 from utils.engine.step import GuardedStep
 from utils.evaluation import prediction
@@ -257,3 +257,14 @@ def test_updates_do_not_depend_on_how_gradients_lie_in_memory(configure, tmp_pat
         after.append([weight.detach().clone() for weight in weights])
     for one, other in zip(*after):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_a_state_from_a_gpu_is_not_fused_on_a_cpu(configure, tmp_path):
+    cfg = resolve_auto(configure("gta5_to_city", "stage1_BPL.yml", tmp_path))
+    for optimizer in train_bpl.BPL(cfg, CPU).optimizers.values():
+        state = optimizer.state_dict()
+        for group in state["param_groups"]:
+            group["fused"] = True
+        optimizer.load_state_dict(state)
+        loop._fit_to_device(optimizer, CPU)
+        assert [group["fused"] for group in optimizer.param_groups] == [False] * len(state["param_groups"])

@@ -120,7 +120,7 @@ class DataConfig:
     palette: list[list[int]] = opt([], "custom: one [r, g, b] per class; [] = around the hue circle", most=255)
     source: DatasetConfig = opt(DatasetConfig, "labelled domain", stages=TRAIN_OR_TEST)
     target: DatasetConfig = opt(
-        DatasetConfig, "domain adapted to; its labels are read by labelled_bound and test.dataset=target alone"
+        DatasetConfig, "domain adapted to; labelled_bound and test.dataset=target alone read its labels"
     )
     val: DatasetConfig = opt(DatasetConfig, "the target's labelled split, to measure by", stages=TRAIN_OR_TEST)
     base_width: int = opt(
@@ -356,7 +356,9 @@ class PseudoConfig:
 @dataclass
 class DistillConfig:
     resolution: Literal["full", "quarter"] = opt(
-        "quarter", "of the target's losses: full = labels' and features' own | quarter = a quarter of the crop (ProDA)"
+        "quarter",
+        "of the target's losses: full = cross-entropy at label size, KL at feature size | quarter = both at a quarter "
+        "of the crop (ProDA)",
     )
     rounds: list[int] = opt([1, 2], "rounds to run; round 2 learns from round 1's result (ProDA)", least=1, most=2)
     init_round1: str = opt(
@@ -391,7 +393,7 @@ class Config:
     benchmark: str = opt("gta5_to_cityscapes", "the pair of domains: a name in configs/benchmarks/ or a YAML file")
     stage: Literal[STAGES] = opt("bpl", "set by the stage file", stages=())
     name: str = opt("", "run folder below runs/<benchmark>/; '' = the stage's name")
-    runs: str = opt("runs", "folder of all runs, from the one that you start in; in a YAML, below it")
+    runs: str = opt("runs", "folder of all runs, relative to the working folder; a YAML may name one inside it alone")
     checkpoint: str = opt(
         "",
         "the network to use, or the teacher of distillation's round 1: a run's name or a file",

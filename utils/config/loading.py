@@ -171,7 +171,7 @@ def _check_ranges(config: Config) -> None:
         least, most = metadata["least"], metadata["most"]
         inside = all(least <= number <= most and number < math.inf for number in _numbers(values[key]))
         span = {0: "0 or more", TINY: "above 0"}.get(least, f"at least {least:g}")
-        span = f"in {least:g}..{most:g}" if most < math.inf else span
+        span = f"in {least:.12g}..{most:.12g}" if most < math.inf else span
         require(inside, f"{key}={values[key]} must be {span}")
 
 

@@ -10,12 +10,13 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 
 from data.taxonomy import class_set
@@ -66,6 +67,15 @@ def plain(value: object) -> object:
 def write_json(path: Path, content: dict) -> None:
     """Save as indented JSON; NaN and infinity become null."""
     atomic_write(path, lambda p: p.write_text(json.dumps(plain(content), indent=2) + "\n"))
+
+
+def read_mapping(path: Path, parse: Callable[[str], Any] = json.loads) -> dict:
+    """The mapping that a text file holds, {} if it cannot be read."""
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def save_checkpoint(path: Path, content: dict, previous: Path | None = None) -> None:
@@ -146,7 +156,7 @@ class RunFiles:
         """The checkpoint of that name, e.g. of a teacher."""
         return self.folder / "checkpoints" / f"{name}.pth"
 
-    def there(self) -> bool:
+    def can_resume(self) -> bool:
         """Whether there is a state to resume."""
         return self.last.is_file() or self.previous.is_file()
 
@@ -217,6 +227,8 @@ def find_checkpoint(cfg: Config, name: str, published: Sequence[str] = ()) -> Pa
     Raises:
         UserError: says where was looked and how to get the weights.
     """
+    if not name:
+        raise UserError("no weights are named: give a run's name or a file")
     file = Path(os.path.expanduser(name)).absolute()
     if file.is_file():
         return file

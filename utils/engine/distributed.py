@@ -43,8 +43,8 @@ def start() -> None:
     if dist.is_initialized() or number < 2:
         return
     if missing := {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
-        said = f"WORLD_SIZE={number} is set, but not {', '.join(sorted(missing))}"
-        print(f"warning: {said}: training in one process; see torchrun", file=sys.stderr)
+        message = f"WORLD_SIZE={number} is set, but not {', '.join(sorted(missing))}"
+        print(f"warning: {message}: training in one process; see torchrun", file=sys.stderr)
         return
     # Tensors meet where they are: on GPUs by NCCL; on the host, as do flags and plain values, by Gloo.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -51,7 +51,8 @@ from utils.evaluation.prediction import evaluate
 
 Backward = Callable[..., None]
 
-MOMENTUM, POWER = 0.9, 0.9  # of SGD; of the poly schedule (as released)
+MOMENTUM = 0.9  # of SGD (as released)
+POWER = 0.9  # of the poly schedule (as released)
 
 # Keys that may differ between the two parts of a resumed run: they change where, how fast and how long it learns.
 HARMLESS = {
@@ -173,9 +174,11 @@ def fuses(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _lay_out_as_weights(optimizer: Optimizer) -> None:
-    """Give momenta the memory layout of their weights, which may have had another one when a run was killed: fused
-    kernels need one layout."""
+def _fit_to_device(optimizer: Optimizer, device: torch.device) -> None:
+    """Undo what a loaded state has from the device it was made on: the kind of kernels, and the memory layout of the
+    momenta, which fused kernels need to be that of the weights."""
+    for group in optimizer.param_groups:
+        group["fused"] = fuses(device)
     for weight, state in optimizer.state.items():
         for name, value in state.items():
             if value.shape == weight.shape:
@@ -214,7 +217,7 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
     if (cfg.run_dir / pseudo_labels.MANIFEST).exists():
         raise UserError(f"{cfg.run_dir} is a folder of pseudo labels: choose another name=")
     files, saved, start = checkpoint.RunFiles(cfg.run_dir), None, "random weights"
-    if files.there() and not cfg.train.restart:
+    if files.can_resume() and not cfg.train.restart:
         saved, start = files.read()
         upstream = saved["upstream"]
         refuse_other_experiment(saved["config"], cfg, upstream.values())
@@ -377,7 +380,7 @@ class Run:
                 self.stage.networks[name].load_state_dict(state)
             for name, state in saved["optimizers"].items():
                 self.stage.optimizers[name].load_state_dict(state)
-                _lay_out_as_weights(self.stage.optimizers[name])
+                _fit_to_device(self.stage.optimizers[name], self.stage.device)
             checkpoint.set_rng_states(saved["rng"])
             self.step.load_state_dict(saved["step"])
             self.unreadable = set(saved["unreadable"])

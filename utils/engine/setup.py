@@ -92,18 +92,18 @@ def resolve_auto(cfg: Config, file: WeightFile | None = None) -> Config:
             a backbone that does not say which input it was trained on.
     """
     cfg = copy.deepcopy(cfg)
-    m, told = cfg.model, dict(file.settings) if file else {}
+    m, file_settings = cfg.model, dict(file.settings) if file else {}
     if file and file.backbone_alone:
         # init=simclr and init=imagenet name published files, whose input statistics are known.
-        told |= {"simclr": SIMCLR_SETTINGS, "imagenet": {"normalization": "auto"}}.get(m.init, {})
+        file_settings |= {"simclr": SIMCLR_SETTINGS, "imagenet": {"normalization": "auto"}}.get(m.init, {})
         if m.arch == "deeplab_pbal":
-            told.pop("bn_clr", None)  # the variant is deeplabv2's
-        if m.normalization == "auto" and "normalization" not in told:
+            file_settings.pop("bn_clr", None)  # the variant is deeplabv2's
+        if m.normalization == "auto" and "normalization" not in file_settings:
             raise UserError(
                 f"{file.path} ({file.format}) does not say which input its weights expect: give model.normalization="
                 "imagenet (ImageNet's mean and std), half (mean and std 0.5) or none ([0, 1] as it is, e.g. SimCLR)"
             )
-    others = {key: value for key, value in told.items() if getattr(m, key) not in ("auto", value)}
+    others = {key: value for key, value in file_settings.items() if getattr(m, key) not in ("auto", value)}
     if others and not file.backbone_alone:
         holds = " ".join(f"model.{key}={value}" for key, value in others.items())
         given = ", ".join(str(getattr(m, key)) for key in others)
@@ -111,8 +111,8 @@ def resolve_auto(cfg: Config, file: WeightFile | None = None) -> Config:
             f"{file.path} ({file.format}) holds a network of {holds}, not {given}: give "
             + " ".join(f"model.{key}=auto" for key in others)
         )
-    for key in told.keys() - others.keys():
-        setattr(m, key, told[key])
+    for key in file_settings.keys() - others.keys():
+        setattr(m, key, file_settings[key])
     m.arch = DEFAULT_ARCH if m.arch == "auto" else m.arch
     m.backbone = m.backbone_name
     m.output_stride = default_stride(m.arch, m.backbone) if m.output_stride == "auto" else m.output_stride

@@ -12,8 +12,9 @@ from torch.optim.swa_utils import update_bn
 from data.datasets import SegmentationDataset
 from data.loaders import whole_images
 from models import DeepLabPBAL
+from models.prediction import normalized
 from utils.config import Config, UserError
-from utils.evaluation.prediction import autocast, normalized, same_size_batches
+from utils.evaluation.prediction import autocast, same_size_batches
 
 
 def batchnorm_statistics(model: nn.Module) -> dict[str, Tensor]:

@@ -10,10 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from data.datasets import SegmentationDataset, resize_label
-from data.images import read_image
+from data.images import read_image, save_picture
 from data.pseudo_labels import write_png
 from data.taxonomy import ClassSet
-from utils.config import UserError, reason
 from utils.engine.distributed import is_main, wait
 from utils.evaluation.pictures import colorize, to_picture
 
@@ -60,8 +59,5 @@ class Exporter:
         write_png(self.folder / "train_ids" / f"{sample.name}.png", train_ids)
         write_png(self.folder / "label_ids" / f"{sample.name}.png", self.label_ids[train_ids])
         overlay = self.folder / "overlay" / f"{sample.name}.jpg"
-        overlay.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            Image.blend(Image.fromarray(to_picture(image)), Image.fromarray(color), 0.5).save(overlay, quality=90)
-        except OSError as error:  # a full disk; a side above 65,500 pixels, which JPEG cannot hold
-            raise UserError(f"cannot write {overlay}: {reason(error)}") from None
+        blend = Image.blend(Image.fromarray(to_picture(image)), Image.fromarray(color), 0.5)
+        save_picture(overlay, blend, quality=90)

@@ -9,9 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data.images import show_name
+from data.images import save_picture, show_name
 from data.taxonomy import ClassSet
-from utils.config import UserError, reason
 from utils.engine import distributed
 from utils.evaluation.metrics import ConfusionMatrix
 
@@ -55,11 +54,7 @@ def save_panel(path: Path, rows: list[list[np.ndarray]], captions: list[str], wi
             sheet.paste(Image.fromarray(picture).resize((width, height), resample), (column * (width + gap), top))
         top += height + gap
     if distributed.is_main():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sheet.save(path)
-        except OSError as error:  # a full disk, a read-only folder
-            raise UserError(f"cannot write {path}: {reason(error)}") from None
+        save_picture(path, sheet)
     return np.asarray(sheet)
 
 

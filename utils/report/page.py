@@ -6,7 +6,6 @@ and panel.png. Missing or damaged files leave a gap. TensorBoard has the curves.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import yaml
 from data.taxonomy import CLASS_SETS, custom_class_set
 from utils.config import UserError
 from utils.config.keys import TRAINING_STAGES
-from utils.engine.checkpoint import atomic_write
+from utils.engine.checkpoint import atomic_write, read_mapping
 from utils.engine.distributed import is_main
 from utils.evaluation.metrics import cell, left_out_note
 from utils.report.markup import heat_map, legend, picture, table
@@ -68,15 +67,6 @@ class Run:
     scores: dict[str, dict]  # "last" and "best" of training, or "test"
 
 
-def read_mapping(path: Path, parse=json.loads) -> dict:
-    """The mapping that a file holds, {} if it cannot be read."""
-    try:
-        content = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def _stages(summary: dict) -> dict[str, dict]:
     """The rows of a summary, as far as they are rows."""
     stages = summary.get("stages")
@@ -111,7 +101,7 @@ def find_runs(folder: Path) -> list[Run]:
             found.append(Path(place).relative_to(folder))
     names = sorted((f.as_posix() for f in found if ABLATION not in f.parts), key=_place)
     if not names:
-        raise UserError(f"{folder} holds no run: name runs/<benchmark> or a run's folder in it")
+        raise UserError(f"{folder} holds no run")
     return [_read_run(folder / name, name) for name in names]
 
 
