@@ -21,7 +21,7 @@ from torch import nn
 
 from data import pseudo_labels as store
 from data.check import check_samples
-from data.datasets import SegmentationDataset, build_dataset, fingerprint
+from data.datasets import UNREADABLE, SegmentationDataset, build_dataset, fingerprint
 from data.taxonomy import class_set
 from utils.config import Config, UserError, to_dict
 from utils.config.keys import MAX_SKIPPED
@@ -58,6 +58,9 @@ def main(cfg: Config) -> dict:
         own, histogram, highest = _predict(model, target, cfg, device, folder)
         written = set().union(*distributed.gathered(own))
         left_out = [sample.name for sample in target.samples if sample.name not in written]
+        for index, sample in enumerate(target.samples):
+            if sample.name in left_out:
+                print(f"left out: {target[index].get(UNREADABLE)}")
         if len(left_out) > MAX_SKIPPED:
             raise UserError(
                 f"{len(left_out)} target images cannot be used, more than {MAX_SKIPPED}; the first is {left_out[0]}"

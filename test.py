@@ -97,12 +97,15 @@ def _evaluated(cfg: Config) -> dict:
     if images:
         for prediction in predictions(model, dataset, cfg, device, "predict"):
             export(*prediction)
+        export.finish()
         log.info(f"{len(dataset)} predictions written to {show_path(export.folder)}")
     else:
         gallery = Gallery(spread(len(dataset), cfg.test.panels), classes)
         worst = Worst(cfg.test.panels, [s.name for s in dataset.samples], classes)
         callbacks = [gallery, worst, export] if export else [gallery, worst]
         scores = evaluate(model, dataset, cfg, device, *callbacks)
+        if export:
+            export.finish()
         for name, pictures in (("test", gallery), ("worst", worst)):
             if pictures.shown:
                 pictures.save(cfg.run_dir / "panels" / f"{name}.png")

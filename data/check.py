@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -90,7 +91,7 @@ class Labels:
         looks, found = self.looks_like(), []
         if not self._pixels(self.learnt):
             found.append(("no label holds any class", f"no pixel of any class; {self._held()}{looks and ': ' + looks}"))
-        elif looks and not self._all_named():
+        elif looks and not self._mostly_named():
             found.append(("label ids of another numbering", f"{self._ignored()}: {looks}"))
         if self.other_palette:
             found.append(("palettes differ, so that their indices are no ids", self.other_palette))
@@ -104,9 +105,13 @@ class Labels:
     def mostly_ignored(self) -> list[str]:
         """A warning if most pixels are of no class."""
         total, learnt = self.ids.total(), self._pixels(self.learnt)
-        looks = self.looks_like() if learnt and self._all_named() else ""
+        looks = self.looks_like() if learnt and self._mostly_named() else ""
         mostly = learnt and total - learnt > MOST_IGNORED * total
-        return [f"{self._ignored()}{looks and f'; {looks}, but every id of id_map occurs'}"] if mostly or looks else []
+        return [f"{self._ignored()}{looks and f'; {looks}, but most ids of id_map occur'}"] if mostly or looks else []
+
+    def eight_bits(self) -> Path | None:
+        """A label of 8 bits in SYNTHIA, which has 16: ids may have been cut down or renumbered."""
+        return self.stored.get("L", self.stored.get("P")) if self.cfg.format == "synthia" else None
 
     def warnings(self, every_class: bool) -> list[str]:
         """What looks odd but may be intended; classes without a pixel are named if `every_class`."""
@@ -124,9 +129,9 @@ class Labels:
             found.append(f"ids that id_map does not name are ignored: {listed}{', …' if len(stray) > 8 else ''}")
         return found
 
-    def _all_named(self) -> bool:
-        """Whether the user names ids, and every one occurs: then it is hardly a mistake that others are ignored."""
-        return bool(self.cfg.id_map) and self.names.keys() <= set(self.ids)
+    def _mostly_named(self) -> bool:
+        """Whether the user names ids, and most of them occur: then it is hardly a mistake that others are ignored."""
+        return bool(self.cfg.id_map) and 2 * len(self.names.keys() & set(self.ids)) > len(self.names)
 
     def looks_like(self) -> str:
         """Which numbering the ids more likely have, or what has happened to them; "" if they are as expected."""
@@ -136,6 +141,8 @@ class Labels:
             return ""
         if present == {0} and not learnt:
             return "16-bit labels that were cut to 8 bits hold 0 alone"
+        if not self.cfg.id_map and self.cfg.format == "folder" and unknown == [len(self.classes)]:
+            return "they look like ids that begin at 1: name them in id_map"
         if set(self.classes.names) <= set(CITYSCAPES_NAMES):
             for name, names, known in _NUMBERINGS:
                 other, better = self.learnt.items() - names.items(), self._pixels(names)
@@ -147,8 +154,6 @@ class Labels:
         step = math.gcd(*body)
         if step > 1 and len(body) > 2 and (unknown or not learnt):
             return f"they are multiples of {step}, as in labels that were stretched for the eye"
-        if not self.cfg.id_map and self.cfg.format == "folder" and unknown == [len(self.classes)]:
-            return "they look like ids that begin at 1: name them in id_map"
         return ""
 
     def _pixels(self, ids: dict[int, str]) -> int:
@@ -195,22 +200,28 @@ def check_samples(
     if empty and not dataset.skips:
         raise UserError(f"{len(empty)} files of {key} are empty, the first is {show_name(empty[0])}")
     labels, sizes = Labels(getattr(cfg.data, name), class_set(cfg.data)), []
-    for index in spread(len(dataset), CHECKED):
-        sample = dataset.samples[index]
+    looked_at = [dataset.samples[index] for index in spread(len(dataset), CHECKED)]
+    for sample in looked_at:
         found = sample_facts(sample)
         try:
             _refuse_unusable(dataset, sample, found, labels)
             sizes.append(found["size"])
             labels.add(sample, found)
+            if found["label_map"]:
+                dataset.notes.append(f"{key}: {show_name(sample.image)} looks like a label map, not like an image")
         except UserError:
             if not dataset.skips:
                 raise
     if not pseudo_labels:
         if faults := labels.faults():
-            first = next(s.label for s in dataset.samples if s.label)
+            first = next(s.label for s in looked_at if s.label)
             kind, text = faults[0]
             raise UserError(f"{kind}: {text} ({len(sizes)} labels of {key} were looked at, such as {show_name(first)})")
         dataset.notes += [f"{key}: {text}" for text in labels.mostly_ignored()]
+        if path := labels.eight_bits():
+            dataset.notes.append(
+                f"{key}: SYNTHIA's labels have 16 bits, {show_name(path)} has 8: are its ids SYNTHIA's?"
+            )
     squeezed = [size for size in sizes if dataset.size and not same_aspect(size, dataset.size)]
     if squeezed:
         dataset.notes.append(f"{key}: {squeezed_note(squeezed, dataset.size)}")

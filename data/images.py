@@ -10,6 +10,7 @@ import contextlib
 import errno
 import io
 import math
+import re
 import struct
 import warnings
 import zlib
@@ -37,6 +38,7 @@ _EXACT_FORMATS = ("PNG", "BMP", "PPM", "TIFF")
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp", "tiff_thunderscan", "tiff_sgilog", "tiff_sgilog24")
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _COLOUR, _COLOUR_ALPHA = 2, 6  # PNG's colour types
+_BITS, _PHOTOMETRIC, _SAMPLES, _PLANAR = 258, 262, 277, 284  # TIFF's tags
 _TURN = {  # EXIF orientation -> what brings the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,7 +53,10 @@ _OF_THE_SYSTEM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class _Png:
-    """A PNG file without its metadata."""
+    """A PNG file without its metadata; ValueError if it is cut off, or a chunk of its pixels fails its checksum.
+
+    Pillow looks at neither, and would decode most such files: to other pixels, in silence.
+    """
 
     def __init__(self, content: bytes):
         width, height, depth, colour, _, _, self.interlaced = struct.unpack_from(">IIBBBBB", content, 16)
@@ -60,20 +65,21 @@ class _Png:
         self.deep = {_COLOUR: "RGB", _COLOUR_ALPHA: "RGBA"}.get(colour, "") if depth == 16 else ""
         view, place, kind = memoryview(content), 8, b""
         self._chunks, self._pixels = [view[:8]], []  # what is copied is most of the time that this takes
-        while place + 8 <= len(content) and kind != b"IEND":
-            length, kind = struct.unpack_from(">I4s", content, place)
+        while kind != b"IEND":
+            length, kind = struct.unpack(">I4s", content[place : place + 8].ljust(8))
             chunk = view[place : place + 12 + length]
             place += 12 + length
-            exif = kind == b"eXIf" and _sound(chunk)
+            if place > len(content):
+                raise ValueError("the file is cut off")
+            exif, critical = kind == b"eXIf" and _sound(chunk), kind[:1].isupper()  # the others are ancillary
+            if critical and not _sound(chunk):
+                raise ValueError(f"the file is damaged: its chunk {kind.decode('ascii', 'replace')} fails its checksum")
             self.turned |= exif
-            if exif or kind[:1].isupper():  # the others are ancillary
+            if exif or critical:
                 self._chunks.append(chunk)
             if kind == b"IDAT":
                 self._pixels.append(chunk[8 : 8 + length])
-        # Of a file that is cut off, no rows are read by themselves: that is to be said at once, not when a crop needs
-        # what is missing.
-        complete = kind == b"IEND" and place <= len(content) and _sound(view[8:33])
-        self.plain = complete and (depth, colour, self.interlaced, self.turned) == (8, _COLOUR, 0, False)
+        self.plain = (depth, colour, self.interlaced, self.turned) == (8, _COLOUR, 0, False)
 
     def content(self) -> bytes:
         """The file."""
@@ -148,8 +154,9 @@ def _named(kind: str, path: Path) -> Iterator[None]:
 
 
 def show_name(name: object) -> str:
-    """A path, or text with paths, for terminals and UTF-8 files: bytes that are no UTF-8 become \\xNN."""
-    return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A path, or text with paths, for one line: control characters and bytes that are no UTF-8 become \\xNN."""
+    text = str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -198,10 +205,13 @@ def _turn_of(picture: Image.Image) -> Image.Transpose | None:
 
 def _eight_bits(picture: Image.Image, layout: str, png: _Png | None) -> Image.Image:
     """A picture of more bits in 8. A deep file that holds no value above 255 holds 8-bit values."""
+    tags = getattr(picture, "tag_v2", {})
     if picture.mode == "F":
         raise ValueError("floating-point pixels")
+    if tags.get(_PLANAR) == 2 and tags.get(_SAMPLES, 1) > 1 and max(tags.get(_BITS, (8,))) > 8:
+        raise ValueError("colours of 16 bits in separate planes: save 8 bits, or interleaved colours")
     if picture.mode.startswith("I"):
-        if getattr(picture, "tag_v2", {}).get(262) == 0:  # PhotometricInterpretation: white is zero
+        if tags.get(_PHOTOMETRIC) == 0:  # white is zero
             raise ValueError("grey of more than 8 bits that is stored inverted")
         values = np.asarray(picture)
         least, most = int(values.min()), int(values.max())
@@ -236,8 +246,13 @@ def read_label_ids(path: Path) -> np.ndarray:
         picture = _open(content, png)
         if picture.format not in _EXACT_FORMATS or picture.info.get("compression") in _LOSSY_TIFF:
             raise ValueError(f"{picture.format} compression does not keep ids exactly: save it as PNG")
-        if picture.format == "TIFF" and _pages_of_one_size(picture):
-            raise ValueError("it has several pages: save one as PNG")
+        if picture.format == "TIFF":
+            if _pages_of_one_size(picture):
+                raise ValueError("it has several pages: save one as PNG")
+            if picture.mode == "L" and picture.tag_v2.get(_SAMPLES, 1) > 1:
+                raise ValueError("it has several channels: save the one with the ids as PNG")
+            if picture.mode.startswith("I") and picture.tag_v2.get(_PHOTOMETRIC) == 0:  # which Pillow ignores there
+                raise ValueError("its greys are stored inverted: save it as PNG")
         layout, declared = _layout(picture)
         if (not png or png.turned) and _turn_of(picture) is not None:
             raise ValueError("its EXIF entry turns it, which readers of labels take or leave: save it upright")

@@ -14,7 +14,11 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, form: str 
         teacher_logits: float (N, K, h, w), at the same size; no gradient reaches the teacher.
         form: "kl"; or "released", as ProDA's code has it: Σ_k t_k (log t_k - s_k) / K with the student's probability
             s_k in place of its logarithm. The gradient of that is bounded by t_k / K, and some hundred times weaker.
+
+    Raises ValueError for another form.
     """
+    if form not in ("kl", "released"):
+        raise ValueError(f"form={form!r} is neither 'kl' nor 'released'")
     teacher = teacher_logits.detach().float()
     if form == "released":
         return F.kl_div(student_logits.float().softmax(1), teacher.softmax(1), reduction="none").mean()

@@ -12,8 +12,9 @@ IGNORE = 255  # label of pixels without a class
 
 
 def labels_at(labels: Tensor, size: Sequence[int]) -> Tensor:
-    """Train ids, integer (N, H, W), at (height, width) `size`, by nearest neighbour; uint8."""
-    return F.interpolate(labels[:, None].byte(), size=tuple(size), mode="nearest")[:, 0]
+    """Train ids, integer (N, H, W), at (height, width) `size`, by nearest neighbour; in the same type."""
+    values = labels if labels.dtype == torch.uint8 else labels.float()  # the types that torch resizes
+    return F.interpolate(values[:, None], size=tuple(size), mode="nearest")[:, 0].to(labels.dtype)
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:

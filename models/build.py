@@ -42,7 +42,7 @@ def build_model(
 
     Args:
         arch: "deeplabv2" (ProDA) or "deeplab_pbal" (PBAL's release).
-        num_classes: K.
+        num_classes: K, 1 to 255: 255 is the label of pixels without a class.
         backbone: resnet18 … resnet152, or timm/NAME.
         output_stride: of the backbone, 8 or 16, or what a network of timm's has; None = `default_stride`.
         dropout: probability before the classifier, in 0..1.
@@ -55,10 +55,13 @@ def build_model(
         `classifier` is the 1x1 convolution; `mean` and `std` are the input statistics for images in [0, 1].
 
     Raises:
-        ValueError: an unknown architecture, backbone, output stride or normalization; bn_clr with another architecture.
+        ValueError: an unknown architecture, backbone, output stride or normalization; too many classes; bn_clr with
+            another architecture.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}; known are {', '.join(ARCHITECTURES)}")
+    if not 1 <= num_classes <= 255:
+        raise ValueError(f"num_classes={num_classes} must be in 1..255")
     if normalization not in ("auto", *NORMALIZATIONS):
         raise ValueError(f"unknown normalization {normalization!r}; known are auto, {', '.join(NORMALIZATIONS)}")
     if bn_clr and arch != "deeplabv2":

@@ -23,8 +23,8 @@ def _upright(image: Image.Image) -> Image.Image:
     The image's metadata is lost.
     """
     for _ in range(2):  # a PNG may have some behind its pixels, a TIFF is turned while it is loaded
-        for xmp in ("xmp", "XML:com.adobe.xmp"):
-            image.info.pop(xmp, None)
+        for entry in ("xmp", "XML:com.adobe.xmp", "Raw profile type exif"):
+            image.info.pop(entry, None)
         image.load()
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
@@ -37,19 +37,22 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def predict(model: nn.Module, image: Image.Image | str | Path | Tensor) -> Tensor:
-    """The most likely class of each pixel, as `test.py` predicts it at scale 1 in float32.
+    """The most likely class of each pixel, as `test.py` predicts it at scale 1 in the type of the weights.
 
     Args:
-        model: in eval mode, from `load_model`.
+        model: in eval mode, as from `load_model`.
         image: a PIL image or the path of one (turned upright by its EXIF entry), or uint8 (3, H, W); any size.
 
     Returns:
         uint8 (H, W) on the CPU: train ids, in 0..K-1.
 
     Raises:
-        ValueError: not an 8-bit image, a tensor of another shape or type, or something else, such as an array.
+        ValueError: a model in train mode; not an 8-bit image, a tensor of another shape or type, or something else,
+            such as an array.
         OSError: the file cannot be read.
     """
+    if model.training:
+        raise ValueError("the model is in train mode: call model.eval() first")
     opened = Image.open(image) if isinstance(image, str | Path) else None
     image = opened or image
     if isinstance(image, Image.Image):
@@ -66,5 +69,7 @@ def predict(model: nn.Module, image: Image.Image | str | Path | Tensor) -> Tenso
     if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
         raise ValueError(f"uint8 (3, H, W) is needed, not {image.dtype} {tuple(image.shape)}")
     with torch.no_grad():
-        logits = model(normalized(image[None].to(next(model.parameters()).device), model))["logits"][0].float()
+        weight = next(model.parameters())
+        x = normalized(image[None].to(weight.device), model).to(weight.dtype)
+        logits = model(x)["logits"][0].float()
     return torch.cat([maps.argmax(0).byte() for _, maps in upsampled_rows(logits, image.shape[1:])]).cpu()

@@ -194,6 +194,8 @@ def _own_checkpoint(path: Path, content: dict) -> WeightFile:
         named = (name for name, known in NORMALIZATIONS.items() if known == statistics)
         settings["normalization"] = next(named, "auto")  # the backbone's own
     state, names = _tensors(path, content["model"]), recipe.get("class_names")
+    if names and len(names) != len(state.get("classifier.weight", names)):
+        raise WeightError(f"{path} names {len(names)} classes, but its classifier has another number")
     others = {key: content.get(key, {}) for key in ("networks", "running_statistics")}
     return WeightFile(path, "PBAL checkpoint", state, settings, class_names=names, **others)
 

@@ -448,7 +448,7 @@ def test_debug_shows_the_traceback(place, capfd):
         assert code == 1 and any("Traceback" in line for line in lines) == debug
 
 
-def test_skipped_files_are_counted_and_left_out_of_pseudo_labels(place, benchmarks, configure):
+def test_skipped_files_are_counted_and_left_out_of_pseudo_labels(place, benchmarks, configure, capsys):
     images = sorted((place / CITY / "leftImg8bit/train").rglob("*.png"))
     images[1].write_bytes(images[1].read_bytes()[:200])
     (place / GTA5 / "images/00002.png").write_bytes(b"no image")
@@ -464,5 +464,6 @@ def test_skipped_files_are_counted_and_left_out_of_pseudo_labels(place, benchmar
     assert '"unreadable_files": 2' in (folder / "skipping" / "metrics.jsonl").read_text()
     made = run(gen_pseudo_labels, "pseudo_labels.yml", "name=some")
     assert [name.rsplit("/")[-1] for name in made["left_out"]] == [images[1].stem]
+    assert f"{images[1].name}: the file is cut off" in capsys.readouterr().out.split("left out: ")[1].splitlines()[0]
     run(train_pst, "stage2_PST.yml", "pseudo_labels=some")
     assert ", 4 target " in (folder / "pst" / "log.txt").read_text()

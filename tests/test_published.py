@@ -264,10 +264,13 @@ def test_predict_turns_pictures_upright_and_refuses_what_is_no_image(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
     upright = torch.from_numpy(np.rot90(pixels, -1).copy()).permute(2, 0, 1)
     assert torch.equal(predict(model, tmp_path / "x.png"), predict(model, upright))
+    assert predict(model.bfloat16(), upright).shape == (64, 40)
     of_type = torch.zeros(3, 8, 8), torch.zeros(8, 8, 3, dtype=torch.uint8), Image.new("I;16", (8, 8)), pixels, b""
     for wrong in of_type:
         with pytest.raises(ValueError, match="is needed, not"):
             predict(model, wrong)
+    with pytest.raises(ValueError, match=r"model\.eval\(\)"):
+        predict(model.train(), upright)
 
 
 def test_load_model_refuses_a_backbone(tmp_path):

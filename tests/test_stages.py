@@ -317,10 +317,13 @@ def test_a_broken_target_image_is_left_out_of_the_statistics_of_a_test(finished,
 
 
 @one_layout
-def test_no_run_begins_among_pseudo_labels(finished, configure):
-    cfg = configure(finished.layout, "stage1_BPL.yml", finished.runs, "name=pseudo_labels")
-    with pytest.raises(UserError, match="is a folder of pseudo labels: choose another name="):
+@pytest.mark.parametrize(("name", "kind"), [("pseudo_labels", "a folder of pseudo labels"), ("test", "a test's")])
+def test_no_run_begins_where_something_else_lies(finished, configure, name, kind):
+    cfg = configure(finished.layout, "stage1_BPL.yml", finished.runs, f"name={name}")
+    before = sorted(cfg.run_dir.rglob("*"))
+    with pytest.raises(UserError, match=rf"/{name} is {kind}: choose another name="):
         train_bpl.main(cfg)
+    assert sorted(cfg.run_dir.rglob("*")) == before
 
 
 def test_the_file_that_a_run_began_with_may_have_another_path(configure, runs, tmp_path):

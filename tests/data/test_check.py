@@ -10,6 +10,7 @@ from PIL import Image
 
 from data.check import Labels, check_samples, sample_facts
 from data.datasets import Sample, build_dataset
+from data.images import read_label_ids
 from data.taxonomy import CLASS_SETS, class_set, custom_class_set
 from data.transforms import RandomScaleCropFlip
 from utils.config import UserError
@@ -65,6 +66,7 @@ WRONG = [
     (section(id_map={i: n for n, i in CITYSCAPES_IDS.items()}), NINETEEN, street(TRAIN, 255), "train ids"),
     (section(), TWO, {0: 90, 255: 10}, "mask of 0 and 255"),
     (section(), OWN, {1: 10, 2: 20, 3: 10, 4: 5}, "begin at 1"),
+    (section(), custom_class_set(["sky", "road", "car"], []), {1: 10, 2: 20, 3: 10}, "begin at 1"),
     (section(), OWN, {0: 10, 257: 20, 514: 20, 771: 5}, "multiples of 257"),
     (section(), OWN, {0: 10, 80: 20, 160: 20, 240: 5}, "multiples of 80"),
 ]
@@ -102,6 +104,29 @@ def test_ids_that_are_all_named_and_all_there_are_no_fault():
     found = labels(section(id_map={1: "road", 2: "car"}), two, {0: 69, 1: 20, 2: 11})
     assert not found.faults() and "look like train ids" in found.mostly_ignored()[0]
     assert labels(section(id_map={1: "road", 7: "car"}), two, {0: 69, 1: 20, 2: 11}).faults()
+
+
+def test_a_rare_class_that_a_sample_lacks_is_no_fault():
+    three = custom_class_set(["car", "person", "bicycle"], [])
+    found = labels(
+        section(id_map={8: "car", 9: "person", 10: "bicycle"}), three, {**dict.fromkeys(range(8), 9), 8: 9, 9: 2}
+    )
+    assert not found.faults() and "look like train ids" in found.mostly_ignored()[0]
+
+
+def test_what_looks_odd_is_noted_before_training(configure, copied, tmp_path):
+    cfg = configure("synthia_to_city", "stage1_BPL.yml", tmp_path / "runs")
+    tree = copied("synthia")
+    cfg.data.source.root = str(tree.root)
+    labels = sorted(tree.root.glob("GT/LABELS/*.png"))
+    for path in labels:
+        Image.fromarray(read_label_ids(path).astype(np.uint8)).save(path)
+    image = next(tree.root.glob("RGB/*.png"))
+    Image.fromarray(np.eye(64, 96, dtype=np.uint8) * 9).resize(Image.open(image).size).save(image)
+    notes = check_samples(build_dataset(cfg.data.source, class_set(cfg.data)), "source", cfg).notes
+    assert [any(words in note for note in notes) for words in ("has 8: are its ids", "looks like a label map")] == [
+        True
+    ] * 2
 
 
 def test_optimised_labels_among_others():

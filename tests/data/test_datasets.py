@@ -301,7 +301,7 @@ def test_kornia_and_pillow_read_the_same_of_any_png(tmp_path, monkeypatch):
         damaged = bytearray(whole)
         for place in rng.integers(8, len(whole), 1 + i % 3):
             damaged[place] ^= int(rng.integers(1, 256))
-        (tmp_path / f"{i}.png").write_bytes(damaged[: rng.integers(len(whole))] if i % 2 else damaged)
+        (tmp_path / f"damaged{i}.png").write_bytes(damaged[: rng.integers(len(whole))] if i % 2 else damaged)
     read = 0
     for file in sorted(tmp_path.iterdir()):
         seen = []

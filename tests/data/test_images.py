@@ -192,6 +192,61 @@ def test_16_bit_png_is_turned(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "x.png")[0], np.rot90(values >> 8, -1))
 
 
+@pytest.mark.parametrize("read", [read_label_ids, read_image])
+def test_a_damaged_png_is_refused(tmp_path, read):
+    """Pillow looks at no checksum of pixels: it would read other ids."""
+    values = np.kron(some(20), np.ones((4, 4)))
+    whole = png(values, 8, 0)
+    flipped = bytearray(whole)
+    flipped[-20] ^= 1
+    header = bytearray(whole)
+    header[19] -= 1  # the width
+    files = {"flipped": flipped, "header": header, "zeros": whole[:-20] + bytes(20), "cut": whole[:-1]}
+    for name, content in files.items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name}\.png: the file is (damaged: its chunk I.* checksum|cut off)"):
+            read(tmp_path / f"{name}.png")
+    (tmp_path / "x.png").write_bytes(whole + b"more")
+    read(tmp_path / "x.png")
+
+
+def tiff(path, planes, photometric, planar):
+    """A TIFF of 16-bit channels (C, H, W), one after another where `planar` is 2, else interleaved."""
+    (channels, height, width), strips = planes.shape, len(planes) if planar == 2 else 1
+    data = (planes if planar == 2 else planes.transpose(1, 2, 0)).astype("<u2").tobytes()
+    after = 8 + 2 + 12 * 10 + 4
+    bits, places, counts = after, after + 2 * channels, after + 2 * channels + 4 * strips
+    start, each = counts + 4 * strips, len(data) // strips
+    tags = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, channels, 16 if channels == 1 else bits), (259, 3, 1, 1)]
+    tags += [(262, 3, 1, photometric), (273, 4, strips, start if strips == 1 else places), (277, 3, 1, channels)]
+    tags += [(278, 3, 1, height), (279, 4, strips, each if strips == 1 else counts), (284, 3, 1, planar)]
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    lists = np.full(channels, 16, "<u2").tobytes() + (start + each * np.arange(strips)).astype("<u4").tobytes()
+    path.write_bytes(header + bytes(4) + lists + np.full(strips, each, "<u4").tobytes() + data)
+    return path
+
+
+def test_16_bit_tiffs_that_pillow_misreads_are_refused(tmp_path):
+    colours = np.stack([some(256)] * 3).astype(np.uint16) * 257
+    found = read_image(tiff(tmp_path / "x.tif", colours, 2, 1))
+    assert (found.numpy() == colours >> 8).all()
+    with pytest.raises(UserError, match=r"y\.tif: colours of 16 bits in separate planes"):
+        read_image(tiff(tmp_path / "y.tif", colours, 2, 2))
+    grey = colours[:1]
+    assert (read_label_ids(tiff(tmp_path / "g.tif", grey, 1, 1)) == grey[0]).all()
+    with pytest.raises(UserError, match=r"i\.tif: its greys are stored inverted"):
+        read_label_ids(tiff(tmp_path / "i.tif", grey, 0, 1))
+    Image.new("LA", (13, 9)).save(tmp_path / "t.tif")
+    alpha, unspecified = (struct.pack("<HHIHH", 338, 3, 1, meaning, 0) for meaning in (2, 0))
+    (tmp_path / "t.tif").write_bytes((tmp_path / "t.tif").read_bytes().replace(alpha, unspecified))
+    with pytest.raises(UserError, match=r"t\.tif: it has several channels"):
+        read_label_ids(tmp_path / "t.tif")
+
+
+def test_names_stay_in_one_line():
+    assert show_name("a\nb\x7f.png") == r"a\x0ab\x7f.png"
+
+
 def test_names_that_are_no_utf8(tmp_path):
     path = tmp_path / "stra\udcdfe.png"
     path.write_bytes(b"no picture")

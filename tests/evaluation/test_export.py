@@ -152,6 +152,19 @@ def test_a_test_keeps_its_folder_to_itself(configure, weights, tmp_path, monkeyp
     assert f"{held[0]} is in use by process" in said
 
 
+def test_a_test_that_fails_leaves_earlier_predictions(configure, weights, tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    _, folder = predict_images(configure, weights, tmp_path / "a.png")
+    before = sorted(folder.rglob("*.*"))
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"cannot read image .*b\.png"):
+        predict_images(configure, weights, tmp_path / "?.png")
+    assert [p for p in sorted(folder.rglob("*.*")) if p.parent.parent.name != ".unfinished"][-5:] == before[-5:]
+    (tmp_path / "b.png").unlink()
+    predict_images(configure, weights, tmp_path / "?.png")
+    assert sorted(folder.rglob("*.*")) == before
+
+
 def test_unusable_images_are_named(configure, weights, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"cannot read image .*broken\.jpg"):

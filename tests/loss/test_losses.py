@@ -13,6 +13,7 @@ from loss import (
     discriminator_loss,
     distillation_loss,
     generator_loss,
+    labels_at,
     prototype_contrast_loss,
     segmentation_loss,
 )
@@ -182,6 +183,19 @@ def test_maps_of_another_size_are_refused(loss):
     small, large = torch.randn(1, 3, 4, 6), torch.randint(0, 3, (1, 7, 11))
     with pytest.raises(RuntimeError):
         loss(small, large if loss is segmentation_loss else torch.randn(1, 3, 7, 11))
+
+
+def test_a_form_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="'Released' is neither"):
+        distillation_loss(torch.zeros(1, 2, 1, 1), torch.zeros(1, 2, 1, 1), "Released")
+
+
+def test_labels_keep_their_values_at_another_size():
+    labels = torch.tensor([[[256, -1], [3, 255]]])
+    assert (
+        torch.equal(labels_at(labels, (4, 4))[:, ::2, ::2], labels)
+        and labels_at(labels.byte(), (1, 1)).dtype == torch.uint8
+    )
 
 
 def test_distillation_by_hand():

@@ -130,6 +130,12 @@ def test_input_statistics():
     assert (plain.mean, plain.std) == ((0, 0, 0), (1, 1, 1))
 
 
+def test_classes_beyond_a_label_are_refused():
+    for number in (0, 256):
+        with pytest.raises(ValueError, match=rf"num_classes={number} "):
+            build_model("deeplabv2", number, "resnet18")
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="'fcn'; known are deeplabv2, deeplab_pbal"):
         build_model("fcn", 7)

@@ -275,7 +275,8 @@ def _override(assignment: str) -> tuple[str, Any]:
     key, equals, text = assignment.partition("=")
     if not equals:
         weights = assignment.endswith(WEIGHT_ENDINGS) or os.path.isfile(assignment)
-        hint = f"; a weight file is named by checkpoint={assignment}" if weights else ""
+        ways = f"model.init={assignment} (training starts from it), checkpoint={assignment} (elsewhere)"
+        hint = f"; a weight file is named by {ways}" if weights else ""
         raise ConfigError(f"{assignment!r} is not of the form key=value{hint}")
     keys = all_keys()
     if key not in keys:
@@ -345,7 +346,7 @@ def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
     config = Config()
     stage_file = Path(os.path.abspath(find_path(str(stage_file), os.path.isfile)))
     stage_delta = read_yaml(stage_file)
-    written = f"{stage_file} is what a run has written; give that run's own command, with its --config and its keys"
+    written = f"{stage_file} is what a run, or --print-config, has written; give that command's own --config and keys"
     require("git" not in stage_delta, written)
     commands = [_override(o) for o in overrides]
     chosen = dict(commands)

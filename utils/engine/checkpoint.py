@@ -273,6 +273,8 @@ def load_networks(networks: dict[str, nn.Module], file: WeightFile, cfg: Config)
     if names and len(names) == len(wanted) and list(names) != list(wanted):
         raise UserError(f"{file.path} was trained on other classes: {', '.join(names)}")
     message = f"{file.path}: {load_weights(networks['model'], file)}"
+    if not names and not file.backbone_alone and cfg.data.class_set == "custom":
+        message += "; it does not name its classes: they are taken for data.class_names, in this order"
     for name in networks.keys() & file.networks.keys():
         theirs, own = file.networks[name], networks[name].state_dict()
         differ = [k for k in own if k not in theirs or theirs[k].shape != own[k].shape]

@@ -17,6 +17,7 @@ from models import WeightError
 from utils.config import ROOT, Config, ConfigError, UserError, all_keys, find_path, key_help, to_dict, to_yaml
 from utils.config.keys import TRAINING_STAGES
 from utils.engine import distributed
+from utils.engine.log import git_sha
 from utils.engine.setup import checked_config
 
 
@@ -51,7 +52,7 @@ def run_cli(
         if args.help:
             print(f"{parser.format_help()}\n{key_help(config, reads)}")
         elif args.print_config:
-            print(to_yaml(to_dict(config)), end="")
+            print(to_yaml({"git": git_sha(), **to_dict(config)}), end="")  # as a run's config.yml
         else:
             if not reads:
                 warn_of_idle_gpus(config)

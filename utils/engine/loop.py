@@ -216,6 +216,9 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
     refuse_unusable_backbone(cfg)
     if (cfg.run_dir / pseudo_labels.MANIFEST).exists():
         raise UserError(f"{cfg.run_dir} is a folder of pseudo labels: choose another name=")
+    tested = any((cfg.run_dir / written).exists() for written in ("metrics.json", "predictions"))
+    if tested and not (cfg.run_dir / "checkpoints").exists():
+        raise UserError(f"{cfg.run_dir} is a test's: choose another name=")
     files, saved, start = checkpoint.RunFiles(cfg.run_dir), None, "random weights"
     if files.can_resume() and not cfg.train.restart:
         saved, start = files.read()

@@ -58,7 +58,7 @@ def choose_device(cfg: Config) -> torch.device:
     torch.backends.cudnn.benchmark = False
     try:
         device = torch.device(_device_name(cfg))
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)  # where collectives and random streams are by default
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from data.datasets import SegmentationDataset, resize_label
 from data.images import read_image, save_picture
-from data.pseudo_labels import write_png
+from data.pseudo_labels import UNFINISHED, write_png
 from data.taxonomy import ClassSet
 from utils.engine.distributed import is_main, wait
 from utils.evaluation.pictures import colorize, to_picture
@@ -32,20 +33,30 @@ class Exporter:
     A name is the image's path below its root, without ending. Photographs that EXIF turns are written upright.
 
     Args:
-        folder: maps of an earlier export are deleted from it.
+        folder: maps of an earlier export in it are replaced by `finish`.
         dataset: where the predicted images are from.
         id_to_name: numbering of label_ids, {label id: class name}.
     """
 
     def __init__(self, folder: Path, dataset: SegmentationDataset, classes: ClassSet, id_to_name: dict[int, str]):
         self.folder, self.dataset, self.classes = folder, dataset, classes
+        self.unfinished = folder / UNFINISHED
         self.label_ids = classes.inverse_table(id_to_name)
         if is_main():
-            for kind in KINDS:
-                shutil.rmtree(folder / kind, ignore_errors=True)
-            (folder / "train_ids").mkdir(parents=True)
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+            (self.unfinished / "train_ids").mkdir(parents=True)
             names = json.dumps(dict(enumerate(classes.names)), indent=2, ensure_ascii=False)
-            (folder / "train_ids" / "classes.json").write_text(f"{names}\n", encoding="utf-8")
+            (self.unfinished / "train_ids" / "classes.json").write_text(f"{names}\n", encoding="utf-8")
+        wait()
+
+    def finish(self) -> None:
+        """Put the maps in place of an earlier export's, when every process has written its own."""
+        wait()
+        if is_main():
+            for kind in KINDS:
+                shutil.rmtree(self.folder / kind, ignore_errors=True)
+                os.replace(self.unfinished / kind, self.folder / kind)
+            self.unfinished.rmdir()
         wait()
 
     def __call__(self, index: int, image: Tensor, prediction: Tensor, label: Tensor | None = None) -> None:
@@ -55,9 +66,7 @@ class Exporter:
             image = read_image(sample.image)
             prediction = resize_label(prediction, image.shape[1:])
         train_ids, color = prediction.numpy(), colorize(prediction, self.classes)
-        write_png(self.folder / "color" / f"{sample.name}.png", color)
-        write_png(self.folder / "train_ids" / f"{sample.name}.png", train_ids)
-        write_png(self.folder / "label_ids" / f"{sample.name}.png", self.label_ids[train_ids])
-        overlay = self.folder / "overlay" / f"{sample.name}.jpg"
+        for kind, array in (("color", color), ("train_ids", train_ids), ("label_ids", self.label_ids[train_ids])):
+            write_png(self.unfinished / kind / f"{sample.name}.png", array)
         blend = Image.blend(Image.fromarray(to_picture(image)), Image.fromarray(color), 0.5)
-        save_picture(overlay, blend, quality=90)
+        save_picture(self.unfinished / "overlay" / f"{sample.name}.jpg", blend, quality=90)
