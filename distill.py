@@ -32,7 +32,8 @@ from utils.report.page import write_report
 class Distillation(Stage):
     """L = CE(z_s, y_s) + CE(z_t, ŷ_t) + KL(teacher || student), target in a strong view, source as it is.
 
-    The target's CE is the mean over the pixels that geometry and cutout leave labelled.
+    The target's CE is the mean over the pixels that geometry and cutout leave labelled, of each part of a batch with
+    train.accumulate.
     """
 
     uses_pseudo_labels = True

@@ -58,13 +58,13 @@ def main(cfg: Config) -> dict:
         own, histogram, highest = _predict(model, target, cfg, device, folder)
         written = set().union(*distributed.gathered(own))
         left_out = [sample.name for sample in target.samples if sample.name not in written]
-        for index, sample in enumerate(target.samples):
-            if sample.name in left_out:
-                print(f"left out: {target[index].get(UNREADABLE)}")
         if len(left_out) > MAX_SKIPPED:
             raise UserError(
                 f"{len(left_out)} target images cannot be used, more than {MAX_SKIPPED}; the first is {left_out[0]}"
             )
+        for index, sample in enumerate(target.samples):
+            if sample.name in left_out and distributed.is_main():
+                print(f"left out: {target[index].get(UNREADABLE, sample.image)}")
         limits = store.level_limits(histogram, cfg.pseudo.threshold, cfg.pseudo.selection, cfg.pseudo.keep)
         statistics = store.statistics(histogram, limits, class_set(cfg.data).names, cfg.pseudo.threshold, highest)
         store.drop_unsure(folder, own, limits)

@@ -87,7 +87,7 @@ def _evaluated(cfg: Config) -> dict:
         "labels": None if images else fingerprint(dataset.samples, labels=True),
         "mode": mode(cfg),
     }
-    if is_main():  # nothing of an earlier test stays beside this one's settings
+    if is_main():  # no scores of an earlier test stay beside this one's settings
         (cfg.run_dir / "metrics.json").unlink(missing_ok=True)
         shutil.rmtree(cfg.run_dir / "panels", ignore_errors=True)
     if images or cfg.test.export:

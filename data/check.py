@@ -91,8 +91,9 @@ class Labels:
         looks, found = self.looks_like(), []
         if not self._pixels(self.learnt):
             found.append(("no label holds any class", f"no pixel of any class; {self._held()}{looks and ': ' + looks}"))
-        elif looks and not self._mostly_named():
-            found.append(("label ids of another numbering", f"{self._ignored()}: {looks}"))
+        elif looks and not self._all_named():
+            remedy = " (if they are meant as they are, name every id, as in {0: ignore})" if self.cfg.id_map else ""
+            found.append(("label ids of another numbering", f"{self._ignored()}: {looks}{remedy}"))
         if self.other_palette:
             found.append(("palettes differ, so that their indices are no ids", self.other_palette))
         few = [s for s in self.stored if s.startswith(tuple(FEW_BITS))]
@@ -105,9 +106,9 @@ class Labels:
     def mostly_ignored(self) -> list[str]:
         """A warning if most pixels are of no class."""
         total, learnt = self.ids.total(), self._pixels(self.learnt)
-        looks = self.looks_like() if learnt and self._mostly_named() else ""
+        looks = self.looks_like() if learnt and self._all_named() else ""
         mostly = learnt and total - learnt > MOST_IGNORED * total
-        return [f"{self._ignored()}{looks and f'; {looks}, but most ids of id_map occur'}"] if mostly or looks else []
+        return [f"{self._ignored()}{looks and f'; {looks}, but every id of id_map occurs'}"] if mostly or looks else []
 
     def eight_bits(self) -> Path | None:
         """A label of 8 bits in SYNTHIA, which has 16: ids may have been cut down or renumbered."""
@@ -129,9 +130,9 @@ class Labels:
             found.append(f"ids that id_map does not name are ignored: {listed}{', …' if len(stray) > 8 else ''}")
         return found
 
-    def _mostly_named(self) -> bool:
-        """Whether the user names ids, and most of them occur: then it is hardly a mistake that others are ignored."""
-        return bool(self.cfg.id_map) and 2 * len(self.names.keys() & set(self.ids)) > len(self.names)
+    def _all_named(self) -> bool:
+        """Whether the user names ids, and every one occurs: then it is hardly a mistake that others are ignored."""
+        return bool(self.cfg.id_map) and self.names.keys() <= set(self.ids)
 
     def looks_like(self) -> str:
         """Which numbering the ids more likely have, or what has happened to them; "" if they are as expected."""

@@ -53,12 +53,14 @@ _OF_THE_SYSTEM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class _Png:
-    """A PNG file without its metadata; ValueError if it is cut off, or a chunk of its pixels fails its checksum.
+    """A PNG file without its metadata; ValueError if it is cut off, or a chunk that is not metadata fails its checksum.
 
     Pillow looks at neither, and would decode most such files: to other pixels, in silence.
     """
 
     def __init__(self, content: bytes):
+        if len(content) < 33:
+            raise ValueError("the file is cut off")
         width, height, depth, colour, _, _, self.interlaced = struct.unpack_from(">IIBBBBB", content, 16)
         self.size, self.turned = (width, height), False
         # RGB or RGBA where colours have 16 bits, of which Pillow keeps the upper 8.
@@ -73,7 +75,7 @@ class _Png:
                 raise ValueError("the file is cut off")
             exif, critical = kind == b"eXIf" and _sound(chunk), kind[:1].isupper()  # the others are ancillary
             if critical and not _sound(chunk):
-                raise ValueError(f"the file is damaged: its chunk {kind.decode('ascii', 'replace')} fails its checksum")
+                raise ValueError(f"the file is damaged: its chunk {kind!r} fails its checksum")
             self.turned |= exif
             if exif or critical:
                 self._chunks.append(chunk)
@@ -208,7 +210,8 @@ def _eight_bits(picture: Image.Image, layout: str, png: _Png | None) -> Image.Im
     tags = getattr(picture, "tag_v2", {})
     if picture.mode == "F":
         raise ValueError("floating-point pixels")
-    if tags.get(_PLANAR) == 2 and tags.get(_SAMPLES, 1) > 1 and max(tags.get(_BITS, (8,))) > 8:
+    raw = picture.info.get("compression") == "raw"
+    if raw and tags.get(_PLANAR) == 2 and tags.get(_SAMPLES, 1) > 1 and max(tags.get(_BITS, (8,))) > 8:
         raise ValueError("colours of 16 bits in separate planes: save 8 bits, or interleaved colours")
     if picture.mode.startswith("I"):
         if tags.get(_PHOTOMETRIC) == 0:  # white is zero

@@ -97,8 +97,8 @@ class RandomScaleCropFlip:
 class Views:
     """Network inputs from uint8 batches, on the batch's device.
 
-    Random numbers are drawn on the host and passed to the GPU's kernels as arguments. Nothing here waits for the GPU,
-    except RandAugment's sharpness and geometry, which copy a filter and a matrix.
+    Random numbers are drawn on the host. Nothing here waits for the GPU, except RandAugment's sharpness and geometry,
+    which copy a filter and a matrix.
 
     Args:
         cfg: strengths of the strong view.

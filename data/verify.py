@@ -97,8 +97,8 @@ def check_dataset(cfg: DatasetConfig, classes: ClassSet, workers: int, name: str
             if unknown := labels.unknown(found["ids"]):
                 listed = ", ".join(map(str, unknown[:5]))
                 report.fault(f"label ids that {cfg.format} does not have", f"{sample.label}: {listed}")
-    if path := labels.eight_bits():
-        report.fault("SYNTHIA label of 8 bits, not 16: cut down or renumbered", path)
+            if cfg.format == "synthia" and found["stored"] in ("L", "P"):
+                report.fault("SYNTHIA label of 8 bits, not 16: cut down or renumbered", sample.label)
     report.sizes, report.pixels = Counter(size_of.values()), labels.pixels()
     usual, any_size = _usual(report), cfg.format == "folder"
     for path, size in size_of.items():

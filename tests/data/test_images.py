@@ -201,10 +201,16 @@ def test_a_damaged_png_is_refused(tmp_path, read):
     flipped[-20] ^= 1
     header = bytearray(whole)
     header[19] -= 1  # the width
-    files = {"flipped": flipped, "header": header, "zeros": whole[:-20] + bytes(20), "cut": whole[:-1]}
+    files = {
+        "flipped": flipped,
+        "header": header,
+        "zeros": whole[:-20] + bytes(20),
+        "cut": whole[:-1],
+        "short": whole[:18],
+    }
     for name, content in files.items():
         (tmp_path / f"{name}.png").write_bytes(content)
-        with pytest.raises(UserError, match=rf"{name}\.png: the file is (damaged: its chunk I.* checksum|cut off)"):
+        with pytest.raises(UserError, match=rf"{name}\.png: the file is (damaged: its chunk b'I.*' fails|cut off)"):
             read(tmp_path / f"{name}.png")
     (tmp_path / "x.png").write_bytes(whole + b"more")
     read(tmp_path / "x.png")

@@ -30,6 +30,7 @@ def test_geometry_moves_image_and_label_alike(kind, v):
     expected = (label * 4 + 4).where(label != IGNORE, transforms.GREY)
     around = label[None].float()
     inside = F.max_pool2d(around, 3, 1) == -F.max_pool2d(-around, 3, 1)  # where the image mixes no two labels
+    inside |= kind.startswith("translate")  # by whole pixels
     assert (image.int() - expected.int())[:, 1:-1, 1:-1][inside.expand(3, -1, -1)].abs().max() <= 1
     assert (label != grid()[1]).any() and (label != IGNORE).float().mean() > 0.4 and inside.float().mean() > 0.6
 

@@ -268,3 +268,17 @@ def test_a_state_from_a_gpu_is_not_fused_on_a_cpu(configure, tmp_path):
         optimizer.load_state_dict(state)
         loop._fit_to_device(optimizer, CPU)
         assert [group["fused"] for group in optimizer.param_groups] == [False] * len(state["param_groups"])
+
+
+def test_a_state_from_a_cpu_is_fused_on_a_gpu(monkeypatch):
+    """Fused kernels need Adam's counters beside the weights. "meta" stands for the GPU."""
+    weight = nn.Parameter(torch.zeros(2, 3))
+    weight.grad = torch.ones(2, 3)
+    on_cpu = torch.optim.Adam([weight])
+    on_cpu.step()
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(2, 3, device="meta"))])
+    optimizer.load_state_dict(on_cpu.state_dict())
+    monkeypatch.setattr(loop, "fuses", lambda device: True)
+    loop._fit_to_device(optimizer, torch.device("meta"))
+    assert optimizer.param_groups[0]["fused"]
+    assert all(value.is_meta for state in optimizer.state.values() for value in state.values())

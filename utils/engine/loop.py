@@ -18,6 +18,7 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -175,13 +176,16 @@ def fuses(device: torch.device) -> bool:
 
 
 def _fit_to_device(optimizer: Optimizer, device: torch.device) -> None:
-    """Undo what a loaded state has from the device it was made on: the kind of kernels, and the memory layout of the
-    momenta, which fused kernels need to be that of the weights."""
+    """Undo what a loaded state has from the device it was made on: the kind of kernels, the place of Adam's counters,
+    and the memory layout of the momenta, which fused kernels need to be that of the weights."""
+    fused = fuses(device)
     for group in optimizer.param_groups:
-        group["fused"] = fuses(device)
+        group["fused"] = fused
     for weight, state in optimizer.state.items():
         for name, value in state.items():
-            if value.shape == weight.shape:
+            if name == "step":
+                state[name] = value.to(weight.device if fused else "cpu")
+            elif value.shape == weight.shape:
                 state[name] = torch.empty_like(weight).copy_(value)
 
 
@@ -216,8 +220,7 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
     refuse_unusable_backbone(cfg)
     if (cfg.run_dir / pseudo_labels.MANIFEST).exists():
         raise UserError(f"{cfg.run_dir} is a folder of pseudo labels: choose another name=")
-    tested = any((cfg.run_dir / written).exists() for written in ("metrics.json", "predictions"))
-    if tested and not (cfg.run_dir / "checkpoints").exists():
+    if checkpoint.read_mapping(cfg.run_dir / "config.yml", yaml.safe_load).get("stage") == "test":
         raise UserError(f"{cfg.run_dir} is a test's: choose another name=")
     files, saved, start = checkpoint.RunFiles(cfg.run_dir), None, "random weights"
     if files.can_resume() and not cfg.train.restart:
