@@ -62,6 +62,7 @@ def test_official_scorer_agrees(configure, trees, tmp_path, mode):
     val = build_dataset(cfg.data.val, class_set(cfg.data))
     export = Exporter(tmp_path / "out", val, class_set(cfg.data), label_ids(cfg.data.val, class_set(cfg.data)))
     scores = evaluate(Noisy(), val, cfg, CPU, export)
+    export.finish()
     theirs = officially(tmp_path / "out" / "label_ids", [s.label for s in val.samples], tmp_path)
     assert scores["miou"] > 1 and len(scores["iou"]) == 19
     for name in NAMES:
@@ -75,6 +76,7 @@ def test_maps_are_of_the_size_of_their_files(configure, trees, tmp_path):
     seen = {}
     export = Exporter(tmp_path, gta5, class_set(cfg.data), label_ids(cfg.data.source, class_set(cfg.data)))
     evaluate(Noisy(), gta5, cfg, CPU, export, lambda i, _, prediction, __: seen.update({i: prediction}))
+    export.finish()
     for index, sample in enumerate(gta5.samples):
         size = (WIDTH + 4, HEIGHT - 2) if sample.name.endswith("5") else (WIDTH, HEIGHT)
         maps = {kind: Image.open(next(tmp_path.glob(f"{kind}/{sample.name}.*"))) for kind in KINDS}

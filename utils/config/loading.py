@@ -346,7 +346,7 @@ def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
     config = Config()
     stage_file = Path(os.path.abspath(find_path(str(stage_file), os.path.isfile)))
     stage_delta = read_yaml(stage_file)
-    written = f"{stage_file} is what a run, or --print-config, has written; give that command's own --config and keys"
+    written = f"{stage_file} is what a run has written, or --print-config; give that command's own --config and keys"
     require("git" not in stage_delta, written)
     commands = [_override(o) for o in overrides]
     chosen = dict(commands)
