@@ -26,13 +26,15 @@ def grid():
 @pytest.mark.parametrize("kind", ["rotate", "shear_x", "shear_y", "translate_x", "translate_y"])
 @pytest.mark.parametrize("v", [-0.9, 0.1, 0.9])
 def test_geometry_moves_image_and_label_alike(kind, v):
-    image, label = transforms._moved(*grid(), kind, v)
-    expected = (label * 4 + 4).where(label != IGNORE, transforms.GREY)
-    around = label[None].float()
-    inside = F.max_pool2d(around, 3, 1) == -F.max_pool2d(-around, 3, 1)  # where the image mixes no two labels
-    inside |= kind.startswith("translate")  # by whole pixels
-    assert (image.int() - expected.int())[:, 1:-1, 1:-1][inside.expand(3, -1, -1)].abs().max() <= 1
-    assert (label != grid()[1]).any() and (label != IGNORE).float().mean() > 0.4 and inside.float().mean() > 0.6
+    """Ramps: bilinear sampling keeps them, so the image says within half a pixel where the label must be from."""
+    for ramp in (torch.arange(HEIGHT)[:, None].expand(-1, WIDTH), torch.arange(WIDTH).expand(HEIGHT, -1)):
+        image, label = transforms._moved((2 * ramp).byte().expand(3, -1, -1), ramp.byte(), kind, v)
+        shown = (label != IGNORE).float()[None]
+        inside, outside = (-F.max_pool2d(-x, 3, 1) > 0 for x in (shown, 1 - shown))  # at the seam, grey is mixed in
+        image, label = image[:, 1:-1, 1:-1], label[1:-1, 1:-1]
+        assert (image / 2 - label)[inside.expand(3, -1, -1)].abs().max() <= 0.75  # 1/4 by rounding
+        assert (image[outside.expand(3, -1, -1)] == transforms.GREY).all()
+        assert inside.float().mean() > 0.35 and (v == 0.1 or outside.any())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from data.transforms import class_mix
 from utils import benchmark
 from utils.benchmark import CPU, Timing, compare, memory_of_step, peak_memory_of, step_of
 from utils.config import ConfigError
+from utils.engine.command_line import run_words
 from utils.engine.setup import resolve_auto
 
 
@@ -144,9 +145,11 @@ def test_data_and_eval_print_their_tables(recipe, capsys):
         (["stage=pst"], "goes with `step` alone"),
     ],
 )
-def test_words_are_checked(words, message):
-    with pytest.raises(ConfigError, match=message):
-        benchmark.main(words)
+def test_words_are_checked(words, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmark", *words])
+    with pytest.raises(SystemExit) as error:
+        run_words(benchmark.main, benchmark.__doc__, "section or key=value")
+    assert error.value.code == ConfigError("").status and message in capsys.readouterr().err
 
 
 def test_what_is_timed_on_a_cpu_has_whole_parts(recipe):
