@@ -110,6 +110,11 @@ class Views:
         ranges = [[-cfg.jitter_hue, cfg.jitter_hue], *[cfg.jitter_factor] * 3]
         self.jitter = torch.tensor(ranges) if cfg.jitter else None  # of hue, brightness, contrast, saturation
         self.randaugment, self.geometry = cfg.randaugment, cfg.strong_geometry
+        self.change_colours = _jittered
+
+    def compile(self) -> None:
+        """Make few passes over memory of the strong view's hundred: see torch.compile."""
+        self.change_colours = torch.compile(_jittered)
 
     def weak(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) -> float32, normalised."""
@@ -124,8 +129,8 @@ class Views:
             return self.weak(images)
         low, high = self.jitter[:, :, None, None, None, None].unbind(1)
         amounts = low + (high - low) * torch.rand(4, len(images), 1, 1, 1)
-        out = _jittered(images.float().div_(255), *amounts.to(images.device, non_blocking=True))
-        return _normalize(out, self.mean, self.std)
+        amounts = amounts.to(images.device, non_blocking=True)
+        return self.change_colours(images, self.mean, self.std, *amounts)
 
     def distill(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """As `weak`, after RandAugment and cutout; with `data.strong_geometry` also mirrored (ProDA's strong view).
@@ -174,16 +179,25 @@ def _normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
     return images
 
 
-def _jittered(images: Tensor, hue: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
-    """Images (N, 3, H, W) in [0, 1] after torchvision's `adjust_*`, each with an amount of its own, (N, 1, 1, 1).
+def _jittered(
+    images: Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    hue: Tensor,
+    brightness: Tensor,
+    contrast: Tensor,
+    saturation: Tensor,
+) -> Tensor:
+    """uint8 (N, 3, H, W) after torchvision's `adjust_*`, each image with amounts of its own, (N, 1, 1, 1); normalised.
 
     torchvision's functions take one amount for all images, and one call an image keeps a GPU waiting for the host.
     """
-    images = _turn_hue(images, hue[:, 0]).mul_(brightness).clamp_(max=1)
+    images = _turn_hue(images.float().div_(255), hue[:, 0]).mul_(brightness).clamp_(max=1)
     grey = F.rgb_to_grayscale(images).mean((2, 3), keepdim=True)
     images.mul_(contrast).add_((1 - contrast) * grey).clamp_(0, 1)
     grey = F.rgb_to_grayscale(images)
-    return images.mul_(saturation).add_((1 - saturation) * grey).clamp_(0, 1)
+    images.mul_(saturation).add_((1 - saturation) * grey).clamp_(0, 1)
+    return _normalize(images, mean, std)
 
 
 def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
@@ -198,11 +212,8 @@ def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
     to_blue, to_red = (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)
     hue = torch.where(high == red, green - blue, torch.where(high == green, to_blue, to_red))
     hue.div_(chroma.clamp(min=1e-6))  # -1..5; of grey, whose chroma is 0, any hue will do
-    out = torch.empty_like(images)
-    for channel, shift in zip(out.unbind(1), (0, 4, 2)):
-        torch.add(hue, (6 * turn + shift) % 6 - 6, out=channel)
-        channel.abs_().sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(chroma).add_(low)
-    return out
+    out = torch.stack([hue + ((6 * turn + shift) % 6 - 6) for shift in (0, 4, 2)], 1)
+    return out.abs_().sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(chroma[:, None]).add_(low[:, None])
 
 
 def class_mix(source: Tensor, source_labels: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,12 +228,13 @@ def class_mix(source: Tensor, source_labels: Tensor, images: Tensor, labels: Ten
     """
     of = torch.arange(len(images)) % len(source)
     source, source_labels = source[of], source_labels[of]
-    pasted = torch.zeros_like(labels, dtype=torch.bool)
-    for mask, label in zip(pasted, source_labels):
-        classes = label.unique()
-        classes = classes[classes != IGNORE]
-        chosen = torch.randperm(len(classes))[: (len(classes) + 1) // 2]
-        mask.copy_(torch.isin(label, classes[chosen.to(classes.device)]))
+    pixels = source_labels.flatten(1).long()
+    present = torch.zeros(len(pixels), IGNORE + 1, dtype=torch.bool, device=pixels.device).scatter_(1, pixels, True)
+    present[:, IGNORE] = False
+    draw = torch.rand(present.shape).to(pixels.device, non_blocking=True)
+    place = draw.masked_fill(~present, 2).argsort(1).argsort(1)  # of each class in a random order, absent ones last
+    chosen = place < (present.sum(1, keepdim=True) + 1) // 2
+    pasted = chosen.gather(1, pixels).view(labels.shape)
     return source.where(pasted[:, None], images), source_labels.where(pasted, labels), pasted
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torchvision.ops import Conv2dNormActivation
 
 from models.backbone import build_backbone
@@ -105,7 +106,8 @@ class DeepLab(nn.Module):
         In training, "feat" is the feature after dropout (as released): it is what the classifier sees.
         """
         feat = self.dropout(self.head(self.backbone(x)))
-        return {"feat": feat, "logits": self.classifier(feat)}
+        logits = self.classifier(feat).contiguous()  # losses at full size are faster in this layout
+        return {"feat": feat, "logits": logits}
 
 
 class DeepLabV2(DeepLab):
@@ -154,12 +156,36 @@ ROWS = 64  # image rows whose class maps exist at one time
 def upsampled_rows(maps: Tensor, size: tuple[int, int] | torch.Size) -> Iterator[tuple[slice, Tensor]]:
     """`upsample` of maps (K, h, w) to (height, width), `ROWS` rows at a time: first in height, then in width."""
     height, width = size
-    tall = upsample(maps[None].contiguous(), (height, maps.shape[2]))
+    tall = upsample(maps[None], (height, maps.shape[2]))
     for start in range(0, height, ROWS):
         rows = slice(start, min(start + ROWS, height))
         yield rows, upsample(tall[:, :, rows], (rows.stop - rows.start, width))[0]
 
 
-def upsample(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+def upsample(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """Bilinear, align_corners=True: the one way in which maps reach another size (as released)."""
-    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
+    if torch.is_grad_enabled() and maps.requires_grad:
+        return _Upsample.apply(maps, tuple(size))
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+class _Upsample(torch.autograd.Function):
+    """With the gradient as two matrix products: on a GPU, torch's own takes five times as long, and its sums are not
+    repeatable."""
+
+    @staticmethod
+    def forward(ctx, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        ctx.before = maps.shape[2:]
+        return F.interpolate(maps, size=size, mode="bilinear", align_corners=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        exact = torch.promote_types(gradient.dtype, torch.float32)
+        rows, columns = (  # weights of each old row (column) in each new one: (old, new)
+            F.interpolate(
+                torch.eye(old, dtype=exact, device=gradient.device)[None], size=new, mode="linear", align_corners=True
+            )[0]
+            for old, new in zip(ctx.before, gradient.shape[2:])
+        )
+        return (rows @ (gradient.to(exact) @ columns.T)).to(gradient.dtype), None

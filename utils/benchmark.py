@@ -62,7 +62,6 @@ from utils.engine.setup import (
     build_network,
     checked_config,
     choose_device,
-    compile_networks,
     refuse_unusable_backbone,
     resolve_auto,
 )
@@ -141,6 +140,11 @@ class _Alive(TorchDispatchMode):
         return result
 
 
+def graph_memory() -> int:
+    """Bytes that CUDA graphs keep for their tensors, which no call of theirs takes anew."""
+    return sum(s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0))
+
+
 def compare(forms: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, Timing]:
     """Time the forms in turn (A B C, A B C, …), so that a machine that slows down slows all of them.
 
@@ -211,14 +215,13 @@ def step_of(cfg: Config, device: torch.device, form: str) -> Callable[[], object
     """A call that makes one step of the stage that `cfg` configures.
 
     Args:
-        form: "here"; "graphs": compiled, replayed as CUDA graphs; "released": float32, contiguous, one backward pass
-            of the sum of all losses.
+        form: "eager"; "compiled"; "released": float32, contiguous, one backward pass of the sum of all losses.
     """
+    cfg = copy.deepcopy(cfg)
+    cfg.train.compile = form == "compiled"
     stage, (source, target) = STAGES[cfg.stage][1](cfg)(cfg, device), batches(cfg, device)
-    if form == "graphs":
-        cfg = copy.deepcopy(cfg)
-        cfg.train.compile = "graphs"
-        compile_networks(stage.networks, device, graphs=True)
+    if cfg.train.compile:
+        stage.compile()
     if form != "released":
         step = GuardedStep(cfg, stage.networks, stage.optimizers, device, Path(tempfile.gettempdir(), "not_finite.pth"))
         return lambda: step(stage.step, source, target, 1)
@@ -252,8 +255,8 @@ def kernel_note(call: Callable[[], object], median: float, tflop: float) -> str:
 def run_step(cfg: Config, device: torch.device, repeats: int = 3) -> None:
     """Print the time of a stage's step, without forms that the device cannot hold or compile."""
     cfg, forms, notes = fitting(cfg, device), {}, {}
-    kinds = {"as released, float32": "released", f"here, {cfg.train.precision}": "here"}
-    kinds |= {f"here, {cfg.train.precision}, compiled to graphs": "graphs"} if device.type == "cuda" else {}
+    kinds = {"as released, float32": "released", f"here, {cfg.train.precision}": "eager"}
+    kinds |= {f"here, {cfg.train.precision}, compiled": "compiled"} if device.type == "cuda" else {}
     for name, kind in kinds.items():
         try:
             call = step_of(cfg, device, kind)
@@ -265,6 +268,8 @@ def run_step(cfg: Config, device: torch.device, repeats: int = 3) -> None:
         return
     timings = compare(forms, device, repeats)
     if device.type == "cuda":
+        for name in forms.keys() & {n for n, kind in kinds.items() if kind == "compiled"}:
+            timings[name] = timings[name]._replace(memory=timings[name].memory + graph_memory())
         with FlopCounterMode(display=False) as counter:
             next(iter(forms.values()))()
         notes = {n: kernel_note(forms[n], t.median, counter.get_total_flops() / 1e12) for n, t in timings.items()}
@@ -337,9 +342,9 @@ def run_data(cfg: Config, device: torch.device, repeats: int = 31) -> None:
             del stream  # its workers would go on reading
         report(f"8 batches of {size}", loaders, 8 * size)
 
-    t, cost, step = cfg.train, samples["here, a worker's part"].median, 0.085  # BPL's recipe on a current GPU
+    t, cost, step = cfg.train, samples["here, a worker's part"].median, 0.097  # BPL's recipe on an H200, compiled
     if device.type == "cuda":
-        step = compare({"step": step_of(fitting(cfg, device), device, "here")}, device, 5)["step"].median
+        step = compare({"step": step_of(fitting(cfg, device), device, "eager")}, device, 5)["step"].median
     rate = (t.batch_source + t.batch_target) / step
     cores = f"{rate * cost:.1f} CPU cores at {1000 * cost:.0f} ms a sample (this machine has {os.cpu_count()})"
     whose = "a step" if device.type == "cuda" else "a GPU's assumed step"

@@ -192,14 +192,15 @@ def steps_by_stage(configs: dict[str, Config]) -> dict[str, int]:
 def control_legs(configs: dict[str, Config]) -> Iterator[tuple[str, Config]]:
     """(stage, configuration) of the runs that one after another make up the control `source_only_long`.
 
-    Each has the steps, learning rates and statistics of the stage that it is the control of, and its order of source
-    images; it learns from these alone. The first starts where the warm-up starts, each other one from the one before.
+    Each has the steps, learning rates, views and statistics of the stage that it is the control of, and its order of
+    source images; it learns from these alone. The first starts where the warm-up starts, each other one from the one before.
     """
     init = configs["warmup"].model.init
     legs = (own for stage in TRAINING_STAGES for own in rounds_of(configs[stage]))
     for number, own in enumerate(legs, 1):
         cfg = copy.deepcopy(configs["warmup"])
-        cfg.stage, cfg.distill, cfg.train, cfg.batchnorm = own.stage, own.distill, own.train, own.batchnorm
+        cfg.stage, cfg.data, cfg.distill = own.stage, own.data, own.distill
+        cfg.train, cfg.batchnorm = own.train, own.batchnorm
         cfg.name, cfg.model.init, cfg.loss.adversarial = f"{CONTROL}/{number}_{own.stage}", init, 0.0
         init = cfg.name
         yield own.stage, cfg

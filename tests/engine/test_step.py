@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import train_pst
 from data.taxonomy import IGNORE
 from utils.config import ConfigError, UserError
 from utils.engine import loop, setup
-from utils.engine.setup import build_network, choose_device, compile_networks, resolve_auto
+from utils.engine.setup import build_network, choose_device, resolve_auto
 from utils.engine.step import GuardedStep
 from utils.evaluation import prediction
 from utils.evaluation.prediction import autocast, default_precision
@@ -210,20 +211,26 @@ def test_missing_compiler_is_one_line(monkeypatch):
 
     monkeypatch.setattr(setup.torch, "compile", no_compiler)
     with pytest.raises(UserError, match=r" on cpu here; leave train\.compile=false: No working C\+\+ compiler found$"):
-        compile_networks({"model": nn.Identity()}, CPU)
+        setup.refuse_missing_compiler(CPU)
 
 
-@pytest.mark.parametrize("graphs", [False, True])
-def test_compiled_in_place(graphs):
-    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    x, keys = torch.randn(3, 4), list(network.state_dict())
-    expected = network(x)
-    try:
-        compile_networks({"model": network}, CPU, graphs)
-    except UserError as error:
-        pytest.skip(str(error))
-    torch.testing.assert_close(network(x), expected)
-    assert list(network.state_dict()) == keys and isinstance(network[0], nn.Linear)
+def test_a_compiled_step_is_the_same_step(configure, tmp_path, monkeypatch):
+    """What torch.compile traces, without the kernels that it would make of it; names stay."""
+    traced = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(setup.torch, "compile", lambda function, mode=None: traced(function))
+    given = ("model.dropout=0", "train.precision=float32", "train.checkpointing=true", "train.accumulate=2")
+    cfg, ends = resolve_auto(configure("gta5_to_city", "stage1_BPL.yml", tmp_path, *given)), []
+    for cfg.train.compile in (False, True):
+        stage = train_bpl.BPL(cfg, CPU)
+        if cfg.train.compile:
+            stage.compile()
+        torch.manual_seed(0)
+        step = GuardedStep(cfg, stage.networks, stage.optimizers, CPU, tmp_path / "not_finite.pth")
+        step(stage.step, batch(1), batch(2), 1)
+        ends.append({n: t for network in stage.networks.values() for n, t in network.state_dict().items()})
+    assert list(ends[0]) == list(ends[1])
+    for name, eager in ends[0].items():
+        torch.testing.assert_close(ends[1][name], eager, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["bpl", "pst"])

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models import (
@@ -312,3 +313,21 @@ def test_upsampling_aligns_corners():
     row = torch.tensor([[[[0.0, 1.0, 4.0]]]])
     expected = torch.tensor([0, 0.5, 1, 2.5, 4])  # exact: halves are binary fractions
     assert torch.equal(upsample(row, (1, 5))[0, 0, 0], expected)
+
+
+@pytest.mark.parametrize("size", [(9, 14), (1, 30), (4, 5)])  # larger, one row, smaller
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)]
+)
+def test_upsampling_and_its_gradient_are_those_of_torch(size, dtype, tolerance):
+    torch.manual_seed(0)
+    maps, gradient = torch.randn(2, 3, 5, 6, dtype=dtype), torch.randn(2, 3, *size, dtype=dtype)
+    found, expected = (maps.clone().requires_grad_() for _ in range(2))
+    here = upsample(found, size)
+    there = F.interpolate(expected, size=size, mode="bilinear", align_corners=True)
+    here.backward(gradient)
+    there.backward(gradient)
+    assert torch.equal(here, there) and found.grad.dtype == dtype
+    assert (found.grad - expected.grad).norm() <= tolerance * expected.grad.norm()
+    with torch.no_grad():
+        assert torch.equal(upsample(found, size), there)

@@ -23,12 +23,13 @@ def stages_of(benchmarks, layout, *overrides):
 def test_the_control_takes_the_steps_and_rates_of_the_stages_one_after_another(benchmarks):
     every = stages_of(benchmarks, "gta5_to_city", "train.iterations=5", "train.horizon=10", "distill.rounds=[1, 2]")
     every["warmup"].model.init, every["pst"].train.iterations, every["pst"].train.lr = "source_only", 4, 0.02
-    every["pst"].batchnorm.statistics = "target"
+    every["pst"].batchnorm.statistics, every["pst"].data.jitter_factor = "target", [0.9, 1.1]
     assert steps_by_stage(every) == {"warmup": 5, "bpl": 10, "pst": 14, "distill": 24}
     legs = list(control_legs(every))
     assert [stage for stage, _ in legs] == ["warmup", "bpl", "pst", "distill", "distill"]
     for stage, cfg in legs:
-        assert cfg.train == every[stage].train and cfg.batchnorm == every[stage].batchnorm
+        for part in ("train", "batchnorm", "data"):
+            assert getattr(cfg, part) == getattr(every[stage], part)
         assert cfg.loss.adversarial == cfg.loss.bidirectional == 0
     starts, names = [cfg.model.init for _, cfg in legs], [cfg.name for _, cfg in legs]
     assert starts == ["source_only", *names[:-1]] and len(set(names)) == 5

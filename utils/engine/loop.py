@@ -39,8 +39,8 @@ from utils.engine.setup import (
     build_network,
     check_inputs,
     choose_device,
-    compile_networks,
     prepare_data,
+    refuse_missing_compiler,
     refuse_unusable_backbone,
     resolve_auto,
 )
@@ -96,6 +96,18 @@ class Stage:
         optimizer = kind(groups, weight_decay=t.weight_decay, fused=fuses(device), **own)
         self.optimizers: dict[str, Optimizer] = {"model": optimizer}
         self.views = Views(cfg.data, self.model.mean, self.model.std)
+
+    def compile(self) -> None:
+        """torch.compile of every network and of the strong view, in place; on a GPU, networks become CUDA graphs.
+
+        Names and state dicts stay as they are. Compilation itself happens in the first step. Raises UserError if this
+        machine has no compiler for the device.
+        """
+        refuse_missing_compiler(self.device)
+        for network in vars(self).values():
+            if isinstance(network, nn.Module):
+                network.compile(mode="reduce-overhead")  # on a CPU there are no graphs, and nothing else changes
+        self.views.compile()
 
     def before_step(self, iteration: int) -> None:
         """Called once before each step, the first of which is 1; its batch may come in parts."""
@@ -264,7 +276,8 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
         run.load_state_dict(saved)
     distributed.same_weights(stage.networks)
     if cfg.train.compile:
-        compile_networks(stage.networks, device, cfg.train.compile == "graphs")
+        stage.compile()
+        start += "; the first step compiles the networks, which takes minutes"
     files.refuse_unwritable()
     if not saved:
         files.clear()  # only now: a refusal above leaves the run that was to be replaced as it is

@@ -167,22 +167,13 @@ def build_network(cfg: Config, device: torch.device) -> nn.Module:
     return model.to(device, memory_format=torch.channels_last)
 
 
-def compile_networks(networks: dict[str, nn.Module], device: torch.device, graphs: bool = False) -> None:
-    """torch.compile in place: names and state dicts stay as they are. Compilation itself happens in the first step.
-
-    Args:
-        graphs: replay the kernels as CUDA graphs; on a CPU there are none, and nothing else changes.
-
-    Raises:
-        UserError: this machine has no compiler for the device.
-    """
+def refuse_missing_compiler(device: torch.device) -> None:
+    """UserError if torch.compile does not work on the device."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # of many kinds: no C++ compiler, no Triton, headers that are missing, …
         without = f"torch.compile does not work on {device} here; leave train.compile=false"
         raise UserError(f"{without}: {reason(error)}") from None
-    for network in networks.values():
-        network.compile(mode="reduce-overhead" if graphs else None)
 
 
 def load_network(

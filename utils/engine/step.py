@@ -68,14 +68,14 @@ class GuardedStep:
         """
         t = self.cfg.train
         for network in self.networks.values():
-            network.train()
+            if not network.training:  # a walk through hundreds of layers, while a GPU would wait
+                network.train()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        if t.compile == "graphs":  # the call alone imports torch's compiler, which takes seconds
+        if t.compile:  # the call alone imports torch's compiler, which takes seconds
             torch.compiler.cudagraph_mark_step_begin()  # graphs may now write over what the last step's returned
-        buffers = [b for n in self.networks.values() for b in n.buffers()]
         # A forward pass that is not finite spoils running statistics too; on_nonfinite=skip puts them back.
-        before = [b.clone() for b in buffers] if t.on_nonfinite == "skip" else []
+        before = [b.clone() for b in self._buffers()] if t.on_nonfinite == "skip" else []
         terms: dict[str, Tensor] = {}
 
         def backward(total: Tensor, **named: Tensor) -> None:
@@ -93,7 +93,7 @@ class GuardedStep:
         # One exchange after all backward passes. DistributedDataParallel exchanges in each of them, in buckets that it
         # lays out anew after a start, so a resumed run would round otherwise than one that was never stopped.
         terms = {name: value.float() for name, value in terms.items()}
-        statistics = [b for b in buffers if b.is_floating_point()]
+        statistics = [b for b in self._buffers() if b.is_floating_point()]
         distributed.average([*itertools.chain(*gradients.values()), *terms.values(), *statistics])
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
@@ -108,7 +108,7 @@ class GuardedStep:
         if not all(finite.values()):
             parts = {"source": distributed.joined(source), "target": distributed.joined(target)}
             message = self._keep(numbers, parts, iteration)
-            for buffer, value in zip(buffers, before):
+            for buffer, value in zip(self._buffers(), before):
                 buffer.copy_(value)
             self.scaler.update()
             return message
@@ -120,6 +120,9 @@ class GuardedStep:
             for name, value in entries.items():
                 self._sums[kind][name] = self._sums[kind].get(name, 0) + value
         return ""
+
+    def _buffers(self) -> list[Tensor]:
+        return [b for n in self.networks.values() for b in n.buffers()]
 
     def _overflow(self, iteration: int) -> str:
         self.overflows += 1
