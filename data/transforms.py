@@ -113,7 +113,7 @@ class Views:
         self.change_colours = _jittered
 
     def compile(self) -> None:
-        """Make few passes over memory of the strong view's hundred: see torch.compile."""
+        """torch.compile of the strong view: a few passes over memory in place of a hundred."""
         self.change_colours = torch.compile(_jittered)
 
     def weak(self, images: Tensor) -> Tensor:
@@ -129,8 +129,7 @@ class Views:
             return self.weak(images)
         low, high = self.jitter[:, :, None, None, None, None].unbind(1)
         amounts = low + (high - low) * torch.rand(4, len(images), 1, 1, 1)
-        amounts = amounts.to(images.device, non_blocking=True)
-        return self.change_colours(images, self.mean, self.std, *amounts)
+        return self.change_colours(images, amounts.to(images.device, non_blocking=True), self.mean, self.std)
 
     def distill(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """As `weak`, after RandAugment and cutout; with `data.strong_geometry` also mirrored (ProDA's strong view).
@@ -179,19 +178,12 @@ def _normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
     return images
 
 
-def _jittered(
-    images: Tensor,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    hue: Tensor,
-    brightness: Tensor,
-    contrast: Tensor,
-    saturation: Tensor,
-) -> Tensor:
-    """uint8 (N, 3, H, W) after torchvision's `adjust_*`, each image with amounts of its own, (N, 1, 1, 1); normalised.
+def _jittered(images: Tensor, amounts: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 (N, 3, H, W) after torchvision's `adjust_*` with each image's own amounts, (4, N, 1, 1, 1); normalised.
 
     torchvision's functions take one amount for all images, and one call an image keeps a GPU waiting for the host.
     """
+    hue, brightness, contrast, saturation = amounts.unbind(0)
     images = _turn_hue(images.float().div_(255), hue[:, 0]).mul_(brightness).clamp_(max=1)
     grey = F.rgb_to_grayscale(images).mean((2, 3), keepdim=True)
     images.mul_(contrast).add_((1 - contrast) * grey).clamp_(0, 1)
@@ -226,14 +218,14 @@ def class_mix(source: Tensor, source_labels: Tensor, images: Tensor, labels: Ten
     Returns:
         Images and labels of the mix, and bool (N, H, W), which pixels are pasted.
     """
-    of = torch.arange(len(images)) % len(source)
+    of = torch.arange(len(images), device=images.device) % len(source)
     source, source_labels = source[of], source_labels[of]
     pixels = source_labels.flatten(1).long()
     present = torch.zeros(len(pixels), IGNORE + 1, dtype=torch.bool, device=pixels.device).scatter_(1, pixels, True)
     present[:, IGNORE] = False
     draw = torch.rand(present.shape).to(pixels.device, non_blocking=True)
-    place = draw.masked_fill(~present, 2).argsort(1).argsort(1)  # of each class in a random order, absent ones last
-    chosen = place < (present.sum(1, keepdim=True) + 1) // 2
+    rank = draw.masked_fill(~present, 2).argsort(1).argsort(1)  # of each class in a random order; absent ones are last
+    chosen = rank < (present.sum(1, keepdim=True) + 1) // 2
     pasted = chosen.gather(1, pixels).view(labels.shape)
     return source.where(pasted[:, None], images), source_labels.where(pasted, labels), pasted
 

@@ -106,7 +106,7 @@ class DeepLab(nn.Module):
         In training, "feat" is the feature after dropout (as released): it is what the classifier sees.
         """
         feat = self.dropout(self.head(self.backbone(x)))
-        logits = self.classifier(feat).contiguous()  # losses at full size are faster in this layout
+        logits = self.classifier(feat).contiguous()  # no longer channels_last: losses at full size are faster so
         return {"feat": feat, "logits": logits}
 
 
@@ -164,14 +164,15 @@ def upsampled_rows(maps: Tensor, size: tuple[int, int] | torch.Size) -> Iterator
 
 def upsample(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """Bilinear, align_corners=True: the one way in which maps reach another size (as released)."""
-    if torch.is_grad_enabled() and maps.requires_grad:
+    # In channels_last, which decoders have, torch's own gradient is fast; torch.jit cannot save a Function.
+    if torch.is_grad_enabled() and maps.requires_grad and maps.is_contiguous() and not torch.jit.is_tracing():
         return _Upsample.apply(maps, tuple(size))
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
 
 
 class _Upsample(torch.autograd.Function):
-    """With the gradient as two matrix products: on a GPU, torch's own takes five times as long, and its sums are not
-    repeatable."""
+    """With the gradient as two matrix products: torch's own takes several times as long, and its sums are not
+    repeatable on a GPU."""
 
     @staticmethod
     def forward(ctx, maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -182,10 +183,11 @@ class _Upsample(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         exact = torch.promote_types(gradient.dtype, torch.float32)
-        rows, columns = (  # weights of each old row (column) in each new one: (old, new)
+        rows, columns = (  # [i, j]: weight of old row, or column, i in new one j
             F.interpolate(
                 torch.eye(old, dtype=exact, device=gradient.device)[None], size=new, mode="linear", align_corners=True
             )[0]
             for old, new in zip(ctx.before, gradient.shape[2:])
         )
-        return (rows @ (gradient.to(exact) @ columns.T)).to(gradient.dtype), None
+        with torch.autocast(gradient.device.type, enabled=False):
+            return (rows @ (gradient.to(exact) @ columns.T)).to(gradient.dtype), None

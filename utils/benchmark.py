@@ -140,11 +140,6 @@ class _Alive(TorchDispatchMode):
         return result
 
 
-def graph_memory() -> int:
-    """Bytes that CUDA graphs keep for their tensors, which no call of theirs takes anew."""
-    return sum(s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0))
-
-
 def compare(forms: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, Timing]:
     """Time the forms in turn (A B C, A B C, …), so that a machine that slows down slows all of them.
 
@@ -268,8 +263,6 @@ def run_step(cfg: Config, device: torch.device, repeats: int = 3) -> None:
         return
     timings = compare(forms, device, repeats)
     if device.type == "cuda":
-        for name in forms.keys() & {n for n, kind in kinds.items() if kind == "compiled"}:
-            timings[name] = timings[name]._replace(memory=timings[name].memory + graph_memory())
         with FlopCounterMode(display=False) as counter:
             next(iter(forms.values()))()
         notes = {n: kernel_note(forms[n], t.median, counter.get_total_flops() / 1e12) for n, t in timings.items()}
@@ -344,7 +337,8 @@ def run_data(cfg: Config, device: torch.device, repeats: int = 31) -> None:
 
     t, cost, step = cfg.train, samples["here, a worker's part"].median, 0.097  # BPL's recipe on an H200, compiled
     if device.type == "cuda":
-        step = compare({"step": step_of(fitting(cfg, device), device, "eager")}, device, 5)["step"].median
+        form = "compiled" if cfg.train.compile else "eager"
+        step = compare({form: step_of(fitting(cfg, device), device, form)}, device, 5)[form].median
     rate = (t.batch_source + t.batch_target) / step
     cores = f"{rate * cost:.1f} CPU cores at {1000 * cost:.0f} ms a sample (this machine has {os.cpu_count()})"
     whose = "a step" if device.type == "cuda" else "a GPU's assumed step"

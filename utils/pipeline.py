@@ -192,8 +192,8 @@ def steps_by_stage(configs: dict[str, Config]) -> dict[str, int]:
 def control_legs(configs: dict[str, Config]) -> Iterator[tuple[str, Config]]:
     """(stage, configuration) of the runs that one after another make up the control `source_only_long`.
 
-    Each has the steps, learning rates, views and statistics of the stage that it is the control of, and its order of
-    source images; it learns from these alone. The first starts where the warm-up starts, each other one from the one before.
+    Each has the sections data, train and batchnorm of the stage that it is the control of, and its order of source
+    images; it learns from these alone. The first starts where the warm-up starts, each other one from the one before.
     """
     init = configs["warmup"].model.init
     legs = (own for stage in TRAINING_STAGES for own in rounds_of(configs[stage]))

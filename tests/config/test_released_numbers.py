@@ -103,7 +103,7 @@ def test_architectures(arch, stride, kind, dilations):
 def test_jitter_draws_from_the_released_ranges(monkeypatch):
     """Of a thousand draws, the extremes come within two percent of the range's ends and never beyond them."""
     draws = []
-    monkeypatch.setattr(transforms, "_jittered", lambda images, *amounts: draws.extend(amounts) or images)
+    monkeypatch.setattr(transforms, "_jittered", lambda images, amounts, *_: draws.extend(amounts) or images)
     torch.manual_seed(0)
     images = torch.zeros(1000, 3, 1, 1, dtype=torch.uint8)
     transforms.Views(checked_config(ROOT / "configs" / BPL).data, (0,) * 3, (1,) * 3).strong(images)

@@ -229,7 +229,7 @@ def test_strong_view_is_torchvisions_operations_in_the_released_order(monkeypatc
     images[0, :, :8], images[1, 1:, :8], images[2, 1] = 77, 0, images[2, 0]  # grey, pure red, two equal channels
     images[3] = torch.tensor([0, 255])[torch.randint(0, 2, (3, 32, 48))]
     jittered, drawn = transforms._jittered, []
-    monkeypatch.setattr(transforms, "_jittered", lambda x, *amounts: drawn.append(amounts) or jittered(x, *amounts))
+    monkeypatch.setattr(transforms, "_jittered", lambda x, a, *given: drawn.append(a) or jittered(x, a, *given))
     torch.manual_seed(0)
     for _ in range(5):
         out = Views(data_config(jitter_hue=0.5), (0,) * 3, (1,) * 3).strong(images)

@@ -299,8 +299,8 @@ class TrainConfig:
     )
     compile: bool = opt(
         False,
-        "torch.compile of networks and strong view, on a GPU as CUDA graphs, so that it does not wait for Python: "
-        "minutes in the first step, then a quarter less time",
+        "torch.compile of networks and strong view; on a GPU, networks become CUDA graphs, which do not wait for "
+        "Python: two and a half minutes in the first step, then a quarter less time",
     )
     val_every: int = opt(1000, "steps between validations (as released)", least=1)
     save_every: int = opt(1000, "steps between writes of checkpoints/last.pth", least=1)

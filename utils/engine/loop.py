@@ -106,7 +106,7 @@ class Stage:
         refuse_missing_compiler(self.device)
         for network in vars(self).values():
             if isinstance(network, nn.Module):
-                network.compile(mode="reduce-overhead")  # on a CPU there are no graphs, and nothing else changes
+                network.compile(mode="reduce-overhead")  # as CUDA graphs; on a CPU the mode makes no difference
         self.views.compile()
 
     def before_step(self, iteration: int) -> None:
@@ -277,7 +277,8 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
     distributed.same_weights(stage.networks)
     if cfg.train.compile:
         stage.compile()
-        start += "; the first step compiles the networks, which takes minutes"
+        if run.iteration < cfg.train.iterations:
+            start += "; the first step compiles the networks, which takes minutes"
     files.refuse_unwritable()
     if not saved:
         files.clear()  # only now: a refusal above leaves the run that was to be replaced as it is
