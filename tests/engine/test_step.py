@@ -213,6 +213,7 @@ def test_missing_compiler_is_one_line(monkeypatch):
         setup.refuse_missing_compiler(CPU)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch 2.11's compiler calls what it advises against
 def test_a_compiled_step_is_the_same_step(configure, tmp_path, monkeypatch):
     """What torch.compile traces, without the kernels that it would make of it; names stay."""
     real = torch.compile
