@@ -80,7 +80,7 @@ def weights(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "fused"), [("bpl", False), ("bpl", True), ("pst", False)])
+@pytest.mark.parametrize(("stage", "fused"), [("bpl", False), ("bpl", True), ("pst", False), ("pst", True)])
 def test_four_released_steps(configure, weights, tmp_path, monkeypatch, stage, fused):
     script, file, overrides = {
         "bpl": (train_bpl, "stage1_BPL.yml", ("train.lr=1e-4", "model.init_discriminator=checkpoint")),
