@@ -336,5 +336,5 @@ def test_upsampling_and_its_gradient_are_those_of_torch(size, dtype, tolerance):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch.jit
 def test_upsampling_that_is_traced_with_gradients_can_be_saved(tmp_path):
     maps = torch.randn(1, 3, 5, 6, requires_grad=True)
-    torch.jit.trace(lambda x: upsample(x, (9, 14)), maps).save(tmp_path / "traced.pt")
-    torch.testing.assert_close(torch.jit.load(tmp_path / "traced.pt")(maps), upsample(maps, (9, 14)))
+    torch.jit.trace(lambda x: upsample(x, (9, 14)), maps).save(str(tmp_path / "traced.pt"))
+    torch.testing.assert_close(torch.jit.load(str(tmp_path / "traced.pt"))(maps), upsample(maps, (9, 14)))
