@@ -71,6 +71,7 @@ from utils.evaluation.prediction import autocast, default_precision, predict_con
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 CPU_CROP, CPU_BATCH = [256, 128], 2  # of a step on a CPU, in place of larger ones
+GPU_STEPS = 5  # steps in a row on a GPU
 GTA5_SIZE, GTA5_IDS = (1914, 1052), 35
 CARDS = (12, 16, 24, 40, 80)  # GiB
 # Memory that tensors do not show: CUDA context and workspaces of convolutions in GiB, gaps between tensors as a share.
@@ -140,16 +141,21 @@ class _Alive(TorchDispatchMode):
         return result
 
 
-def compare(forms: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, Timing]:
+def compare(
+    forms: dict[str, Callable[[], object]], device: torch.device, repeats: int, in_a_row: int = 1
+) -> dict[str, Timing]:
     """Time the forms in turn (A B C, A B C, …), so that a machine that slows down slows all of them.
 
     Args:
         repeats: rounds that count, after one that does not.
+        in_a_row: calls of a form in each round; their mean is one measurement. The first after another form finds the
+            host's caches cold, which a training does not.
     """
     timings = {name: Timing([], peak_memory_of(call, device)) for name, call in forms.items()}  # the warm-up round
     for _ in range(repeats):
         for name, call in forms.items():
-            timings[name].seconds.append(seconds_of(call, device))
+            seconds = seconds_of(lambda call=call: [call() for _ in range(in_a_row)], device)
+            timings[name].seconds.append(seconds / in_a_row)
     return timings
 
 
@@ -261,7 +267,7 @@ def run_step(cfg: Config, device: torch.device, repeats: int = 3) -> None:
             print(f"{name} is left out: {str(error).splitlines()[0]}")
     if not forms:
         return
-    timings = compare(forms, device, repeats)
+    timings = compare(forms, device, repeats, in_a_row=GPU_STEPS if device.type == "cuda" else 1)
     if device.type == "cuda":
         with FlopCounterMode(display=False) as counter:
             next(iter(forms.values()))()
@@ -335,10 +341,11 @@ def run_data(cfg: Config, device: torch.device, repeats: int = 31) -> None:
             del stream  # its workers would go on reading
         report(f"8 batches of {size}", loaders, 8 * size)
 
-    t, cost, step = cfg.train, samples["here, a worker's part"].median, 0.097  # BPL's recipe on an H200, compiled
+    t, cost, step = cfg.train, samples["here, a worker's part"].median, 0.094  # BPL's recipe on an H200, compiled
     if device.type == "cuda":
-        form = "compiled" if cfg.train.compile else "eager"
-        step = compare({form: step_of(fitting(cfg, device), device, form)}, device, 5)[form].median
+        fitted = fitting(cfg, device)
+        form = "compiled" if fitted.train.compile else "eager"
+        step = compare({form: step_of(fitted, device, form)}, device, 3, GPU_STEPS)[form].median
     rate = (t.batch_source + t.batch_target) / step
     cores = f"{rate * cost:.1f} CPU cores at {1000 * cost:.0f} ms a sample (this machine has {os.cpu_count()})"
     whose = "a step" if device.type == "cuda" else "a GPU's assumed step"

@@ -8,7 +8,7 @@ from data.taxonomy import class_set
 from distill import teacher_config
 from models import WeightFile, read_weights
 from utils.config import UserError
-from utils.engine import checkpoint
+from utils.engine import checkpoint, setup
 from utils.engine.setup import build_network, check_inputs, choose_device, prepare_data, resolve_auto
 
 
@@ -137,3 +137,34 @@ def test_every_problem_is_said_once():
     with pytest.raises(UserError) as error:
         check_inputs(lambda: fail("no images"), lambda: 1, lambda: fail("no weights"), lambda: fail("no images"))
     assert str(error.value).splitlines() == ["no images", "error: no weights"]  # `guarded` puts "error: " before all
+
+
+@pytest.mark.parametrize(
+    ("given", "compiles"),
+    [
+        ("train.iterations=5000", True),
+        ("train.iterations=4999", False),
+        ("train.iterations=5000 train.deterministic=true", False),
+        ("train.iterations=5000 model.backbone=timm/resnet18", False),
+        ("train.iterations=5000 device=cpu", False),
+        ("train.iterations=5000 train.compile=false", False),
+        ("train.iterations=10 train.compile=true", True),
+    ],
+)
+def test_compile_auto(configure, tmp_path, monkeypatch, given, compiles):
+    """A long run of a ResNet on one GPU is compiled by itself."""
+    monkeypatch.setattr(setup, "_device_name", lambda cfg: "cpu" if cfg.device == "cpu" else "cuda:0")
+    monkeypatch.setattr(setup, "refuse_missing_compiler", lambda device: None)
+    given = ["device=auto", "train.precision=float32", "train.horizon=9000", *given.split()]
+    assert resolve_auto(configure("gta5_to_city", "stage1_BPL.yml", tmp_path, *given)).train.compile is compiles
+
+
+def test_compile_auto_without_compiler(configure, tmp_path, monkeypatch, capsys):
+    def no_compiler(function):
+        raise RuntimeError("no Triton")
+
+    monkeypatch.setattr(setup, "_device_name", lambda cfg: "cuda:0")
+    monkeypatch.setattr(setup.torch, "compile", no_compiler)
+    given = ("train.iterations=5000", "train.horizon=9000", "train.precision=float32")
+    assert resolve_auto(configure("gta5_to_city", "stage1_BPL.yml", tmp_path, *given)).train.compile is False
+    assert "steps stay slower: torch.compile does not work on cuda:0 here" in capsys.readouterr().out

@@ -218,9 +218,11 @@ def test_missing_compiler_is_one_line(monkeypatch):
 
 
 @COMPILES
-def test_compiled_in_place(configure, tmp_path):
+def test_compiled_in_place(configure, tmp_path, monkeypatch):
     """By the compiler itself: a small network and the strong view give what they gave; names stay."""
-    views = Views(configure("gta5_to_city", "stage1_BPL.yml", tmp_path).data, (0.5,) * 3, (0.2,) * 3)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # put back afterwards
+    cfg = configure("gta5_to_city", "stage1_BPL.yml", tmp_path)
+    views = Views(cfg.data, (0.5,) * 3, (0.2,) * 3)
     network, x, images = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(3, 4), batch(1)["image"]
 
     def results():
@@ -228,7 +230,7 @@ def test_compiled_in_place(configure, tmp_path):
         return network(x), views.strong(images)
 
     expected, keys = results(), list(network.state_dict())
-    stage = SimpleNamespace(device=CPU, model=network, views=views)
+    stage = SimpleNamespace(cfg=cfg, device=CPU, model=network, views=views)
     try:
         loop.Stage.compile(stage)
     except UserError as error:

@@ -133,7 +133,7 @@ def test_data_and_eval_print_their_tables(recipe, capsys):
     benchmark.run_data(cfg, CPU, repeats=1)
     benchmark.run_eval(cfg, CPU, repeats=1)
     text = capsys.readouterr().out
-    assert text.count("as released") == 3 and "a GPU's assumed step of 97 ms takes 21 samples a second" in text
+    assert text.count("as released") == 3 and "a GPU's assumed step of 94 ms takes 21 samples a second" in text
     assert "evaluation: resnet18" in text and "pseudo labels: resnet18" in text and "network alone" in text
 
 

@@ -23,6 +23,7 @@ TRAINING_STAGES = ("warmup", "bpl", "pst", "distill")
 TRAIN_OR_TEST = (*TRAINING_STAGES, "test")
 ADVERSARIAL, JITTERED = ("warmup", "bpl"), ("warmup", "bpl", "pst")
 MAX_SKIPPED = 10  # unusable files, or steps that are not finite, that a run leaves out before it ends all the same
+COMPILED_STEPS = 5_000  # of a run, from which its compilation is won back: see utils/README.md
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 WEIGHT_ENDINGS = (".pth", ".pt", ".pkl", ".tar", ".ckpt", ".bin", ".safetensors")  # no run's name ends like this
 SIMCLR_RESNETS = ("resnet50", "resnet101", "resnet152")  # of which SimCLRv2 weights exist at width 1
@@ -297,10 +298,11 @@ class TrainConfig:
     checkpointing: bool = opt(
         False, "compute the backbone's activations again in the backward pass: much less memory, a third more time"
     )
-    compile: bool = opt(
-        False,
+    compile: Literal["auto", True, False] = opt(
+        "auto",
         "torch.compile of networks and strong view; on a GPU, networks become CUDA graphs, which do not wait for "
-        "Python: two and a half minutes in the first step, then a quarter less time",
+        "Python: minutes in the first step, then a quarter less time. auto = where that was measured to pay: a ResNet "
+        f"on one GPU, not deterministic, for {COMPILED_STEPS:,} steps or more",
     )
     val_every: int = opt(1000, "steps between validations (as released)", least=1)
     save_every: int = opt(1000, "steps between writes of checkpoints/last.pth", least=1)

@@ -104,6 +104,8 @@ class Stage:
         machine has no compiler for the device.
         """
         refuse_missing_compiler(self.device)
+        # cuDNN tries its algorithms on each new size, too: the sizes of training do not change.
+        torch.backends.cudnn.benchmark = not self.cfg.train.deterministic
         for network in vars(self).values():
             if isinstance(network, nn.Module):
                 network.compile(mode="reduce-overhead")  # as CUDA graphs; on a CPU the mode makes no difference

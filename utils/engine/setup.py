@@ -18,7 +18,7 @@ from models.backbone import check_backbone
 from models.build import default_stride
 from models.weights import SIMCLR_SETTINGS
 from utils.config import Config, ConfigError, UserError, load_config, reason
-from utils.config.keys import DEFAULT_ARCH, TRAINING_STAGES
+from utils.config.keys import COMPILED_STEPS, DEFAULT_ARCH, RESNETS, TRAINING_STAGES
 from utils.engine import checkpoint, distributed
 from utils.evaluation.batchnorm import recompute_batchnorm, set_batchnorm_statistics
 from utils.evaluation.prediction import default_precision
@@ -120,6 +120,7 @@ def resolve_auto(cfg: Config, file: WeightFile | None = None) -> Config:
     m.bn_clr = m.bn_clr is True
     t = cfg.train
     t.precision = default_precision(torch.device(_device_name(cfg))) if t.precision == "auto" else t.precision
+    t.compile = _compiles(cfg) if t.compile == "auto" else t.compile
     if cfg.data.class_set == "auto" and file:
         fitting = [name for name, classes in CLASS_SETS.items() if len(classes) == file.num_classes]
         if not fitting:
@@ -165,6 +166,24 @@ def build_network(cfg: Config, device: torch.device) -> nn.Module:
         raise UserError(str(error)) from None
     # Convolutions are at least as fast in this layout: an EfficientNet-Lite0's step takes 15 % less on a CPU.
     return model.to(device, memory_format=torch.channels_last)
+
+
+def _compiles(cfg: Config) -> bool:
+    """Whether train.compile=auto compiles: where the minutes of the first step were measured to be won back.
+
+    Where that is so but the compiler does not work, a line says it.
+    """
+    t, device = cfg.train, _device_name(cfg)
+    one_gpu = device.startswith("cuda") and distributed.world_size() == 1
+    pays = cfg.stage in TRAINING_STAGES and t.iterations >= COMPILED_STEPS and cfg.model.backbone in RESNETS
+    if not (one_gpu and pays) or t.deterministic:
+        return False
+    try:
+        refuse_missing_compiler(torch.device(device))
+    except UserError as error:
+        print(f"steps stay slower: {error}", flush=True)
+        return False
+    return True
 
 
 def refuse_missing_compiler(device: torch.device) -> None:
