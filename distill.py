@@ -74,7 +74,7 @@ class Distillation(Stage):
 def teacher_config(cfg: Config) -> Config:
     """The teacher is what its file says; `model` describes the student, who may be another network."""
     cfg = copy.deepcopy(cfg)
-    cfg.stage, cfg.batchnorm.statistics = "pseudo_labels", "saved"
+    cfg.stage, cfg.batchnorm.statistics, cfg.train.checkpointing = "pseudo_labels", "saved", False
     cfg.model = ModelConfig(published=cfg.model.published)
     return cfg
 

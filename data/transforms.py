@@ -266,10 +266,10 @@ def _moved(image: Tensor, label: Tensor, kind: str, v: float) -> tuple[Tensor, T
 
 def _randaugmented(image: Tensor, label: Tensor, number: int, magnitude: int, geometry: bool) -> tuple[Tensor, Tensor]:
     """A uint8 image (3, H, W) and its label (H, W) after `number` operations, each drawn anew with a strength below
-    `magnitude` (0..10), and left out half of the time (as ProDA has it)."""
+    `magnitude` (2..10), and left out half of the time (as ProDA has it)."""
     for _ in range(number):
         drawn = int(torch.randint(len(_COLOURS) + (len(_GEOMETRY) if geometry else 0), ()))
-        strength = int(torch.randint(1, max(2, magnitude), ())) / 10
+        strength = int(torch.randint(1, magnitude, ())) / 10
         if torch.rand(()) >= 0.5:
             continue
         if drawn < len(_COLOURS):

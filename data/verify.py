@@ -3,8 +3,9 @@
     python -m data.verify benchmark=gta5_to_cityscapes
     python -m data.verify benchmark=path/to/mine.yml data.workers=16
 
-Decodes every file that training reads. Prints a table, and names whatever training would stumble over or silently learn
-wrong; then the exit status is 1. All of that, and samples as contact sheets, go to runs/<benchmark>/verify/.
+Decodes every file that training reads, but not the target's labels. Prints a table, and names whatever training would
+stumble over or silently learn wrong; then the exit status is 1. All of that, and samples as contact sheets, go to
+runs/<benchmark>/verify/.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Output-space adversarial alignment: binary cross-entropy (PBAL stage 0; ADVENT) or least squares (ProDA, LSGAN)."""
+"""Output-space adversarial alignment: binary cross-entropy (PBAL stage I; ADVENT) or least squares (ProDA, LSGAN)."""
 
 from __future__ import annotations
 

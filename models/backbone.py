@@ -128,7 +128,7 @@ def _reason(error: Exception) -> str:
 class TimmBackbone(nn.Module):
     """Any timm network that gives feature maps of images of any size.
 
-    Networks that timm can dilate are brought to the output stride. Of others, the stage that has it is the last one.
+    Networks that timm can dilate are brought to the output stride. Others end at the stage that has it.
     The maps of a plain transformer all have the stride of its patches; its last norm is applied to each. "low" is the
     map at stride 4, or the finest one if all are coarser.
 

@@ -228,8 +228,13 @@ def test_lock_keeps_a_second_run_out_and_ends_with_the_first(tmp_path):
     process.kill()
     process.join()
     (tmp_path / "run" / ".last.pth.1.partial").touch()
+    nested = tmp_path / "run" / "nested" / "checkpoints"
+    nested.mkdir(parents=True)
+    (nested.parent / LOCK).touch()
+    (nested / ".last.pth.2.partial").touch()  # being written by another run
     with run_lock(tmp_path / "run"):
-        assert [p.name for p in (tmp_path / "run").iterdir()] == [LOCK]  # what the dead run had half written
+        assert {p.name for p in (tmp_path / "run").iterdir()} == {LOCK, "nested"}  # not what the dead run had begun
+        assert list(nested.iterdir())
     with contextlib.suppress(KeyError), run_lock(tmp_path / "new" / "run"):
         raise KeyError
     assert not (tmp_path / "new").exists()  # nothing was begun

@@ -4,10 +4,10 @@
     python -m utils.ablate benchmark=path/to/mine.yml seeds=0,1 variants=my_variants.yml train.lr=1e-3
 
 `variants` is a YAML of {stage: {variant: [key=value, …]}} for the stages warmup, bpl and pst; by default,
-configs/ablations/default.yml. A variant changes some keys of a stage; its start and its scoring stay the same. The runs
-that it starts from are the pipeline's, in runs/seed<k>/<benchmark>/: those that are there are used, the others are
-trained, once for each seed. Runs of variants go into ablation/<stage>/<variant> beside them (`python -m utils.report`
-of that folder shows them).
+configs/ablations/default.yml. A variant changes some keys of a stage and starts as it does, unless it sets model.init.
+The runs that it starts from are the pipeline's, in runs/seed<k>/<benchmark>/: those that are there are used, the others
+are trained, once for each seed. Runs of variants go into ablation/<stage>/<variant> beside them (`python -m
+utils.report` of that folder shows them).
 
 Writes runs/<benchmark>/ablation.json after each seed. Started again, it goes on where it stopped.
 """

@@ -141,10 +141,11 @@ def run(words: list[str]) -> Path:
         beyond = word.startswith(("test.flip=", "test.scales=", "test.window="))
         require(not beyond, f"{word}: the file holds the network alone, at scale 1")
     cfg = checked_config(ROOT / "configs/test_from_gta_to_city.yml", others)
+    cfg.device, cfg.train.precision = "cpu", "float32"
     weights = checkpoint.find_checkpoint(cfg, cfg.checkpoint, cfg.model.published)
     if cfg.batchnorm.statistics == "target":
         prepare_data(cfg)
-    model, message = load_network(cfg, weights, torch.device("cpu"))
+    model, message = load_network(cfg, weights, torch.device(cfg.device))
     print(message)
     network = Deployed(model, output).eval().requires_grad_(False)
     path = Path(os.path.expanduser(own.get("file") or f"{_name_of(weights, cfg)}{ENDINGS[form]}"))

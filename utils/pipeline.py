@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean, stdev
@@ -192,16 +193,20 @@ def steps_by_stage(configs: dict[str, Config]) -> dict[str, int]:
 def control_legs(configs: dict[str, Config]) -> Iterator[tuple[str, Config]]:
     """(stage, configuration) of the runs that one after another make up the control `source_only_long`.
 
-    Each has the sections data, train and batchnorm of the stage that it is the control of, and its order of source
-    images; it learns from these alone. The first starts where the warm-up starts, each other one from the one before.
+    Each has the sections data, train and batchnorm of the stage that it is the control of and shows source images as
+    that does, but for the first in its order too; it learns from these alone. The first starts where the warm-up
+    starts, each other one from the one before. Where the first would repeat `source_only`, it is `source_only`.
     """
     init = configs["warmup"].model.init
     legs = (own for stage in TRAINING_STAGES for own in rounds_of(configs[stage]))
     for number, own in enumerate(legs, 1):
         cfg = copy.deepcopy(configs["warmup"])
-        cfg.stage, cfg.data, cfg.distill = own.stage, own.data, own.distill
+        cfg.stage, cfg.data, cfg.distill = own.stage, copy.deepcopy(own.data), own.distill
+        cfg.data.jitter &= own.stage != "distill"  # which learns from the source as it is
         cfg.train, cfg.batchnorm = own.train, own.batchnorm
         cfg.name, cfg.model.init, cfg.loss.adversarial = f"{CONTROL}/{number}_{own.stage}", init, 0.0
+        if replace(cfg, name="source_only") == configs["source_only"]:
+            cfg = configs["source_only"]
         init = cfg.name
         yield own.stage, cfg
 

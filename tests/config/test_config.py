@@ -120,6 +120,7 @@ def test_unknown_choice_names_the_nearest():
         ("batchnorm.images=-3", r"batchnorm\.images"),
         ("batchnorm.statistics=saved", r"batchnorm\.statistics"),
         ("data.randaugment=[2, 20]", r"data\.randaugment"),
+        ("data.randaugment=[2, 1]", r"data\.randaugment"),
         ("data.crop=[16, 64]", r"data\.crop"),
         ("data.scale=[1.5, 0.5]", r"data\.scale"),
         ("data.source.size=[640]", r"data\.source\.size"),

@@ -267,7 +267,7 @@ def test_cutout_is_one_square_grey_hole_that_the_border_may_cut():
     assert len({hole.numpy().tobytes() for hole in holes}) > 16
 
 
-@pytest.mark.parametrize("randaugment", [[2, 0], [2, 5], [2, 10], [0, 10]])
+@pytest.mark.parametrize("randaugment", [[2, 2], [2, 5], [2, 10], [0, 0]])
 def test_every_strength_of_randaugment_works(randaugment):
     images = torch.randint(0, 256, (16, 3, 32, 48), dtype=torch.uint8)
     torch.manual_seed(0)

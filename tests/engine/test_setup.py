@@ -90,8 +90,10 @@ def test_batch_of_one_is_refused_where_pooled_features_are_normalised(cfg):
 
 def test_a_teacher_is_what_its_file_says_and_may_be_a_published_one(cfg):
     cfg.model.output_stride, cfg.model.published = 16, ["theirs.pkl"]
-    model = teacher_config(cfg).model
-    assert model.output_stride == "auto" and model.published == ["theirs.pkl"]
+    cfg.train.checkpointing = True
+    teacher = teacher_config(cfg)
+    assert teacher.model.output_stride == "auto" and teacher.model.published == ["theirs.pkl"]
+    assert not teacher.train.checkpointing  # some networks refuse it; a teacher needs no gradient
 
 
 def test_own_checkpoints_tell_all(cfg, tmp_path):

@@ -107,6 +107,13 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_written(trained, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(export.importlib.util, "find_spec", lambda name: None)
         refused(UserError, "format=onnx needs onnx and onnxscript: pip install -r utils/req", "format=onnx")
+
+    def told(cfg, *_):
+        raise UserError(f"{cfg.device} {cfg.train.precision}")
+
+    with monkeypatch.context() as patch:  # target statistics are computed like the output, whatever the machine has
+        patch.setattr(export, "load_network", told)
+        refused(UserError, "^cpu float32$", "format=pt2")
     exported = export.export
 
     def mirrored(*args):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,8 @@ def test_the_control_takes_the_steps_and_rates_of_the_stages_one_after_another(b
     legs = list(control_legs(every))
     assert [stage for stage, _ in legs] == ["warmup", "bpl", "pst", "distill", "distill"]
     for stage, cfg in legs:
-        for part in ("train", "batchnorm", "data"):
-            assert getattr(cfg, part) == getattr(every[stage], part)
+        assert (cfg.train, cfg.batchnorm) == (every[stage].train, every[stage].batchnorm)
+        assert cfg.data == replace(every[stage].data, jitter=stage != "distill") and every[stage].data.jitter
         assert cfg.loss.adversarial == cfg.loss.bidirectional == 0
     starts, names = [cfg.model.init for _, cfg in legs], [cfg.name for _, cfg in legs]
     assert starts == ["source_only", *names[:-1]] and len(set(names)) == 5
@@ -38,6 +39,11 @@ def test_the_control_takes_the_steps_and_rates_of_the_stages_one_after_another(b
 
     bound = bound_config(every)
     assert (bound.train.iterations, bound.train.horizon, bound.model.init) == (24, 48, "source_only")
+
+    every["warmup"].model.init, every["source_only"].batchnorm = "scratch", every["warmup"].batchnorm
+    every["source_only"].model.init = "scratch"  # from where the warm-up starts, as in the published pairs
+    (_, first), (_, second), *_ = control_legs(every)
+    assert first is every["source_only"] and second.model.init == "source_only"
 
 
 @pytest.mark.parametrize("statistics", ["target", "running"])
@@ -160,7 +166,7 @@ def test_controls_by_the_pipeline(benchmarks, tmp_path, monkeypatch, capsys):
     assert list(rows)[-2:] == [CONTROL, BOUND]
     assert result["stages"]["pst"]["miou"] == {"mean": rows["pst"]["miou"], "std": 0}
     assert opened and {name: "train" in parts for name, parts in fitted.items()} == dict.fromkeys(
-        [f"{CONTROL}/1_warmup", f"{CONTROL}/2_bpl", f"{CONTROL}/3_pst", f"{CONTROL}/4_distill"], False
+        ["source_only", f"{CONTROL}/2_bpl", f"{CONTROL}/3_pst", f"{CONTROL}/4_distill"], False
     ) | {BOUND: True}
     for name, steps in (("warmup", 2), ("bpl", 4), ("pst", 6), ("distill", 8)):
         row = rows[name]

@@ -173,6 +173,10 @@ class DataConfig:
             require(len(value) == 2, f"data.{name}={value} must hold two numbers")
             ordered = name in ("crop", "randaugment") or value[0] <= value[1]
             require(ordered, f"data.{name}={value} must be [low, high]")
+        number, magnitude = self.randaugment
+        require(
+            not number or magnitude > 1, f"data.randaugment={self.randaugment}: magnitudes are 2 to 10"
+        )
 
 
 @dataclass
@@ -301,8 +305,8 @@ class TrainConfig:
     compile: Literal["auto", True, False] = opt(
         "auto",
         "torch.compile of networks and strong view; on a GPU, networks become CUDA graphs, which do not wait for "
-        "Python: minutes in the first step, then a quarter less time. auto = where that was measured to pay: a ResNet "
-        f"on one GPU, not deterministic, for {COMPILED_STEPS:,} steps or more",
+        "Python: minutes in the first step, then a quarter to two fifths less time. auto = where that was measured to "
+        f"pay: a ResNet on one GPU, not deterministic, for {COMPILED_STEPS:,} steps or more",
     )
     val_every: int = opt(1000, "steps between validations (as released)", least=1)
     save_every: int = opt(1000, "steps between writes of checkpoints/last.pth", least=1)

@@ -48,7 +48,9 @@ def _locked(folder: Path) -> Iterator[None]:
         _lock(file, folder)
         try:
             for leftover in folder.rglob(f".*{PARTIAL}"):
-                leftover.unlink(missing_ok=True)
+                within = leftover.relative_to(folder).parents
+                if not any((folder / part / LOCK).is_file() for part in within if part.parts):  # another run's
+                    leftover.unlink(missing_ok=True)
             yield
         finally:
             if [path.name for path in folder.iterdir()] == [LOCK]:
