@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data.datasets import Sample, SegmentationDataset, same_aspect, size_text
-from data.images import read_label_ids, read_picture, show_name, stored_as
+from data.images import is_turned, read_label_ids, read_picture, show_name, stored_as
 from data.loaders import spread
 from data.taxonomy import CITYSCAPES_NAMES, ID_TO_NAME, IGNORE, KNOWN_IDS, ClassSet, class_set, known_ids, label_ids
 from utils.config import Config, UserError
@@ -19,6 +19,7 @@ from utils.config.keys import DatasetConfig
 
 CHECKED = 8  # samples of each dataset that are looked at before training
 FEW_COLOURS = 40  # a picture with at most so many is a label map, not a photograph
+DARK = 20  # of 255: an image that is nowhere brighter has lost bits
 FEW_BITS = {"1": 1, "L;2": 3, "L;4": 15}  # how such labels are stored: the largest id
 MOST_IGNORED = 2 / 3  # of the pixels; more cause a warning
 
@@ -27,9 +28,10 @@ def sample_facts(sample: Sample) -> dict:
     """Facts about one image and its label.
 
     Returns:
-        size: (width, height); hash: of the pixels; label_map: whether the image looks like one; label_size; ids:
-        {label id: pixels}; stored: how the label stores them; palette: {index: colour}; problems: UserErrors of files
-        that cannot be read. An entry that could not be found out is absent.
+        size: (width, height); hash: of the pixels; label_map: whether the image looks like one; dark: whether it is
+        black to the eye; turned: whether it is labelled, and EXIF turns it; label_size; ids: {label id: pixels};
+        stored: how the label stores them; palette: {index: colour}; problems: UserErrors of files that cannot be read.
+        An entry that could not be found out is absent.
     """
     found = {"problems": []}
     try:
@@ -37,6 +39,8 @@ def sample_facts(sample: Sample) -> dict:
         found["size"] = picture.size
         found["hash"] = hashlib.blake2b(picture.tobytes(), digest_size=16).hexdigest()
         found["label_map"] = len(picture.getcolors(FEW_COLOURS) or ()) > 1
+        found["dark"] = max(high for _, high in picture.getextrema()) < DARK
+        found["turned"] = sample.label is not None and is_turned(sample.image)
     except UserError as error:
         found["problems"].append(("image cannot be read", str(error)))
     if sample.label and sample.label.exists():
@@ -49,6 +53,17 @@ def sample_facts(sample: Sample) -> dict:
         except UserError as error:
             found["problems"].append(("label cannot be read", str(error)))
     return found
+
+
+def odd_images(dark: list[Path], turned: list[Path]) -> list[str]:
+    """Lines about images that are read, but perhaps not as they were meant."""
+    lines = []
+    if dark:
+        lines.append(f"{len(dark)} images are nearly black, the first is {show_name(dark[0])}: 12 bits stored as 16?")
+    if turned:
+        first = f"the first is {show_name(turned[0])}"
+        lines.append(f"{len(turned)} labelled images are turned upright by EXIF, {first}: are their labels upright?")
+    return lines
 
 
 class Labels:
@@ -128,7 +143,12 @@ class Labels:
         if stray:
             listed = ", ".join(f"{i} ({self.ids[i] / self.ids.total():.1%})" for i in stray[:8])
             found.append(f"ids that id_map does not name are ignored: {listed}{', …' if len(stray) > 8 else ''}")
-        return found
+        return found + self.untaught()
+
+    def untaught(self) -> list[str]:
+        """A line about classes that no label can hold: wherever one is predicted, it counts as wrong."""
+        without = [name for name in self.classes.names if name not in self.names.values()]
+        return [f"no label id stands for class {', '.join(without)}: the IoU is 0 if predicted"] if without else []
 
     def _all_named(self) -> bool:
         """Whether the user names ids, and every one occurs: then it is hardly a mistake that others are ignored."""
@@ -200,7 +220,7 @@ def check_samples(
     empty = [path for path in paths if path.is_file() and path.stat().st_size == 0]  # a broken link is named below
     if empty and not dataset.skips:
         raise UserError(f"{len(empty)} files of {key} are empty, the first is {show_name(empty[0])}")
-    labels, sizes = Labels(getattr(cfg.data, name), class_set(cfg.data)), []
+    labels, sizes, dark, turned = Labels(getattr(cfg.data, name), class_set(cfg.data)), [], [], []
     looked_at = [dataset.samples[index] for index in spread(len(dataset), CHECKED)]
     for sample in looked_at:
         found = sample_facts(sample)
@@ -208,6 +228,8 @@ def check_samples(
             _refuse_unusable(dataset, sample, found, labels)
             sizes.append(found["size"])
             labels.add(sample, found)
+            dark += [sample.image] * found["dark"]
+            turned += [sample.image] * found["turned"]
             if found["label_map"]:
                 dataset.notes.append(f"{key}: {show_name(sample.image)} looks like a label map, not like an image")
         except UserError:
@@ -218,11 +240,13 @@ def check_samples(
             first = next(s.label for s in looked_at if s.label)
             kind, text = faults[0]
             raise UserError(f"{kind}: {text} ({len(sizes)} labels of {key} were looked at, such as {show_name(first)})")
-        dataset.notes += [f"{key}: {text}" for text in labels.mostly_ignored()]
+        unlearnable = labels.untaught() if labels.ids else []
+        dataset.notes += [f"{key}: {text}" for text in labels.mostly_ignored() + unlearnable]
         if path := labels.eight_bits():
             dataset.notes.append(
                 f"{key}: SYNTHIA's labels have 16 bits, {show_name(path)} has 8: are its ids SYNTHIA's?"
             )
+    dataset.notes += [f"{key}: {text}" for text in odd_images(dark, turned)]
     squeezed = [size for size in sizes if dataset.size and not same_aspect(size, dataset.size)]
     if squeezed:
         dataset.notes.append(f"{key}: {squeezed_note(squeezed, dataset.size)}")

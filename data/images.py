@@ -37,7 +37,9 @@ _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
 _EXACT_FORMATS = ("PNG", "BMP", "PPM", "TIFF")
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp", "tiff_thunderscan", "tiff_sgilog", "tiff_sgilog24")
 _PNG_START = b"\x89PNG\r\n\x1a\n"
-_COLOUR, _COLOUR_ALPHA = 2, 6  # PNG's colour types
+_COLOUR, _GREY_ALPHA, _COLOUR_ALPHA = 2, 4, 6  # PNG's colour types
+# x, y, steps of x and y of the pixels in each pass of an interlaced PNG
+_ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
 _BITS, _PHOTOMETRIC, _SAMPLES, _PLANAR = 258, 262, 277, 284  # TIFF's tags
 _TURN = {  # EXIF orientation -> what brings the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -63,6 +65,7 @@ class _Png:
             raise ValueError("the file is cut off")
         width, height, depth, colour, _, _, self.interlaced = struct.unpack_from(">IIBBBBB", content, 16)
         self.size, self.turned = (width, height), False
+        self.bits = depth * {_COLOUR: 3, _GREY_ALPHA: 2, _COLOUR_ALPHA: 4}.get(colour, 1)  # of a pixel
         # RGB or RGBA where colours have 16 bits, of which Pillow keeps the upper 8.
         self.deep = {_COLOUR: "RGB", _COLOUR_ALPHA: "RGBA"}.get(colour, "") if depth == 16 else ""
         view, place, kind = memoryview(content), 8, b""
@@ -86,6 +89,15 @@ class _Png:
     def content(self) -> bytes:
         """The file."""
         return b"".join(self._chunks)
+
+    def refuse_short(self) -> None:
+        """ValueError if there are fewer pixels than the header says: decoders leave the others at zero."""
+        width, height = self.size
+        passes = _ADAM7 if self.interlaced else [(0, 0, 1, 1)]
+        sides = [(math.ceil((width - x) / dx), math.ceil((height - y) / dy)) for x, y, dx, dy in passes]
+        needed = sum(h * (1 + math.ceil(w * self.bits / 8)) for w, h in sides if w > 0 and h > 0)
+        if len(zlib.decompress(b"".join(self._pixels))) < needed:
+            raise ValueError("the file is cut off: pixels are missing")
 
     def decode(self, layout: str, rows: int | None = None) -> Image.Image:
         """The picture, or its uppermost rows; `layout` is Pillow's name for how pixels are stored."""
@@ -185,16 +197,31 @@ def read_upper_rows(path: Path, share: Callable[[tuple[int, int]], float]) -> tu
             width, height = png.size
             if decode_png:
                 with contextlib.suppress(Exception):  # it has no others; Pillow then says what is wrong, or reads it
-                    return Image.fromarray(decode_png(content, (height, width), "rgb")), png.size
+                    return _whole(Image.fromarray(decode_png(content, (height, width), "rgb")), png), png.size
             rows = math.ceil(height * share(png.size)) + 1  # one more, where a filter magnifies
             if rows < height:
-                return png.decode("RGB", rows), png.size
+                return _whole(png.decode("RGB", rows), png), png.size
         picture = _open(content, png)
-        layout, _ = _layout(picture)
+        layout, declared = _layout(picture)
         picture.load()
-        upright, turn = _eight_bits(picture, layout, png), _turn_of(picture)  # Pillow's own call rewrites all EXIF
+        upright = _eight_bits(_whole(picture, png), layout, declared, png)
+        turn = _turn_of(picture)  # Pillow's own call rewrites all EXIF
         upright = upright if turn is None else upright.transpose(turn)
         return upright if upright.mode == "RGB" else upright.convert("RGB"), upright.size
+
+
+def _whole(picture: Image.Image, png: _Png | None) -> Image.Image:
+    """The picture; ValueError if its lowest row is black because the file ends before it."""
+    width, height = picture.size
+    if png and not np.asarray(picture.crop((0, height - 1, width, height))).any():
+        png.refuse_short()
+    return picture
+
+
+def is_turned(path: Path) -> bool:
+    """Whether EXIF turns a picture upright; UserError as of `read_picture`."""
+    with _named("image", path):
+        return _turn_of(_open(*_read(path))) is not None
 
 
 def _turn_of(picture: Image.Image) -> Image.Transpose | None:
@@ -205,7 +232,7 @@ def _turn_of(picture: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _eight_bits(picture: Image.Image, layout: str, png: _Png | None) -> Image.Image:
+def _eight_bits(picture: Image.Image, layout: str, declared: int | None, png: _Png | None) -> Image.Image:
     """A picture of more bits in 8. A deep file that holds no value above 255 holds 8-bit values."""
     tags = getattr(picture, "tag_v2", {})
     if picture.mode == "F":
@@ -221,7 +248,10 @@ def _eight_bits(picture: Image.Image, layout: str, png: _Png | None) -> Image.Im
         sixteen = picture.mode.startswith("I;16") or picture.format in ("PNG", "PPM")
         if least < 0 or (most > 255 and not sixteen):
             raise ValueError(f"numbers of {least} to {most}, of which none is known to be white: save 8 or 16 bits")
-        return Image.fromarray((values >> 8 if most > 255 else values).astype(np.uint8))
+        bits = 12 if layout == "I;12" else 16
+        return Image.fromarray((values >> bits - 8 if most > 255 else values).astype(np.uint8))
+    if (declared or 0) > 255 and np.asarray(picture).max() < 2:
+        raise ValueError("colours of 16 bits that hold no value above 255: save 8 bits")
     if layout.endswith((";16B", ";16L", ";16N")) and not np.asarray(picture.convert("RGB")).any():
         if not (png and png.deep):
             raise ValueError("colours of 16 bits that hold no value above 255: save 8 bits")
@@ -246,6 +276,8 @@ def read_label_ids(path: Path) -> np.ndarray:
     """
     with _named("label", path):
         content, png = _read(path)
+        if png:
+            png.refuse_short()
         picture = _open(content, png)
         if picture.format not in _EXACT_FORMATS or picture.info.get("compression") in _LOSSY_TIFF:
             raise ValueError(f"{picture.format} compression does not keep ids exactly: save it as PNG")
@@ -257,6 +289,11 @@ def read_label_ids(path: Path) -> np.ndarray:
             if picture.mode.startswith("I") and picture.tag_v2.get(_PHOTOMETRIC) == 0:  # which Pillow ignores there
                 raise ValueError("its greys are stored inverted: save it as PNG")
         layout, declared = _layout(picture)
+        if declared and picture.tile[0][0] == "ppm":
+            size, offset = math.prod(picture.size) * (1 + (declared > 255)), picture.tile[0][2]
+            most = np.frombuffer(content[offset : offset + size], ">u2" if declared > 255 else "u1").max(initial=0)
+            if most > declared:  # Pillow would make it the largest
+                raise ValueError(f"it holds {most}, but its header says that {declared} is the largest")
         if (not png or png.turned) and _turn_of(picture) is not None:
             raise ValueError("its EXIF entry turns it, which readers of labels take or leave: save it upright")
         if png and png.deep:

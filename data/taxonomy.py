@@ -89,11 +89,13 @@ class ClassSet:
         return table
 
     def inverse_table(self, id_to_name: dict[int, str]) -> np.ndarray:
-        """Array of 256 entries: train id -> the first label id of its class, 255 where there is none.
+        """Array of 256 entries: train id -> the first label id of its class.
 
-        uint8, or uint16 where a label id needs it.
+        Where there is none, 255, or the largest id below it that stands for no class. uint8, or uint16 where a label id
+        needs it.
         """
-        table = np.full(256, IGNORE, np.uint16)
+        taken = {label_id for label_id, name in id_to_name.items() if name in self.names}
+        table = np.full(256, next(i for i in range(IGNORE, -1, -1) if i not in taken), np.uint16)
         for label_id, name in reversed(id_to_name.items()):
             if name in self.names:
                 table[self.names.index(name)] = label_id

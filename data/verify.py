@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.check import Labels, sample_facts, squeezed_note
+from data.check import Labels, odd_images, sample_facts, squeezed_note
 from data.datasets import (
     TOLERANCE,
     UNREADABLE,
@@ -75,12 +75,14 @@ def check_dataset(cfg: DatasetConfig, classes: ClassSet, workers: int, name: str
         report.warnings.append(listing.note)
     for path in listing.orphans:
         report.fault("label without image", path)
-    size_of, looks = {}, mapped(sample_facts, listing, workers)
+    size_of, dark, turned, looks = {}, [], [], mapped(sample_facts, listing, workers)
     for sample, found in zip(listing, progress(looks, desc=name, total=len(listing), unit="img")):
         if with_labels and not sample.label.exists():
             report.fault("image without label", f"{sample.image}: {sample.label} is missing")
         for kind, text in found["problems"]:
             report.fault(kind, text)
+        dark += [sample.image] * found.get("dark", False)
+        turned += [sample.image] * found.get("turned", False)
         if found.get("label_map"):
             report.fault("image looks like a label map", sample.image)
         size, label_size = found.get("size"), found.get("label_size")
@@ -109,7 +111,7 @@ def check_dataset(cfg: DatasetConfig, classes: ClassSet, workers: int, name: str
         report.warnings.append(squeezed_note(squeezed, cfg.size))
     for kind, text in labels.faults():
         report.fault(kind, f"{report.labels} labels below {cfg.root}: {text}")
-    report.warnings += labels.warnings(every_class=name == "source")
+    report.warnings += odd_images(dark, turned) + labels.warnings(every_class=name == "source")
     return report
 
 

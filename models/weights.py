@@ -98,6 +98,8 @@ class WeightFile:
     class_names: list[str] | None = None  # of our own checkpoints
     networks: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # states of others: the discriminator
     running_statistics: dict[str, Tensor] = field(default_factory=dict)  # of BatchNorm, if `state` has the target's
+    statistics: tuple | None = None  # mean and std of the input, of our own checkpoints
+    left_out: list[str] = field(default_factory=list)  # other entries that hold tensors
 
     @property
     def num_classes(self) -> int | None:
@@ -157,6 +159,15 @@ def identify(path: Path, content: dict) -> WeightFile:
     """`read_weights` for a file whose content has been read already."""
     if "model" in content and isinstance(content.get("recipe"), dict):
         return _own_checkpoint(path, content)
+    file = _foreign(path, content)
+    taken = next((entry for entry in _ENTRIES if isinstance(content.get(entry), dict)), "")
+    read = (taken, "FCDiscriminator") if taken else content
+    file.left_out = [key for key, value in content.items() if key not in read and _holds_tensors(value)]
+    return file
+
+
+def _foreign(path: Path, content: dict) -> WeightFile:
+    """`identify` for files of other codes."""
     state = _tensors(path, content)
     discriminator = content.get("FCDiscriminator")  # of published files
     networks = {"discriminator": _tensors(path, discriminator)} if isinstance(discriminator, dict) else {}
@@ -189,15 +200,15 @@ def identify(path: Path, content: dict) -> WeightFile:
 def _own_checkpoint(path: Path, content: dict) -> WeightFile:
     recipe = content["recipe"]
     settings = {k: recipe[k] for k in ("arch", "backbone", "output_stride", "dilations", "bn_clr") if k in recipe}
-    if "mean" in recipe and "std" in recipe:
-        statistics = (tuple(recipe["mean"]), tuple(recipe["std"]))
+    statistics = (tuple(recipe["mean"]), tuple(recipe["std"])) if {"mean", "std"} <= recipe.keys() else None
+    if statistics:
         named = (name for name, known in NORMALIZATIONS.items() if known == statistics)
         settings["normalization"] = next(named, "auto")  # the backbone's own
     state, names = _tensors(path, content["model"]), recipe.get("class_names")
     if names and len(names) != len(state.get("classifier.weight", names)):
         raise WeightError(f"{path} names {len(names)} classes, but its classifier has another number")
     others = {key: content.get(key, {}) for key in ("networks", "running_statistics")}
-    return WeightFile(path, "PBAL checkpoint", state, settings, class_names=names, **others)
+    return WeightFile(path, "PBAL checkpoint", state, settings, class_names=names, statistics=statistics, **others)
 
 
 def _tensors(path: Path, content: object) -> dict[str, Tensor]:
@@ -209,7 +220,10 @@ def _tensors(path: Path, content: object) -> dict[str, Tensor]:
     if not _holds_tensors(state):
         entries = _some(list(map(str, content))) if isinstance(content, dict) else type(content).__name__
         raise WeightError(f"{path} is in no known format; its entries are {entries or 'none'}")
+    given = len(state)
     state = {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): value for key, value in state.items()}
+    if len(state) < given:
+        raise WeightError(f"{path} holds tensors twice, under keys with and without the prefix module. or _orig_mod.")
     if all(key.startswith("backbone.") for key in state):  # of a larger network, its backbone
         state = {key.removeprefix("backbone."): value for key, value in state.items()}
     return state
@@ -262,9 +276,11 @@ class Loaded(NamedTuple):
     format: str  # the file's
     matched: int  # number of tensors taken
     missing: list[str]  # keys of the model that keep their initial values
+    left_out: list[str]  # other entries of the file that hold tensors
 
     def __str__(self) -> str:
         rest = f", {len(self.missing)} of the model keep their initial values" if self.missing else ""
+        rest += f"; not those of its entries {_some(self.left_out)}" if self.left_out else ""
         return f"{self.format}: {self.matched} tensors loaded{rest}"
 
 
@@ -291,12 +307,15 @@ def load_weights(model: nn.Module, file: str | Path | WeightFile) -> Loaded:
         if key.endswith(_COUNTER) and key.replace(_COUNTER, "running_mean") in state:
             state.setdefault(key, torch.zeros_like(value))
     shapes = [k for k in state if k in own and state[k].shape != own[k].shape]
-    learnt = [k for k in state if k in own and own[k].is_floating_point()]
+    learnt = {k: state[k] for k in state if k in own and own[k].is_floating_point()}
+    learnt |= {k: v for k, v in file.running_statistics.items() if not k.endswith(_COUNTER)}
+    plain = {k: v.float() for k, v in learnt.items() if _plain(v)}  # as the model will have them
     faults = {
         "keys missing": [k for k in own if k not in state],
         "keys unexpected": [k for k in state if k not in own],
-        "tensors are no floating-point numbers": [k for k in learnt if not state[k].is_floating_point()],
-        "tensors hold NaN or infinity": [k for k in learnt if not state[k].isfinite().all()],
+        "tensors are no floating-point numbers": [k for k in learnt if k not in plain],
+        "tensors hold NaN or infinity": [k for k, v in plain.items() if not v.isfinite().all()],
+        "variances are negative": [k for k, v in plain.items() if k.endswith("running_var") and (v < 0).any()],
     }
     if "classifier.weight" in shapes:
         problems.append(f"{file.num_classes}-class file, {len(own['classifier.weight'])}-class model")
@@ -308,7 +327,13 @@ def load_weights(model: nn.Module, file: str | Path | WeightFile) -> Loaded:
     if problems:
         raise WeightError(f"{file.path} ({file.format}) does not fit the model: {'; '.join(problems)}")
     model.load_state_dict(state, strict=False)
-    return Loaded(file.format, len(state), [k for k in model.state_dict() if k not in state])
+    return Loaded(file.format, len(state), [k for k in model.state_dict() if k not in state], file.left_out)
+
+
+def _plain(value: Tensor) -> bool:
+    """Whether a tensor holds floating-point numbers as they are: not of one byte, quantised, sparse or without data."""
+    stored = value.layout == torch.strided and not value.is_meta and not value.is_quantized
+    return stored and value.is_floating_point() and value.element_size() > 1
 
 
 def _contradictions(model: nn.Module, file: WeightFile) -> list[str]:
@@ -319,12 +344,12 @@ def _contradictions(model: nn.Module, file: WeightFile) -> list[str]:
     for key in ("output_stride", "dilations"):
         if wanted.get(key, getattr(model, key)) != getattr(model, key):
             problems.append(f"{key} {wanted[key]} in the file, {getattr(model, key)} in the model")
-    statistics = NORMALIZATIONS.get(wanted.get("normalization"))
+    statistics = file.statistics or NORMALIZATIONS.get(wanted.get("normalization"))
     if statistics and statistics != (tuple(model.mean), tuple(model.std)):
         mean, std = (tuple(round(v, 3) for v in values) for values in (model.mean, model.std))
         problems.append(
-            f"the file needs normalization={wanted['normalization']!r} (mean {statistics[0]}, std {statistics[1]}), "
-            f"the model has mean {mean}, std {std}"
+            f"the file needs normalization={wanted.get('normalization', 'auto')!r} (mean {statistics[0]}, std "
+            f"{statistics[1]}), the model has mean {mean}, std {std}"
         )
     return problems
 
@@ -339,6 +364,13 @@ def _for_timm(file: WeightFile, own: dict[str, Tensor], name: str) -> dict[str, 
     ours = {key.removeprefix("backbone.net.").removeprefix("model.").replace(".", "_"): key for key in own}
     if file.format == "EfficientNet-Lite":
         return _by_order(file, own)
+    there = {key: own[ours[short]] for key in state if (short := key.replace(".", "_")) in ours}
+    odd = [key for key, value in there.items() if value.is_floating_point() and not _plain(state[key])]
+    if odd:
+        raise WeightError(
+            f"{file.path} ({file.format}) does not fit timm/{name}: {len(odd)} tensors are no floating-point numbers "
+            f"({_some(odd)})"
+        )
     timm = import_timm()
     known = timm.get_pretrained_cfg(name)
     names = known.classifier if known else ()
@@ -350,7 +382,6 @@ def _for_timm(file: WeightFile, own: dict[str, Tensor], name: str) -> dict[str, 
     except Exception as error:  # of many kinds, where timm converts a file
         lines = [line.strip()[:300] for line in str(error).split("\n") if not line.startswith("Error(s) in")]
         if len(lines) == 1:  # timm's conversion failed, and does not name the tensor
-            there = {key: own[ours[short]] for key in state if (short := key.replace(".", "_")) in ours}
             odd = [key for key, value in there.items() if value.shape != state[key].shape]
             lines += [f"{key} is {tuple(state[key].shape)}, not {tuple(there[key].shape)}" for key in odd]
         reason = "; ".join(lines[:4]) or type(error).__name__

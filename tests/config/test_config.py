@@ -258,6 +258,13 @@ def test_numbers_and_names_of_the_command_line_that_are_not_meant():
     assert checked_config(BPL, ["seed=0", "train.lr=0.5"]).seed == 0
 
 
+def test_a_benchmark_is_no_stage_file(tmp_path):
+    (tmp_path / "mine.yml").write_text("data: {source: {root: mine}, val: {root: mine}}")
+    refused(
+        r"mine\.yml has domains and no stage, .* give it as benchmark=.*mine\.yml", stage_file=tmp_path / "mine.yml"
+    )
+
+
 def test_a_home_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "day").mkdir()

@@ -1,6 +1,7 @@
 """Labels in another numbering are said, with the numbers; labels that are right are not."""
 
 import copy
+import re
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,29 @@ def test_what_may_be_meant_is_a_warning():
     for line, words in zip(found, ("90% of the pixels are ignored", "no pixel of class car (8)", "ignored: 9 (30.0%)")):
         assert words in line
     assert len(found) == 3
+
+
+def test_a_class_that_no_label_can_hold_is_named():
+    found = labels(section(id_map={0: "sky", 1: "building", 3: "street"}), OWN, {0: 4, 1: 3, 3: 3, 26: 3})
+    assert found.warnings(every_class=False)[-1] == "no label id stands for class car: the IoU is 0 if predicted"
+
+
+def test_dark_and_turned_images_are_named(configure, copied, tmp_path):
+    cfg = configure("gta5_to_city", "stage1_BPL.yml", tmp_path / "runs")
+    cfg.data.source.root = str(copied("gta5").root)
+    for number, path in enumerate(sorted(Path(cfg.data.source.root).glob("images/*.png"))[:2]):
+        picture, exif = Image.open(path), Image.Exif()
+        exif[274] = 3
+        if number:
+            picture.save(path, exif=exif)
+        else:
+            picture.point(lambda value: value // 16).save(path)
+    notes = check_samples(build_dataset(cfg.data.source, class_set(cfg.data)), "source", cfg).notes
+    for words in (
+        r"1 images are nearly black, the first is .*png: 12 bits",
+        r"1 labelled images are turned upright by",
+    ):
+        assert any(re.search(words, note) for note in notes)
 
 
 def test_ids_that_are_all_named_and_all_there_are_no_fault():

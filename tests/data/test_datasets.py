@@ -421,6 +421,8 @@ def test_endings_in_upper_case_and_what_is_not_taken(tmp_path):
     assert [s.image.name for s in listed] == ["0.jpg", "1.JPG", "2.Jpg", "5.jpg"]  # the broken link is found missing
     assert listed.note == (f"not taken: 2 files below {tmp_path} (1 .jpg, 1 .jpeg), the first is i/.4.jpg")
     (tmp_path / "i/5.jpg").unlink()
+    listed = list_samples(folder_of(tmp_path, "i/*.[jp][pn]g"), with_labels=False)
+    assert [s.image.name for s in listed] == ["0.jpg", "1.JPG", "2.Jpg"]
     (tmp_path / "i/2.Jpg").unlink()
     assert [s.label.name for s in list_samples(cfg)] == ["0.png", "1.PNG"]
     found = find_images(str(tmp_path / "i"))

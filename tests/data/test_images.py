@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from data import images
 from data.images import read_image, read_label_ids, show_name
 from data.toy import png16
 from utils.config import UserError
@@ -77,6 +78,16 @@ def test_pgm_of_any_range(tmp_path, most):
         np.testing.assert_array_equal(read_label_ids(tmp_path / name), ids)
 
 
+@pytest.mark.parametrize("most", [26, 1000])
+def test_pgm_beyond_its_own_range_is_refused(tmp_path, most):
+    ids = np.full((9, 13), most + 1, np.uint8 if most < 256 else ">u2")
+    (tmp_path / "x.pgm").write_bytes(b"P5\n13 9\n%d\n" % most + ids.tobytes())
+    with pytest.raises(
+        UserError, match=rf"x\.pgm: it holds {most + 1}, but its header says that {most} is the largest"
+    ):
+        read_label_ids(tmp_path / "x.pgm")
+
+
 @pytest.mark.parametrize("filtered", [0, 1, 2, 3, 4])
 def test_first_channel_of_16_bit_colour(tmp_path, filtered):
     """By any of PNG's filters."""
@@ -126,6 +137,24 @@ def test_deep_colour_that_holds_8_bits_is_not_black(tmp_path):
     pixels = RNG.integers(0, 256, (9, 13, 3)).astype(np.uint16)
     (tmp_path / "x.png").write_bytes(png16(pixels))
     np.testing.assert_array_equal(read_image(tmp_path / "x.png"), pixels.transpose(2, 0, 1))
+
+
+def test_deep_colour_of_a_ppm_that_holds_8_bits_is_refused(tmp_path):
+    pixels = RNG.integers(0, 256, (9, 13, 3)).astype(">u2")
+    (tmp_path / "x.ppm").write_bytes(b"P6\n13 9\n65535\n" + pixels.tobytes())
+    with pytest.raises(UserError, match=r"x\.ppm: colours of 16 bits that hold no value above 255"):
+        read_image(tmp_path / "x.ppm")
+    (tmp_path / "x.ppm").write_bytes(b"P6\n13 9\n65535\n" + (pixels * 257).astype(">u2").tobytes())
+    np.testing.assert_array_equal(read_image(tmp_path / "x.ppm"), pixels.transpose(2, 0, 1))
+
+
+def test_grey_of_12_bits_keeps_its_upper_8(tmp_path):
+    values = np.array([[0, 0x123, 0xABC, 0xFFF]])
+    path = tiff(tmp_path / "x.tif", values[None], 1, 1)
+    content = bytearray(path.read_bytes())
+    content[content.index(struct.pack("<HHII", 258, 3, 1, 16)) + 8] = 12
+    path.write_bytes(content[:-8] + bytes.fromhex("000123abcfff"))
+    assert read_image(path)[0].tolist() == [[0, 0x12, 0xAB, 0xFF]]
 
 
 def test_32_bit_grey_beyond_8_bits_is_refused(tmp_path):
@@ -214,6 +243,29 @@ def test_a_damaged_png_is_refused(tmp_path, read):
             read(tmp_path / f"{name}.png")
     (tmp_path / "x.png").write_bytes(whole + b"more")
     read(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("library", ["kornia", "Pillow"])
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_a_png_of_too_few_rows_is_refused(tmp_path, monkeypatch, library, interlaced):
+    """All checksums hold; decoders leave the missing rows black."""
+    if library == "Pillow":
+        monkeypatch.setattr(images, "decode_png", None)
+    sides = [(2, 2), (2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (16, 8)] if interlaced else [(16, 16)]
+    for name, read, colour, channels in (("label", read_label_ids, 0, 1), ("image", read_image, 2, 3)):
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 8, colour, 0, 0, interlaced))
+        data = b"".join((b"\0" + b"\x1a" * w * channels) * h for w, h in sides)
+        path = tmp_path / f"{name}.png"
+        for share in (1, 0.5):
+            pixels = chunk(b"IDAT", zlib.compress(data[: int(share * len(data))]))
+            path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b""))
+            if share == 1:
+                assert (np.asarray(read(path)) == 26).all()
+            else:
+                with pytest.raises(
+                    UserError, match=rf"{name}\.png: (the file is cut off: pixels are missing|image file is truncated)"
+                ):
+                    read(path)
 
 
 def tiff(path, planes, photometric, planar):

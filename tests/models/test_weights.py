@@ -178,6 +178,9 @@ def test_other_number_of_classes_is_said_in_words(tmp_path, model):
     [
         (lambda w: w.to(torch.int8), r"1 tensors are no floating-point numbers \(backbone\.conv1\.weight\)"),
         (lambda w: torch.full_like(w, torch.nan), r"1 tensors hold NaN or infinity \(backbone\.conv1\.weight\)"),
+        (lambda w: w.double() * 1e300, r"1 tensors hold NaN or infinity \(backbone\.conv1\.weight\)"),  # as float32
+        (lambda w: w.to(torch.float8_e4m3fn), r"1 tensors are no floating-point numbers \(backbone\.conv1\.weight\)"),
+        (lambda w: w.to_sparse(), r"1 tensors are no floating-point numbers \(backbone\.conv1\.weight\)"),
     ],
 )
 def test_numbers_that_are_no_weights_are_refused(tmp_path, model, spoilt, said):
@@ -188,6 +191,36 @@ def test_numbers_that_are_no_weights_are_refused(tmp_path, model, spoilt, said):
     half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     torch.save({"model": half, "recipe": {}}, tmp_path / "half.pth")
     load_weights(model, tmp_path / "half.pth")
+
+
+def test_statistics_that_are_none_are_refused(tmp_path, model):
+    state = model.state_dict()
+    negative = state | {"backbone.bn1.running_var": -state["backbone.bn1.running_var"]}
+    torch.save({"model": negative, "recipe": {}}, tmp_path / "x.pth")
+    one_line(
+        lambda: load_weights(model, tmp_path / "x.pth"), r"1 variances are negative \(backbone\.bn1\.running_var\)"
+    )
+    running = {"backbone.bn1.running_mean": torch.full((64,), torch.nan)}
+    torch.save({"model": state, "recipe": {}, "running_statistics": running}, tmp_path / "x.pth")
+    one_line(lambda: load_weights(model, tmp_path / "x.pth"), r"NaN or infinity \(backbone\.bn1\.running_mean\)")
+
+
+def test_an_own_checkpoint_of_other_input_is_refused(tmp_path, model):
+    recipe = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}
+    torch.save({"model": model.state_dict(), "recipe": recipe}, tmp_path / "x.pth")
+    one_line(lambda: load_weights(model, tmp_path / "x.pth"), r"\(mean \(0\.1, 0\.2, 0\.3\), .* the model has mean")
+
+
+def test_other_networks_in_a_file_are_named(tmp_path, model):
+    """timm's and others' files hold an average beside the weights."""
+    state = {k.removeprefix("backbone."): v for k, v in model.state_dict().items() if k.startswith("backbone.")}
+    content = {"state_dict": state, "state_dict_ema": state, "optimizer": {"state": {}}, "epoch": 3}
+    torch.save(content, tmp_path / "x.pth")
+    assert str(load_weights(model, tmp_path / "x.pth")).endswith("; not those of its entries state_dict_ema")
+    torch.save(state, tmp_path / "x.pth")
+    assert "entries" not in str(load_weights(model, tmp_path / "x.pth"))
+    torch.save(state | {"module.conv1.weight": state["conv1.weight"]}, tmp_path / "x.pth")
+    one_line(lambda: load_weights(model, tmp_path / "x.pth"), "holds tensors twice, under keys with and without")
 
 
 def test_missing_and_unexpected_keys_are_listed_and_nothing_is_loaded(tmp_path, model):

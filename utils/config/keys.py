@@ -174,9 +174,7 @@ class DataConfig:
             ordered = name in ("crop", "randaugment") or value[0] <= value[1]
             require(ordered, f"data.{name}={value} must be [low, high]")
         number, magnitude = self.randaugment
-        require(
-            not number or magnitude > 1, f"data.randaugment={self.randaugment}: magnitudes are 2 to 10"
-        )
+        require(not number or magnitude > 1, f"data.randaugment={self.randaugment}: magnitudes are 2 to 10")
 
 
 @dataclass
