@@ -212,7 +212,8 @@ def find_files(root: Path, globs: list[str]) -> tuple[list[Path], list[Path]]:
             lower = os.path.splitext(stem)[0] + os.path.splitext(stem)[1].lower()  # the ending may have magic
             for entry in _entries(folder):
                 entry_stem, suffix = os.path.splitext(entry.name)
-                if not (fnmatchcase(entry_stem, stem) if ending else fnmatchcase(entry_stem + suffix.lower(), lower)):
+                names = [entry_stem] if ending else [entry.name, entry_stem + suffix.lower()]
+                if not any(map(fnmatchcase, names, (stem, lower))):
                     continue
                 image, is_folder = suffix.lower() in IMAGE_ENDINGS, _is_folder(entry)
                 hidden = entry.name.startswith(".") and not name.startswith(".")

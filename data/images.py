@@ -96,7 +96,7 @@ class _Png:
         passes = _ADAM7 if self.interlaced else [(0, 0, 1, 1)]
         sides = [(math.ceil((width - x) / dx), math.ceil((height - y) / dy)) for x, y, dx, dy in passes]
         needed = sum(h * (1 + math.ceil(w * self.bits / 8)) for w, h in sides if w > 0 and h > 0)
-        if len(zlib.decompress(b"".join(self._pixels))) < needed:
+        if len(zlib.decompressobj().decompress(b"".join(self._pixels), needed)) < needed:
             raise ValueError("the file is cut off: pixels are missing")
 
     def decode(self, layout: str, rows: int | None = None) -> Image.Image:
@@ -203,19 +203,30 @@ def read_upper_rows(path: Path, share: Callable[[tuple[int, int]], float]) -> tu
                 return _whole(png.decode("RGB", rows), png), png.size
         picture = _open(content, png)
         layout, declared = _layout(picture)
+        if declared == 65535 and picture.mode == "RGB" and 0 < _largest(picture, content, declared) < 256:
+            raise ValueError("colours of 16 bits that hold no value above 255: save 8 bits")
         picture.load()
-        upright = _eight_bits(_whole(picture, png), layout, declared, png)
+        upright = _eight_bits(_whole(picture, png), layout, png)
         turn = _turn_of(picture)  # Pillow's own call rewrites all EXIF
         upright = upright if turn is None else upright.transpose(turn)
         return upright if upright.mode == "RGB" else upright.convert("RGB"), upright.size
 
 
 def _whole(picture: Image.Image, png: _Png | None) -> Image.Image:
-    """The picture; ValueError if its lowest row is black because the file ends before it."""
-    width, height = picture.size
-    if png and not np.asarray(picture.crop((0, height - 1, width, height))).any():
+    """The picture; ValueError if the file ends before its last pixel, which is black then."""
+    if png and (png.interlaced or not np.any(picture.getpixel((picture.width - 1, picture.height - 1)))):
         png.refuse_short()
     return picture
+
+
+def _largest(picture: Image.Image, content: bytes, declared: int) -> int:
+    """The largest number in a PGM or PPM; `declared` if it is stored as text, which Pillow holds to that."""
+    decoder, _, offset, _ = picture.tile[0]
+    if decoder != "ppm":
+        return declared
+    kind = np.dtype(">u2" if declared > 255 else "u1")
+    numbers = min(math.prod(picture.size) * len(picture.getbands()), (len(content) - offset) // kind.itemsize)
+    return int(np.frombuffer(content, kind, numbers, offset).max(initial=0))
 
 
 def is_turned(path: Path) -> bool:
@@ -232,7 +243,7 @@ def _turn_of(picture: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _eight_bits(picture: Image.Image, layout: str, declared: int | None, png: _Png | None) -> Image.Image:
+def _eight_bits(picture: Image.Image, layout: str, png: _Png | None) -> Image.Image:
     """A picture of more bits in 8. A deep file that holds no value above 255 holds 8-bit values."""
     tags = getattr(picture, "tag_v2", {})
     if picture.mode == "F":
@@ -250,8 +261,6 @@ def _eight_bits(picture: Image.Image, layout: str, declared: int | None, png: _P
             raise ValueError(f"numbers of {least} to {most}, of which none is known to be white: save 8 or 16 bits")
         bits = 12 if layout == "I;12" else 16
         return Image.fromarray((values >> bits - 8 if most > 255 else values).astype(np.uint8))
-    if (declared or 0) > 255 and np.asarray(picture).max() < 2:
-        raise ValueError("colours of 16 bits that hold no value above 255: save 8 bits")
     if layout.endswith((";16B", ";16L", ";16N")) and not np.asarray(picture.convert("RGB")).any():
         if not (png and png.deep):
             raise ValueError("colours of 16 bits that hold no value above 255: save 8 bits")
@@ -276,8 +285,6 @@ def read_label_ids(path: Path) -> np.ndarray:
     """
     with _named("label", path):
         content, png = _read(path)
-        if png:
-            png.refuse_short()
         picture = _open(content, png)
         if picture.format not in _EXACT_FORMATS or picture.info.get("compression") in _LOSSY_TIFF:
             raise ValueError(f"{picture.format} compression does not keep ids exactly: save it as PNG")
@@ -289,15 +296,13 @@ def read_label_ids(path: Path) -> np.ndarray:
             if picture.mode.startswith("I") and picture.tag_v2.get(_PHOTOMETRIC) == 0:  # which Pillow ignores there
                 raise ValueError("its greys are stored inverted: save it as PNG")
         layout, declared = _layout(picture)
-        if declared and picture.tile[0][0] == "ppm":
-            size, offset = math.prod(picture.size) * (1 + (declared > 255)), picture.tile[0][2]
-            most = np.frombuffer(content[offset : offset + size], ">u2" if declared > 255 else "u1").max(initial=0)
-            if most > declared:  # Pillow would make it the largest
-                raise ValueError(f"it holds {most}, but its header says that {declared} is the largest")
+        if declared and (most := _largest(picture, content, declared)) > declared:  # Pillow would make it the largest
+            raise ValueError(f"it holds {most}, but its header says that {declared} is the largest")
         if (not png or png.turned) and _turn_of(picture) is not None:
             raise ValueError("its EXIF entry turns it, which readers of labels take or leave: save it upright")
         if png and png.deep:
-            high, low = (np.asarray(png.decode(f"{png.deep};16{order}").getchannel(0)) for order in "BL")
+            upper, lower = (png.decode(f"{png.deep};16{order}") for order in "BL")
+            high, low = (np.asarray(part.getchannel(0)) for part in (upper, _whole(lower, png)))
             return high.astype(np.uint16) << 8 | low
         if picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
             depth = "a 16-bit" if ";16" in layout else "an 8-bit"
@@ -311,7 +316,7 @@ def read_label_ids(path: Path) -> np.ndarray:
             raise ValueError("its greys are stored inverted: save it as PNG")
         if picture.format == "BMP" and picture.mode != "P" and content[28] != 8:
             raise ValueError("a grey BMP of few bits: save it as PNG")
-        ids = np.asarray(picture)
+        ids = np.asarray(_whole(picture, png))
         if mode == "P":
             return _ids_of_palette(ids, picture)
         if picture.mode == "1":

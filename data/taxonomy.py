@@ -95,7 +95,7 @@ class ClassSet:
         needs it.
         """
         taken = {label_id for label_id, name in id_to_name.items() if name in self.names}
-        table = np.full(256, next(i for i in range(IGNORE, -1, -1) if i not in taken), np.uint16)
+        table = np.full(256, next((i for i in range(IGNORE, -1, -1) if i not in taken), IGNORE), np.uint16)
         for label_id, name in reversed(id_to_name.items()):
             if name in self.names:
                 table[self.names.index(name)] = label_id

@@ -99,7 +99,7 @@ class WeightFile:
     networks: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # states of others: the discriminator
     running_statistics: dict[str, Tensor] = field(default_factory=dict)  # of BatchNorm, if `state` has the target's
     statistics: tuple | None = None  # mean and std of the input, of our own checkpoints
-    left_out: list[str] = field(default_factory=list)  # other entries that hold tensors
+    left_out: list[str] = field(default_factory=list)  # other entries that hold convolutions
 
     @property
     def num_classes(self) -> int | None:
@@ -162,7 +162,8 @@ def identify(path: Path, content: dict) -> WeightFile:
     file = _foreign(path, content)
     taken = next((entry for entry in _ENTRIES if isinstance(content.get(entry), dict)), "")
     read = (taken, "FCDiscriminator") if taken else content
-    file.left_out = [key for key, value in content.items() if key not in read and _holds_tensors(value)]
+    others = {str(key): value for key, value in content.items() if key not in read and _holds_tensors(value)}
+    file.left_out = [key for key, state in others.items() if any(value.ndim == 4 for value in state.values())]
     return file
 
 
@@ -276,7 +277,7 @@ class Loaded(NamedTuple):
     format: str  # the file's
     matched: int  # number of tensors taken
     missing: list[str]  # keys of the model that keep their initial values
-    left_out: list[str]  # other entries of the file that hold tensors
+    left_out: list[str]  # other entries of the file that hold convolutions
 
     def __str__(self) -> str:
         rest = f", {len(self.missing)} of the model keep their initial values" if self.missing else ""

@@ -193,9 +193,9 @@ def steps_by_stage(configs: dict[str, Config]) -> dict[str, int]:
 def control_legs(configs: dict[str, Config]) -> Iterator[tuple[str, Config]]:
     """(stage, configuration) of the runs that one after another make up the control `source_only_long`.
 
-    Each has the sections data, train and batchnorm of the stage that it is the control of and shows source images as
-    that does, but for the first in its order too; it learns from these alone. The first starts where the warm-up
-    starts, each other one from the one before. Where the first would repeat `source_only`, it is `source_only`.
+    Each has the sections data, train and batchnorm of the stage that it is the control of, and learns from source
+    images alone, in that stage's view; all but the first also take them in its order. The first starts where the
+    warm-up starts, each other one from the one before. Where the first would repeat `source_only`, it is `source_only`.
     """
     init = configs["warmup"].model.init
     legs = (own for stage in TRAINING_STAGES for own in rounds_of(configs[stage]))
@@ -204,8 +204,10 @@ def control_legs(configs: dict[str, Config]) -> Iterator[tuple[str, Config]]:
         cfg.stage, cfg.data, cfg.distill = own.stage, copy.deepcopy(own.data), own.distill
         cfg.data.jitter &= own.stage != "distill"  # which learns from the source as it is
         cfg.train, cfg.batchnorm = own.train, own.batchnorm
-        cfg.name, cfg.model.init, cfg.loss.adversarial = f"{CONTROL}/{number}_{own.stage}", init, 0.0
-        if replace(cfg, name="source_only") == configs["source_only"]:
+        part = (own.name or own.stage).replace("/", "_")  # distillation's rounds have names
+        cfg.name, cfg.model.init, cfg.loss.adversarial = f"{CONTROL}/{number}_{part}", init, 0.0
+        begun = checkpoint.RunFiles(cfg.run_dir).can_resume()  # by a release that trained it twice
+        if not begun and replace(cfg, name="source_only") == configs["source_only"]:
             cfg = configs["source_only"]
         init = cfg.name
         yield own.stage, cfg

@@ -423,6 +423,9 @@ def test_endings_in_upper_case_and_what_is_not_taken(tmp_path):
     (tmp_path / "i/5.jpg").unlink()
     listed = list_samples(folder_of(tmp_path, "i/*.[jp][pn]g"), with_labels=False)
     assert [s.image.name for s in listed] == ["0.jpg", "1.JPG", "2.Jpg"]
+    touch(tmp_path, "d/cam.Left_1.png", "d/cam.Left_2.PNG", "d/v1.0_Scene.png")
+    for glob, number in (("d/cam.Left_*", 2), ("d/v1.0_S*", 1)):
+        assert len(list_samples(folder_of(tmp_path, glob), with_labels=False)) == number
     (tmp_path / "i/2.Jpg").unlink()
     assert [s.label.name for s in list_samples(cfg)] == ["0.png", "1.PNG"]
     found = find_images(str(tmp_path / "i"))

@@ -144,6 +144,9 @@ def test_deep_colour_of_a_ppm_that_holds_8_bits_is_refused(tmp_path):
     (tmp_path / "x.ppm").write_bytes(b"P6\n13 9\n65535\n" + pixels.tobytes())
     with pytest.raises(UserError, match=r"x\.ppm: colours of 16 bits that hold no value above 255"):
         read_image(tmp_path / "x.ppm")
+    for most, values in ((1023, pixels // 64), (65535, pixels * 0)):  # ten bits; a black picture
+        (tmp_path / "x.ppm").write_bytes(b"P6\n13 9\n%d\n" % most + values.astype(">u2").tobytes())
+        assert (read_image(tmp_path / "x.ppm").numpy().transpose(1, 2, 0) <= values // 4 + 1).all()
     (tmp_path / "x.ppm").write_bytes(b"P6\n13 9\n65535\n" + (pixels * 257).astype(">u2").tobytes())
     np.testing.assert_array_equal(read_image(tmp_path / "x.ppm"), pixels.transpose(2, 0, 1))
 
@@ -247,16 +250,18 @@ def test_a_damaged_png_is_refused(tmp_path, read):
 
 @pytest.mark.parametrize("library", ["kornia", "Pillow"])
 @pytest.mark.parametrize("interlaced", [False, True])
-def test_a_png_of_too_few_rows_is_refused(tmp_path, monkeypatch, library, interlaced):
+@pytest.mark.parametrize("side", [16, 17])
+def test_a_png_of_too_few_rows_is_refused(tmp_path, monkeypatch, library, interlaced, side):
     """All checksums hold; decoders leave the missing rows black."""
     if library == "Pillow":
         monkeypatch.setattr(images, "decode_png", None)
-    sides = [(2, 2), (2, 2), (4, 2), (4, 4), (8, 4), (8, 8), (16, 8)] if interlaced else [(16, 16)]
+    passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+    sides = [(-(-(side - x) // dx), -(-(side - y) // dy)) for x, y, dx, dy in passes] if interlaced else [(side, side)]
     for name, read, colour, channels in (("label", read_label_ids, 0, 1), ("image", read_image, 2, 3)):
-        header = chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 8, colour, 0, 0, interlaced))
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, colour, 0, 0, interlaced))
         data = b"".join((b"\0" + b"\x1a" * w * channels) * h for w, h in sides)
         path = tmp_path / f"{name}.png"
-        for share in (1, 0.5):
+        for share in (1, 0.9, 0.5):
             pixels = chunk(b"IDAT", zlib.compress(data[: int(share * len(data))]))
             path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b""))
             if share == 1:

@@ -63,6 +63,7 @@ def test_label_ids_of_train_ids():
     own = custom_class_set(["sky", "road", "car"], [])
     assert own.inverse_table({3: "road", 4: "road", 0: "sky"})[:3].tolist() == [0, 3, 255]  # the first; none for car
     assert own.inverse_table({255: "road", 254: "sky"})[:3].tolist() == [254, 255, 253]  # 255 is not free
+    assert own.inverse_table(dict.fromkeys(range(256), "road"))[0] == 255  # none is free
     deep = own.inverse_table({300: "sky", 1: "road"})
     assert deep.dtype == np.uint16 and deep[:3].tolist() == [300, 1, 255]
 

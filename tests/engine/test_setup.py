@@ -149,6 +149,10 @@ def test_every_problem_is_said_once():
         ("train.iterations=5000 train.deterministic=true", False),
         ("train.iterations=5000 model.backbone=timm/resnet18", False),
         ("train.iterations=5000 device=cpu", False),
+        ("train.iterations=5000 train.precision=float32", False),
+        ("train.iterations=5000 train.checkpointing=true", False),
+        ("train.iterations=5000 train.accumulate=2", False),
+        ("train.iterations=5000 model.arch=deeplab_pbal", False),
         ("train.iterations=5000 train.compile=false", False),
         ("train.iterations=10 train.compile=true", True),
     ],
@@ -157,7 +161,7 @@ def test_compile_auto(configure, tmp_path, monkeypatch, given, compiles):
     """A long run of a ResNet on one GPU is compiled by itself."""
     monkeypatch.setattr(setup, "_device_name", lambda cfg: "cpu" if cfg.device == "cpu" else "cuda:0")
     monkeypatch.setattr(setup, "refuse_missing_compiler", lambda device: None)
-    given = ["device=auto", "train.precision=float32", "train.horizon=9000", *given.split()]
+    given = ["device=auto", "train.precision=bfloat16", "train.horizon=9000", *given.split()]
     assert resolve_auto(configure("gta5_to_city", "stage1_BPL.yml", tmp_path, *given)).train.compile is compiles
 
 
@@ -167,6 +171,6 @@ def test_compile_auto_without_compiler(configure, tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(setup, "_device_name", lambda cfg: "cuda:0")
     monkeypatch.setattr(setup.torch, "compile", no_compiler)
-    given = ("train.iterations=5000", "train.horizon=9000", "train.precision=float32")
+    given = ("train.iterations=5000", "train.horizon=9000", "train.precision=bfloat16")
     assert resolve_auto(configure("gta5_to_city", "stage1_BPL.yml", tmp_path, *given)).train.compile is False
     assert "steps stay slower: torch.compile does not work on cuda:0 here" in capsys.readouterr().out

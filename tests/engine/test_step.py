@@ -213,7 +213,7 @@ def test_missing_compiler_is_one_line(monkeypatch):
         raise RuntimeError("No working C++ compiler found\nin 4 places")
 
     monkeypatch.setattr(setup.torch, "compile", no_compiler)
-    with pytest.raises(UserError, match=r" on cpu here; leave train\.compile=false: No working C\+\+ compiler found$"):
+    with pytest.raises(UserError, match=r" on cpu here; set train\.compile=false: No working C\+\+ compiler found$"):
         setup.refuse_missing_compiler(CPU)
 
 

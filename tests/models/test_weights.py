@@ -215,6 +215,7 @@ def test_other_networks_in_a_file_are_named(tmp_path, model):
     """timm's and others' files hold an average beside the weights."""
     state = {k.removeprefix("backbone."): v for k, v in model.state_dict().items() if k.startswith("backbone.")}
     content = {"state_dict": state, "state_dict_ema": state, "optimizer": {"state": {}}, "epoch": 3}
+    content |= {0: {"a": torch.zeros(1)}, "rng": {"cpu": torch.zeros(5)}}
     torch.save(content, tmp_path / "x.pth")
     assert str(load_weights(model, tmp_path / "x.pth")).endswith("; not those of its entries state_dict_ema")
     torch.save(state, tmp_path / "x.pth")

@@ -166,7 +166,7 @@ def test_controls_by_the_pipeline(benchmarks, tmp_path, monkeypatch, capsys):
     assert list(rows)[-2:] == [CONTROL, BOUND]
     assert result["stages"]["pst"]["miou"] == {"mean": rows["pst"]["miou"], "std": 0}
     assert opened and {name: "train" in parts for name, parts in fitted.items()} == dict.fromkeys(
-        ["source_only", f"{CONTROL}/2_bpl", f"{CONTROL}/3_pst", f"{CONTROL}/4_distill"], False
+        ["source_only", f"{CONTROL}/2_bpl", f"{CONTROL}/3_pst", f"{CONTROL}/4_distill_round1"], False
     ) | {BOUND: True}
     for name, steps in (("warmup", 2), ("bpl", 4), ("pst", 6), ("distill", 8)):
         row = rows[name]

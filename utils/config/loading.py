@@ -349,7 +349,7 @@ def load_config(stage_file: str | Path, overrides: list[str] = ()) -> Config:
     written = f"{stage_file} is what a run has written, or --print-config; give that command's own --config and keys"
     require("git" not in stage_delta, written)
     data = stage_delta.get("data")
-    domains = {"class_set", "source", "target", "val"} & (data.keys() if isinstance(data, dict) else set())
+    domains = {"source", "target", "val"} & (data.keys() if isinstance(data, dict) else set())
     other = f"{stage_file} has domains and no stage, so it is no stage file; give it as benchmark={stage_file}"
     require("stage" in stage_delta or "benchmark" in stage_delta or not domains, other)
     commands = [_override(o) for o in overrides]

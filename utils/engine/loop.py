@@ -65,6 +65,16 @@ HARMLESS = {
 }
 
 
+@contextlib.contextmanager
+def _without_search() -> Iterator[None]:
+    """cuDNN takes the algorithms that it thinks best, although training has it try them: sizes may differ here."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 class Stage:
     """What a stage script fills in.
 
@@ -475,6 +485,7 @@ class Run:
         self._start_clock()
 
     @torch.compiler.set_stance("force_eager")  # what is compiled are the shapes of training
+    @_without_search()
     def save(self, validates: bool) -> None:
         """Write checkpoints/last.pth, after a validation if asked. Training goes on as if neither had happened."""
         rng, teachers = checkpoint.rng_states(), {}

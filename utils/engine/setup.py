@@ -173,10 +173,11 @@ def _compiles(cfg: Config) -> bool:
 
     Where that is so but the compiler does not work, a line says it.
     """
-    t, device = cfg.train, _device_name(cfg)
+    t, m, device = cfg.train, cfg.model, _device_name(cfg)
     one_gpu = device.startswith("cuda") and distributed.world_size() == 1
-    pays = cfg.stage in TRAINING_STAGES and t.iterations >= COMPILED_STEPS and cfg.model.backbone in RESNETS
-    if not (one_gpu and pays) or t.deterministic:
+    network = m.arch == "deeplabv2" and m.backbone in RESNETS and t.precision in ("bfloat16", "float16")
+    plain = t.accumulate == 1 and not (t.checkpointing or t.deterministic) and cfg.pseudo.labels == "offline"
+    if not (one_gpu and network and plain and cfg.stage in TRAINING_STAGES and t.iterations >= COMPILED_STEPS):
         return False
     try:
         refuse_missing_compiler(torch.device(device))
@@ -191,7 +192,7 @@ def refuse_missing_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # of many kinds: no C++ compiler, no Triton, headers that are missing, …
-        without = f"torch.compile does not work on {device} here; leave train.compile=false"
+        without = f"torch.compile does not work on {device} here; set train.compile=false"
         raise UserError(f"{without}: {reason(error)}") from None
 
 
