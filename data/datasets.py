@@ -209,11 +209,11 @@ def find_files(root: Path, globs: list[str]) -> tuple[list[Path], list[Path]]:
                 taken.add(folder / name)
             if not has_magic(name):
                 continue
-            lower = os.path.splitext(stem)[0] + os.path.splitext(stem)[1].lower()  # the ending may have magic
+            before, magic = os.path.splitext(stem)  # without an ending: the name may have one with magic
             for entry in _entries(folder):
                 entry_stem, suffix = os.path.splitext(entry.name)
-                names = [entry_stem] if ending else [entry.name, entry_stem + suffix.lower()]
-                if not any(map(fnmatchcase, names, (stem, lower))):
+                named = fnmatchcase(entry_stem if ending else entry.name, stem)
+                if not (named or (not ending and fnmatchcase(entry_stem + suffix.lower(), before + magic.lower()))):
                     continue
                 image, is_folder = suffix.lower() in IMAGE_ENDINGS, _is_folder(entry)
                 hidden = entry.name.startswith(".") and not name.startswith(".")

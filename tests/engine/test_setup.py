@@ -150,6 +150,7 @@ def test_every_problem_is_said_once():
         ("train.iterations=5000 model.backbone=timm/resnet18", False),
         ("train.iterations=5000 device=cpu", False),
         ("train.iterations=5000 train.precision=float32", False),
+        ("train.iterations=5000 train.precision=float16", False),
         ("train.iterations=5000 train.checkpointing=true", False),
         ("train.iterations=5000 train.accumulate=2", False),
         ("train.iterations=5000 model.arch=deeplab_pbal", False),

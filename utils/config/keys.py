@@ -304,7 +304,7 @@ class TrainConfig:
         "auto",
         "torch.compile of networks and strong view; on a GPU, networks become CUDA graphs, which do not wait for "
         "Python: minutes in the first step, then a quarter to two fifths less time. auto = where that was measured to "
-        f"pay: deeplabv2 on a ResNet, in half precision, on one GPU, for {COMPILED_STEPS:,} steps or more",
+        f"pay: deeplabv2 on a ResNet, in bfloat16, on one GPU, for {COMPILED_STEPS:,} steps or more",
     )
     val_every: int = opt(1000, "steps between validations (as released)", least=1)
     save_every: int = opt(1000, "steps between writes of checkpoints/last.pth", least=1)

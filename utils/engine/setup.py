@@ -175,7 +175,7 @@ def _compiles(cfg: Config) -> bool:
     """
     t, m, device = cfg.train, cfg.model, _device_name(cfg)
     one_gpu = device.startswith("cuda") and distributed.world_size() == 1
-    network = m.arch == "deeplabv2" and m.backbone in RESNETS and t.precision in ("bfloat16", "float16")
+    network = m.arch == "deeplabv2" and m.backbone in RESNETS and t.precision == "bfloat16"
     plain = t.accumulate == 1 and not (t.checkpointing or t.deterministic) and cfg.pseudo.labels == "offline"
     if not (one_gpu and network and plain and cfg.stage in TRAINING_STAGES and t.iterations >= COMPILED_STEPS):
         return False
