@@ -2,7 +2,7 @@
 
     python distill.py                                                      GTA5 -> Cityscapes
     python distill.py benchmark=synthia_to_cityscapes
-    python distill.py distill.rounds=[2]                                   the second round alone
+    python distill.py 'distill.rounds=[2]'                                 the second round alone
 
 A student learns from source labels, from pseudo labels that its teacher makes before the round, and from the teacher's
 softmax. In round 1 the teacher is the PST model. In round 2 teacher and start are round 1's result.

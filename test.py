@@ -5,8 +5,8 @@
     python test.py checkpoint=my.pth batchnorm.statistics=target
     python test.py checkpoint=pretrain_model/published.pkl                 architecture and classes follow from it
     python test.py --config configs/test_from_synthia_to_city.yml          16 and 13 classes from one model
-    python test.py test.flip=true test.scales=[0.75,1,1.25]                averaged predictions
-    python test.py test.window=[1024,1024]                                 sliding window
+    python test.py test.flip=true 'test.scales=[0.75,1,1.25]'              averaged predictions
+    python test.py 'test.window=[1024,1024]'                               sliding window
     python test.py test.dataset=target data.target.split=train             another labelled split
     python test.py 'test.images=photos/*.jpg'                              an image, a folder or a glob, without labels
 

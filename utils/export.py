@@ -1,7 +1,7 @@
 """A trained network as one file for deployment: ONNX, TorchScript or torch.export.
 
     python -m utils.export checkpoint=my.pth format=onnx
-    python -m utils.export benchmark=toy checkpoint=distill/round2 format=pt2 output=probabilities
+    python -m utils.export benchmark=toy checkpoint=distill/round2 format=onnx output=probabilities
     python -m utils.export checkpoint=my.pth format=torchscript file=street.pt
 
 The file takes RGB images as they are, uint8 (N, 3, H, W) of any number and size, and normalises them itself. It gives

@@ -16,7 +16,7 @@ Two keys are the pipeline's own:
 
   controls=true   also trains labelled_bound, with the labels of both domains where target training labels exist, and
                   says which share of the gap from the control to that bound each stage closes
-  controls=false  leaves the control out too
+  controls=false  trains neither; without controls=, the control alone is trained
   seeds=0,1,2     runs once for each seed, in runs/seed0/<benchmark> and so on, and writes mean and standard deviation
                   into runs/<benchmark>/seeds.json
 """

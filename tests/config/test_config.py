@@ -214,10 +214,12 @@ def test_numbers_as_people_write_them(tmp_path):
         ("data:\n  source: {id_map: {0: sky, 2: car, 2: road}}", r"key 2 stands twice, in line 2"),
         ("data:\n  source: {id_map: {16: sky, 0x10: car}}", r"key 16 stands twice, in line 2"),
         ("bpl:\n  x: []\n  x: []", r"key 'x' stands twice"),
+        ("seed: 1\ndata: {source: {id_map: &a {0: sky, 1: *a}}}", "the value that begins in line 2 contains itself"),
+        ("train: &train\n- *train", "the value that begins in line 1 contains itself"),
     ],
 )
-def test_a_key_that_stands_twice_is_named(tmp_path, text, said):
-    """In sections, stages, id maps and variants, of benchmarks and of stage files: YAML would take the last one."""
+def test_what_yaml_alone_would_take_is_refused(tmp_path, text, said):
+    """In sections, stages, id maps and variants, of benchmarks and of stage files: of two keys YAML takes the last."""
     file = tmp_path / "mine.yml"
     file.write_text(text)
     refused(rf"{re.escape(str(file))}: {said}", stage_file=file)

@@ -304,7 +304,8 @@ class TrainConfig:
         "auto",
         "torch.compile of networks and strong view; on a GPU, networks become CUDA graphs, which do not wait for "
         "Python: minutes in the first step, then a quarter to two fifths less time. auto = where that was measured to "
-        f"pay: deeplabv2 on a ResNet, in bfloat16, on one GPU, for {COMPILED_STEPS:,} steps or more",
+        f"pay: deeplabv2 on a ResNet, in bfloat16, on one GPU, for {COMPILED_STEPS:,} steps or more, without "
+        "accumulate, checkpointing, deterministic and online labels",
     )
     val_every: int = opt(1000, "steps between validations (as released)", least=1)
     save_every: int = opt(1000, "steps between writes of checkpoints/last.pth", least=1)
@@ -347,7 +348,7 @@ class PseudoConfig:
     )
     ema: float = opt(0.99, "online: share of the teacher that each step keeps", most=0.9999, stages=("pst",))
     confidence: float = opt(
-        0.968, "online: target pixels weigh by the share of their image above this (DACS)", most=1, stages=("pst",)
+        0.968, "online: a target pixel's weight is the share of its image above this (DACS)", most=1, stages=("pst",)
     )
     mix: float = opt(
         1.0,
@@ -397,7 +398,7 @@ class Config:
     benchmark: str = opt("gta5_to_cityscapes", "the pair of domains: a name in configs/benchmarks/ or a YAML file")
     stage: Literal[STAGES] = opt("bpl", "set by the stage file", stages=())
     name: str = opt("", "run folder below runs/<benchmark>/; '' = the stage's name")
-    runs: str = opt("runs", "folder of all runs, relative to the working folder; a YAML may name one inside it alone")
+    runs: str = opt("runs", "folder of all runs, relative to the working folder; a YAML's must lie inside it")
     checkpoint: str = opt(
         "",
         "the network to use, or the teacher of distillation's round 1: a run's name or a file",

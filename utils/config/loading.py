@@ -194,7 +194,16 @@ def find_path(path: str, is_there: Callable[[str], bool] = os.path.exists, besid
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what YAML misreads silently: a key that stands twice (the last wins), 010 (octal), 1:30 (seconds)."""
+    """Refuses what YAML misreads silently: a key that stands twice (the last wins), 010 (octal), 1:30 (seconds).
+
+    And a value that contains itself, which YAML allows.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+        node = super().compose_node(parent, index)
+        if node is not None and node.end_mark is None:  # an alias of a value that has not ended yet
+            raise ConfigError(f"the value that begins in line {node.start_mark.line + 1} contains itself")
+        return node
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         mapping, lines = super().compose_mapping_node(anchor), {}
