@@ -100,8 +100,7 @@ def refuse_missing_start(cfg: Config) -> None:
     if cfg.distill.rounds[0] == 2 and not before.is_file():
         raise UserError(f"distill.rounds=[2] learns from round 1's result, but there is no {before}; run rounds [1, 2]")
     first = round_config(cfg, cfg.distill.rounds[0])
-    done = checkpoint.RunFiles(first.run_dir).can_resume() and not cfg.train.restart
-    if cfg.distill.init_round1 != "teacher" and not done:  # gen_pseudo_labels.py looks for the teacher
+    if cfg.distill.init_round1 != "teacher" and checkpoint.begins(first):  # gen_pseudo_labels.py finds the teacher
         checkpoint.find_init(first)
 
 

@@ -88,7 +88,8 @@ def _evaluated(cfg: Config) -> dict:
         "mode": mode(cfg),
     }
     if is_main():  # no scores of an earlier test stay beside this one's settings
-        (cfg.run_dir / "metrics.json").unlink(missing_ok=True)
+        for name in ("metrics.json", "report.html"):
+            (cfg.run_dir / name).unlink(missing_ok=True)
         shutil.rmtree(cfg.run_dir / "panels", ignore_errors=True)
     if images or cfg.test.export:
         export = Exporter(folder, dataset, classes, label_ids(section, classes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -217,7 +217,7 @@ def check_samples(
     if batch > len(dataset):
         raise UserError(f"train.batch_{name}={batch} is larger than {key}: {len(dataset)} images")
     paths = [path for s in dataset.samples for path in (s.image, s.label) if path]
-    empty = [path for path in paths if path.is_file() and path.stat().st_size == 0]  # a broken link is named below
+    empty = [path for path in paths if _is_empty(path)]
     if empty and not dataset.skips:
         raise UserError(f"{len(empty)} files of {key} are empty, the first is {show_name(empty[0])}")
     labels, sizes, dark, turned = Labels(getattr(cfg.data, name), class_set(cfg.data)), [], [], []
@@ -247,17 +247,25 @@ def check_samples(
                 f"{key}: SYNTHIA's labels have 16 bits, {show_name(path)} has 8: are its ids SYNTHIA's?"
             )
     dataset.notes += [f"{key}: {text}" for text in odd_images(dark, turned)]
-    squeezed = [size for size in sizes if dataset.size and not same_aspect(size, dataset.size)]
-    if squeezed:
-        dataset.notes.append(f"{key}: {squeezed_note(squeezed, dataset.size)}")
+    dataset.notes += [f"{key}: {text}" for text in squeezed(sizes, dataset.size)]
     if trained and sizes:
         _refuse_small([tuple(dataset.size)] if dataset.size else sizes, key, cfg)
     return dataset
 
 
-def squeezed_note(sizes: Sequence[tuple[int, int]], size: Sequence[int]) -> str:
-    """A line about images of (width, height) whose shape the dataset's `size` changes."""
-    return f"{len(sizes)} images, the first of {size_text(sizes[0])}, are squeezed to size={[*size]} (width, height)"
+def _is_empty(path: Path) -> bool:
+    try:
+        return path.stat().st_size == 0
+    except OSError:  # a broken link is named where it is opened
+        return False
+
+
+def squeezed(sizes: Iterable[tuple[int, int]], size: Sequence[int]) -> list[str]:
+    """A line about images of (width, height) whose shape the dataset's `size` changes, if there are any."""
+    changed = [given for given in sizes if size and not same_aspect(given, size)]
+    first = changed and size_text(changed[0])
+    line = f"{len(changed)} images, the first of {first}, are squeezed to size={[*size]} (width, height)"
+    return [line] if changed else []
 
 
 def _refuse_unusable(dataset: SegmentationDataset, sample: Sample, found: dict, labels: Labels) -> None:

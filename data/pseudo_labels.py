@@ -58,7 +58,12 @@ def begin(folder: Path) -> None:
 def finish(folder: Path) -> None:
     """Put the labels in `UNFINISHED` in place of those that were there; the manifest is still to be written."""
     (folder / MANIFEST).unlink(missing_ok=True)  # first: a half-replaced folder must count as unfinished
-    for kind in KINDS:
+    put_in_place(folder, KINDS)
+
+
+def put_in_place(folder: Path, kinds: Iterable[str]) -> None:
+    """Move the folders `kinds` from `UNFINISHED` to `folder`, in place of those that were there."""
+    for kind in kinds:
         shutil.rmtree(folder / kind, ignore_errors=True)
         os.replace(folder / UNFINISHED / kind, folder / kind)
     (folder / UNFINISHED).rmdir()
@@ -185,7 +190,7 @@ def attach(target: SegmentationDataset, folder: Path, classes: ClassSet) -> None
     if list(manifest.get("classes", {})) != list(classes.names):
         raise UserError(f"the pseudo labels in {folder} are of other classes; {again}")
     made_of, found = manifest.get("files"), fingerprint(target.samples)
-    if made_of not in (None, found):
+    if made_of != found:
         raise UserError(f"the pseudo labels in {folder} are of other images ({made_of}, not {found}); {again}")
     left_out = set(manifest.get("left_out", []))
     kept = [s for s in target.samples if s.name not in left_out]

@@ -14,14 +14,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.check import Labels, odd_images, sample_facts, squeezed_note
+from data.check import Labels, odd_images, sample_facts, squeezed
 from data.datasets import (
     TOLERANCE,
     UNREADABLE,
     Sample,
     SegmentationDataset,
     pair_files,
-    same_aspect,
     size_text,
     sizes_conflict,
 )
@@ -107,11 +106,11 @@ def check_dataset(cfg: DatasetConfig, classes: ClassSet, workers: int, name: str
     for path, size in size_of.items():
         if not any_size and any(abs(a - b) > TOLERANCE * b for a, b in zip(size, usual)):
             report.fault("image of another size than the rest", f"{path}: {size_text(size)}, not {size_text(usual)}")
-    if squeezed := [size for size in size_of.values() if cfg.size and not same_aspect(size, cfg.size)]:
-        report.warnings.append(squeezed_note(squeezed, cfg.size))
     for kind, text in labels.faults():
         report.fault(kind, f"{report.labels} labels below {cfg.root}: {text}")
-    report.warnings += odd_images(dark, turned) + labels.warnings(every_class=name == "source")
+    report.warnings += (
+        squeezed(size_of.values(), cfg.size) + odd_images(dark, turned) + labels.warnings(every_class=name == "source")
+    )
     return report
 
 

@@ -154,7 +154,8 @@ ROWS = 64  # image rows whose class maps exist at one time
 
 
 def upsampled_rows(maps: Tensor, size: tuple[int, int] | torch.Size) -> Iterator[tuple[slice, Tensor]]:
-    """`upsample` of maps (K, h, w) to (height, width), `ROWS` rows at a time: first in height, then in width."""
+    """`upsample` of float maps (K, h, w) to (height, width): yields a slice of rows, `ROWS` at most, and their maps,
+    float (K, rows, W)."""
     height, width = size
     tall = upsample(maps[None], (height, maps.shape[2]))
     for start in range(0, height, ROWS):
@@ -163,7 +164,10 @@ def upsampled_rows(maps: Tensor, size: tuple[int, int] | torch.Size) -> Iterator
 
 
 def upsample(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Bilinear, align_corners=True: the one way in which maps reach another size (as released)."""
+    """Float maps (N, K, h, w) as (N, K, H, W) of `size` (H, W): bilinear, align_corners=True.
+
+    The one way in which maps reach another size (as released).
+    """
     # In channels_last, which decoders have, torch's own gradient is fast; torch.jit cannot save a Function.
     if torch.is_grad_enabled() and maps.requires_grad and maps.is_contiguous() and not torch.jit.is_tracing():
         return _Upsample.apply(maps, tuple(size))

@@ -198,8 +198,16 @@ def _foreign(path: Path, content: dict) -> WeightFile:
     raise WeightError(f"{path} is in no known format; its keys are {_some(list(state))}")
 
 
+# Types of a recipe's entries.
+_RECIPE = {"arch": str, "backbone": str, "output_stride": int, "dilations": list, "bn_clr": bool}
+_RECIPE |= dict.fromkeys(("mean", "std", "class_names"), (list, tuple))
+
+
 def _own_checkpoint(path: Path, content: dict) -> WeightFile:
-    recipe = content["recipe"]
+    recipe, others = content["recipe"], {key: content.get(key, {}) for key in ("networks", "running_statistics")}
+    fits = all(recipe.get(key) is None or isinstance(recipe[key], kind) for key, kind in _RECIPE.items())
+    if not fits or not all(isinstance(entry, dict) for entry in others.values()):
+        raise WeightError(f"{path} has entries model and recipe, but not as this code writes them")
     settings = {k: recipe[k] for k in ("arch", "backbone", "output_stride", "dilations", "bn_clr") if k in recipe}
     statistics = (tuple(recipe["mean"]), tuple(recipe["std"])) if {"mean", "std"} <= recipe.keys() else None
     if statistics:
@@ -208,7 +216,6 @@ def _own_checkpoint(path: Path, content: dict) -> WeightFile:
     state, names = _tensors(path, content["model"]), recipe.get("class_names")
     if names and len(names) != len(state.get("classifier.weight", names)):
         raise WeightError(f"{path} names {len(names)} classes, but its classifier has another number")
-    others = {key: content.get(key, {}) for key in ("networks", "running_statistics")}
     return WeightFile(path, "PBAL checkpoint", state, settings, class_names=names, statistics=statistics, **others)
 
 

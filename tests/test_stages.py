@@ -675,7 +675,11 @@ def test_restart_begins_anew(configure, runs):
     folder = runs / "gta5_to_city" / "bpl"
     assert yaml.safe_load((folder / "config.yml").read_text(encoding="utf-8"))["seed"] == 1
     assert [entry["step"] for entry in metrics_of(folder)] == [1, 2, 2]
-    assert read(folder / "checkpoints" / "last.pth")["config"]["seed"] == 1
+    last = folder / "checkpoints" / "last.pth"
+    assert read(last)["config"]["seed"] == 1
+    with pytest.raises(UserError, match=r"last\.pth is the run's own, .*: give the new run a name="):
+        train(configure, runs, "model.init=bpl", "train.restart=true")
+    assert last.is_file()
 
 
 def test_restart_leaves_no_checkpoint_of_the_old_run(tmp_path):
@@ -684,7 +688,7 @@ def test_restart_leaves_no_checkpoint_of_the_old_run(tmp_path):
     for name in ("last", "previous", "best", "not_finite", "teacher"):
         files.of(name).touch()
     (tmp_path / "panels").mkdir()
-    for name in ("panels/000002.png", "metrics.json", "notes.txt"):
+    for name in ("panels/000002.png", "metrics.json", "report.html", "notes.txt"):
         (tmp_path / name).touch()
     files.clear()
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["notes.txt"]  # the user's own

@@ -43,7 +43,7 @@ from data.taxonomy import ClassSet, class_set
 from loss import segmentation_loss
 from models import upsample
 from utils.config import ROOT, Config, ConfigError, UserError
-from utils.config.keys import TRAINING_STAGES, require
+from utils.config.keys import TRAINING_STAGES, WEIGHT_ENDINGS, require
 from utils.engine import checkpoint
 from utils.engine.command_line import run_words, split_words, warn_of_idle_gpus
 from utils.engine.log import show_path
@@ -135,8 +135,9 @@ def first_weights(cfg: Config) -> None:
             cfg.distill.rounds[0] == 1, f"distill.rounds={cfg.distill.rounds}: here, distillation begins with round 1"
         )
         cfg = distill.round_config(cfg, 1)
-    done = checkpoint.RunFiles(cfg.run_dir).last.is_file()
-    if cfg.stage in TRAINING_STAGES and cfg.model.init in ("imagenet", "simclr") and not done:
+    init = cfg.model.init
+    from_file = init in ("imagenet", "simclr") or init.endswith(WEIGHT_ENDINGS)  # others are runs, still to be trained
+    if cfg.stage in TRAINING_STAGES and from_file and checkpoint.begins(cfg):
         checkpoint.find_init(cfg)
 
 
@@ -206,9 +207,9 @@ def control_legs(configs: dict[str, Config]) -> Iterator[tuple[str, Config]]:
         cfg.train, cfg.batchnorm = own.train, own.batchnorm
         part = (own.name or own.stage).replace("/", "_")  # distillation's rounds have names
         cfg.name, cfg.model.init, cfg.loss.adversarial = f"{CONTROL}/{number}_{part}", init, 0.0
-        begun = checkpoint.RunFiles(cfg.run_dir).can_resume()  # by a release that trained it twice
-        if not begun and replace(cfg, name="source_only") == configs["source_only"]:
-            cfg = configs["source_only"]
+        if replace(cfg, name="source_only") == configs["source_only"]:
+            cfg = copy.deepcopy(configs["source_only"])
+            cfg.train.restart = False  # it has just been trained
         init = cfg.name
         yield own.stage, cfg
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import CUSTOM
 
@@ -104,6 +105,8 @@ def test_unknown_choice_names_the_nearest():
     refused("data.class_set='cityscapes13' .*; nearest is cityscapes1[69]", "data.class_set=cityscapes13")
     refused("model.backbone='resnet102' is unknown; nearest is 'resnet1", "model.backbone=resnet102")
     refused("benchmark='gta_to_cityscapes' .*nearest is 'gta5_to_cityscapes'", "benchmark=gta_to_cityscapes")
+    for path in ("configs/benchmarks/toy", "../toy", "../benchmarks/toy"):
+        refused(rf"benchmark='{re.escape(path)}' is neither .* nor one of .*; nearest is", f"benchmark={path}")
 
 
 @pytest.mark.parametrize(
@@ -484,3 +487,21 @@ def test_users_mistakes_are_status_1_and_bugs_keep_their_traceback(capsys):
     assert stop.value.code == 1 and capsys.readouterr().err == "error: no data\n"
     with pytest.raises(ZeroDivisionError):
         guarded(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.zeros(1 << 60), lambda: b"x" * (1 << 60)])
+def test_a_full_memory_is_one_line(capsys, allocate):
+    with pytest.raises(SystemExit) as stop:
+        guarded(allocate)
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory: see train.checkpointing") and said.count("\n") == 1
+
+
+def test_a_number_of_processes_that_is_none(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(SystemExit):
+        guarded(lambda: None)
+    assert capsys.readouterr().err == "error: WORLD_SIZE='many' is set, but is no number of processes\n"
+    monkeypatch.setenv("WORLD_SIZE", "")
+    guarded(lambda: None)

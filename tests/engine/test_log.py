@@ -1,12 +1,18 @@
 """What TensorBoard is told, and by which names."""
 
+import re
+import subprocess
+
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_bpl
+from utils.engine import log
 from utils.engine.log import RunLog, peak_memory
+
+IDENTITY = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
 
 
 def test_a_run_in_tensorboard(configure, tmp_path):
@@ -25,6 +31,16 @@ def test_a_run_in_tensorboard(configure, tmp_path):
     assert values["learning rate/head"] == pytest.approx([10 * v for v in values["learning rate/backbone"]], rel=1e-5)
     assert [e.step for e in board.Images("val/panel")] == [1, 2]  # one at each validation
     assert (cfg.run_dir / "report.html").is_file()
+
+
+def test_the_commit_is_the_codes_own(tmp_path, monkeypatch):
+    for command in (["init", "-q"], [*IDENTITY, "commit", "-q", "--allow-empty", "-m", "another project's"]):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    monkeypatch.setattr(log, "ROOT", tmp_path)
+    assert re.fullmatch("[0-9a-f]{40}", log.git_sha())
+    (tmp_path / "pbal").mkdir()  # unpacked there without a repository of its own
+    monkeypatch.setattr(log, "ROOT", tmp_path / "pbal")
+    assert log.git_sha() == "unknown"
 
 
 def test_numbers_that_are_none_are_left_out(configure, tmp_path):

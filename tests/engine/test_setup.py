@@ -108,7 +108,7 @@ def test_own_checkpoints_tell_all(cfg, tmp_path):
     (tmp_path / "x.pth").unlink()
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99"])
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "hpu"])
 def test_device_that_is_not_there(cfg, name):
     cfg.device = name
     with pytest.raises(UserError, match=f"^device={name} cannot be used: .+$"):

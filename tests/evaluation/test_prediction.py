@@ -278,9 +278,12 @@ def test_the_first_of_equally_likely_classes_is_taken():
     assert (labels[0].numpy() == expected).all() and expected.max() > 3
 
 
-def test_too_large_an_image_is_named(cfg, monkeypatch):
+@pytest.mark.parametrize(
+    "allocate", [lambda: torch.zeros(1 << 60), lambda: torch.OutOfMemoryError("CUDA out of memory")]
+)
+def test_too_large_an_image_is_named(cfg, monkeypatch, allocate):
     def full(*args, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise allocate()
 
     monkeypatch.setattr(prediction, "predict_labels", full)
     val = build_dataset(cfg.data.val, class_set(cfg.data))

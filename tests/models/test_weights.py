@@ -224,6 +224,14 @@ def test_other_networks_in_a_file_are_named(tmp_path, model):
     one_line(lambda: load_weights(model, tmp_path / "x.pth"), "holds tensors twice, under keys with and without")
 
 
+@pytest.mark.parametrize("entry", ["mean", "class_names", "backbone", "dilations", "networks", "running_statistics"])
+def test_a_file_of_another_code_with_our_entries(tmp_path, model, entry):
+    content = {"model": model.state_dict(), "recipe": {}}
+    (content if entry in ("networks", "running_statistics") else content["recipe"])[entry] = 5
+    torch.save(content, tmp_path / "x.pth")
+    one_line(lambda: read_weights(tmp_path / "x.pth"), "entries model and recipe, but not as this code writes them")
+
+
 def test_missing_and_unexpected_keys_are_listed_and_nothing_is_loaded(tmp_path, model):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = {k: v + 1 for k, v in before.items()} | {"head.extra": torch.zeros(1)}

@@ -42,8 +42,11 @@ def test_the_control_takes_the_steps_and_rates_of_the_stages_one_after_another(b
 
     every["warmup"].model.init, every["source_only"].batchnorm = "scratch", every["warmup"].batchnorm
     every["source_only"].model.init = "scratch"  # from where the warm-up starts, as in the published pairs
+    for cfg in every.values():
+        cfg.train.restart = True
     (_, first), (_, second), *_ = control_legs(every)
-    assert first is every["source_only"] and second.model.init == "source_only"
+    assert (first.name, second.model.init) == ("source_only", "source_only")
+    assert second.train.restart and not first.train.restart  # it has just been trained
 
 
 @pytest.mark.parametrize("statistics", ["target", "running"])
@@ -106,6 +109,22 @@ def test_distillation_begins_with_round_1(benchmarks):
     cfg = stages_of(benchmarks, "gta5_to_city", "distill.rounds=[2]")["distill"]
     with pytest.raises(ConfigError, match=r"distill\.rounds=\[2\]: here, distillation begins with round 1"):
         pipeline.first_weights(cfg)
+
+
+def test_a_file_that_a_later_stage_starts_from_is_looked_for_at_once(benchmarks, tmp_path):
+    cfg = stages_of(benchmarks, "gta5_to_city", f"runs={tmp_path}")["pst"]
+    cfg.model.init = str(tmp_path / "typo.pth")
+    with pytest.raises(UserError, match=r"no weights at .*typo\.pth"):
+        pipeline.first_weights(cfg)
+    last = pipeline.checkpoint.RunFiles(cfg.run_dir).last
+    last.parent.mkdir(parents=True)
+    last.touch()
+    pipeline.first_weights(cfg)  # it goes on from there
+    cfg.train.restart = True
+    with pytest.raises(UserError, match=r"no weights at .*typo\.pth"):
+        pipeline.first_weights(cfg)
+    cfg.model.init = "bpl"  # still to be trained
+    pipeline.first_weights(cfg)
 
 
 @pytest.mark.parametrize("key", ["checkpoint", "pseudo_labels", "name"])

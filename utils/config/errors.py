@@ -8,6 +8,14 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error).strip().split("\n")[0] or type(error).__name__
 
 
+def out_of_memory(error: Exception) -> str:
+    """A few words on an error that means that memory is full, of a GPU or of the host; "" of any other error."""
+    said = str(error)
+    if "out of memory" in said:  # "CUDA out of memory. Tried to allocate …"
+        return said.split("\n")[0].split(". ")[0]
+    return "out of memory" if isinstance(error, MemoryError) or "can't allocate memory" in said else ""
+
+
 class UserError(ValueError):
     """The user's mistake (a missing file, unusable data): one line, exit status 1."""
 

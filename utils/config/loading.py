@@ -248,12 +248,12 @@ def read_yaml(path: Path) -> dict:
 def _find_benchmark(name: str, beside: Path | None) -> Path:
     if name.endswith((".yml", ".yaml")):
         return Path(os.path.abspath(find_path(name, os.path.isfile, beside)))
-    path = ROOT / "configs" / "benchmarks" / f"{name}.yml"
-    if not path.is_file():
-        known = sorted(p.stem for p in path.parent.glob("*.yml"))
+    folder = ROOT / "configs" / "benchmarks"
+    known = sorted(path.stem for path in folder.glob("*.yml"))
+    if name not in known:
         unknown = f"benchmark={name!r} is neither a .yml file nor one of {', '.join(known)}"
         raise ConfigError(f"{unknown}; nearest is {nearest(name, known)!r}")
-    return path
+    return folder / f"{name}.yml"
 
 
 # ------------------------------------------------------------------------------------------------ filling the keys

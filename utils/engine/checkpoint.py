@@ -166,7 +166,8 @@ class RunFiles:
             return
         for path in (self.last, self.previous, self.best, self.not_finite, self.of("teacher")):
             path.unlink(missing_ok=True)
-        (self.folder / "metrics.json").unlink(missing_ok=True)
+        for name in ("metrics.json", "report.html"):
+            (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder / "panels", ignore_errors=True)
 
     def refuse_unwritable(self) -> None:
@@ -186,14 +187,18 @@ class RunFiles:
         for path in (self.last, self.previous):
             try:
                 state = read_checkpoint(path)
-                own = {"model", "iteration", "config", "optimizers", "rng", "upstream", "images"} <= state.keys()
-                if own and isinstance(state["rng"], list):
+                if {"model", "iteration", "config", "optimizers", "rng", "upstream", "images"} <= state.keys():
                     passed_over = "".join(f" from {path}: {problem}" for problem in problems)
                     return state, f"resumed after step {state['iteration']}{passed_over}"
                 problems.append(f"{path} is not the state of a training run")
             except WeightError as error:
                 problems.append(str(error) if path.is_file() else f"{path} is missing")
         raise UserError(f"{'; '.join(problems)}; train.restart=true begins anew")
+
+
+def begins(cfg: Config) -> bool:
+    """Whether training begins with the network that `model.init` names, and does not go on from a saved state."""
+    return cfg.train.restart or not RunFiles(cfg.run_dir).can_resume()
 
 
 def refuse_changed_upstream(upstream: dict[str, str], run: Path) -> None:

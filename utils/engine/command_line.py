@@ -14,7 +14,18 @@ from typing import Any, TextIO
 import torch
 
 from models import WeightError
-from utils.config import ROOT, Config, ConfigError, UserError, all_keys, find_path, key_help, to_dict, to_yaml
+from utils.config import (
+    ROOT,
+    Config,
+    ConfigError,
+    UserError,
+    all_keys,
+    find_path,
+    key_help,
+    out_of_memory,
+    to_dict,
+    to_yaml,
+)
 from utils.config.keys import TRAINING_STAGES
 from utils.engine import distributed
 from utils.engine.log import git_sha
@@ -125,13 +136,19 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> None:
             distributed.end()
             raise
         distributed.end()
-    except (UserError, WeightError, OSError, UnicodeEncodeError, torch.OutOfMemoryError) as error:
+    except (UserError, WeightError, OSError, UnicodeEncodeError) as error:
         if debug:
             traceback.print_exc()
         _print_and_leave(f"error: {_one_line(error)}", getattr(error, "status", 1))
     except KeyboardInterrupt:
         _print_and_leave("interrupted", 130)
     except Exception as error:
+        if full := not debug and out_of_memory(error):
+            _print_and_leave(
+                f"error: {full}: see train.checkpointing, train.accumulate, data.crop, test.batch and "
+                "train.batch_target; `python -m utils.benchmark plan` says what fits",
+                1,
+            )
         if distributed.world_size() == 1:
             raise
         gone = distributed.others_are_gone(error) and not debug
@@ -143,11 +160,6 @@ def guarded(call: Callable[[], Any], debug: bool = False) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        return (
-            f"{str(error).split('. ')[0]}: see train.checkpointing, train.accumulate, data.crop, test.batch and "
-            "train.batch_target; `python -m utils.benchmark plan` says what fits"
-        )
     if isinstance(error, OSError):  # no space left, a read-only folder, …
         return f"{error.filename or 'the system says'}: {error.strerror or error}"
     if isinstance(error, UnicodeEncodeError):  # of a file's name

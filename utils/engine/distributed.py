@@ -39,7 +39,10 @@ def start() -> None:
         UserError: they do not meet.
     """
     global _store
-    number = int(os.environ.get("WORLD_SIZE", 1))
+    text = os.environ.get("WORLD_SIZE") or "1"
+    if not text.isdecimal():
+        raise UserError(f"WORLD_SIZE={text!r} is set, but is no number of processes")
+    number = int(text)
     if dist.is_initialized() or number < 2:
         return
     if missing := {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():

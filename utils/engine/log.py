@@ -38,6 +38,8 @@ PLAIN_NAMES = {
 
 def git_sha() -> str:
     """Commit of the code, with "-dirty" where files differ from it; "unknown" outside a checkout."""
+    if not (ROOT / ".git").exists():  # git would take the commit of a repository that this one's files lie in
+        return "unknown"
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

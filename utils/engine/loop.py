@@ -113,7 +113,7 @@ class Stage:
         machine has no compiler for the device.
         """
         refuse_missing_compiler(self.device)
-        # cuDNN tries its algorithms on each new size, too: the sizes of training do not change.
+        # cuDNN may time its algorithms, once for each input size: training has one size per domain.
         torch.backends.cudnn.benchmark = not self.cfg.train.deterministic
         for network in vars(self).values():
             if isinstance(network, nn.Module):
@@ -265,6 +265,8 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
         lambda: None if saved else checkpoint.find_init(cfg),
         lambda: _refuse_stale(labels) if labels else None,
     )
+    if init and init.resolve().is_relative_to(cfg.run_dir.resolve()):
+        raise UserError(f"{init} is the run's own, which the first save would replace: give the new run a name=")
     data = Data(*datasets)
     images = {name: fingerprint(dataset.samples) for name, dataset in data._asdict().items()}
     for name, dataset in data._asdict().items():  # labels that it learns from, or is scored by
@@ -280,7 +282,8 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
     cfg = resolve_auto(cfg, file)
     stage = stage_type(cfg, device)
     if init:
-        start = checkpoint.load_networks(stage.networks, file, cfg)
+        trained = {name: network for name, network in stage.networks.items() if name not in stage.teachers}
+        start = checkpoint.load_networks(trained, file, cfg)  # a teacher begins as the model's copy
     run = Run(cfg, stage, data, upstream, images)
     checkpoint.seed_generators(own_seed)
     if saved:

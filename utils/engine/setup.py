@@ -61,7 +61,7 @@ def choose_device(cfg: Config) -> torch.device:
         torch.zeros(1, device=device).item()
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)  # where collectives and random streams are by default
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UserError(f"device={cfg.device} cannot be used: {reason(error)}") from None
     tf32 = cfg.train.precision == "tf32" and device.type == "cuda"
     # The older of torch's two interfaces: torch.compile of torch 2.11 refuses to run where the newer was used.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from data.datasets import SegmentationDataset, resize_label
 from data.images import read_image, save_picture
-from data.pseudo_labels import UNFINISHED, write_png
+from data.pseudo_labels import UNFINISHED, put_in_place, write_png
 from data.taxonomy import ClassSet
 from utils.engine.distributed import is_main, wait
 from utils.evaluation.pictures import colorize, to_picture
@@ -53,10 +52,7 @@ class Exporter:
         """Put the maps in place of an earlier export's, when every process has written its own."""
         wait()
         if is_main():
-            for kind in KINDS:
-                shutil.rmtree(self.folder / kind, ignore_errors=True)
-                os.replace(self.unfinished / kind, self.folder / kind)
-            self.unfinished.rmdir()
+            put_in_place(self.folder, KINDS)
         wait()
 
     def __call__(self, index: int, image: Tensor, prediction: Tensor, label: Tensor | None = None) -> None:

@@ -38,7 +38,7 @@ class ConfusionMatrix:
             pixels: {class: labelled pixels}.
             confusion: K rows of K pixel counts, true class by predicted class.
         """
-        counts = self.counts.double().cpu()
+        counts = self.counts.cpu().double()
         hit, pixels = counts.diag(), counts.sum(1)
         iou, accuracy = (
             {name: (100 * hit[k] / of[k]).item() if of[k] > 0 else None for k, name in enumerate(classes.names)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from data.loaders import whole_images
 from data.taxonomy import class_set
 from models.deeplab import upsampled_rows
 from models.prediction import normalized
-from utils.config import Config, UserError
+from utils.config import Config, UserError, out_of_memory
 from utils.engine import distributed
 from utils.engine.log import progress
 from utils.evaluation.metrics import ConfusionMatrix
@@ -32,12 +31,10 @@ def default_precision(device: torch.device) -> str:
 
 
 def _cpu_computes_bfloat16() -> bool:
-    """Whether the CPU has AVX512_BF16, AMX or Arm's BF16 instructions; without them bfloat16 is slower than float32."""
-    try:
-        words = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    except OSError:  # not Linux
-        return False
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
+    """Whether the CPU has AVX512_BF16, AMX or Arm's BF16 instructions, and oneDNN, which uses them: else bfloat16 is
+    slower than float32."""
+    found = torch.cpu.get_capabilities() if torch.backends.mkldnn.is_available() else {}
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -206,7 +203,9 @@ def predictions(
     for indices, images, labels in own_batches(dataset, cfg, device, title):
         try:
             found = predict_labels(model, images, precision=cfg.train.precision, **options)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
             size = f"{images.shape[3]}x{images.shape[2]}"
             raise UserError(
                 f"{dataset.samples[indices[0]].image} ({size}) does not fit into the memory of {device}: "
