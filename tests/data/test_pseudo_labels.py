@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from data import pseudo_labels as store
-from data.datasets import build_dataset
+from data.datasets import build_dataset, fingerprint
 from data.taxonomy import CLASS_SETS, IGNORE
 from utils.config import UserError
 from utils.config.keys import DatasetConfig
@@ -83,7 +83,11 @@ def test_attached_labels_are_train_ids_as_they_stand(trees, tmp_path):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         store.attach(target, tmp_path, CLASS_SETS["cityscapes19"])
-    (tmp_path / "manifest.json").write_text(json.dumps({"classes": dict.fromkeys(CLASS_SETS["cityscapes19"].names)}))
+    manifest = {"classes": dict.fromkeys(CLASS_SETS["cityscapes19"].names)}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"are of other images \(None, not 5 images"):
+        store.attach(target, tmp_path, CLASS_SETS["cityscapes19"])
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"files": fingerprint(target.samples)}))
     store.attach(target, tmp_path, CLASS_SETS["cityscapes19"])
     for i, labels in written.items():
         np.testing.assert_array_equal(target[i]["label"], labels)

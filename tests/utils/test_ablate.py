@@ -171,9 +171,8 @@ def test_own_list_fits_the_benchmarks(name):
     stages = load_stages(overrides)
     plans = {row: planned(stages, overrides, row, own) for row, own in rows.items()}
     known = {row for row, plan in plans.items() if not plan[-1].name}
-    own = {"pst/prototypes_stopped", "pst/threshold_balanced"}
-    if name == "gta5_to_cityscapes":
-        own = {"pst/prototypes_stopped", "pst/threshold_constant", "pst/contrast_1"}
+    own = {"pst/prototypes_stopped", "pst/threshold_balanced" if name == "toy" else "pst/threshold_constant"}
+    own |= {"pst/contrast_1"} if name == "gta5_to_cityscapes" else set()
     assert known == {"bpl", "pst", "bpl/both_directions"} | own
     others = len(rows) - len(known) + 2  # all of the known are one of two runs
     names = {cfg.run_dir for plan in plans.values() for cfg in plan}
