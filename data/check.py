@@ -263,9 +263,10 @@ def _is_empty(path: Path) -> bool:
 def squeezed(sizes: Iterable[tuple[int, int]], size: Sequence[int]) -> list[str]:
     """A line about images of (width, height) whose shape the dataset's `size` changes, if there are any."""
     changed = [given for given in sizes if size and not same_aspect(given, size)]
-    first = changed and size_text(changed[0])
-    line = f"{len(changed)} images, the first of {first}, are squeezed to size={[*size]} (width, height)"
-    return [line] if changed else []
+    if not changed:
+        return []
+    first = size_text(changed[0])
+    return [f"{len(changed)} images, the first of {first}, are squeezed to size={[*size]} (width, height)"]
 
 
 def _refuse_unusable(dataset: SegmentationDataset, sample: Sample, found: dict, labels: Labels) -> None:

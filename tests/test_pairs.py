@@ -55,8 +55,7 @@ def test_camvid_to_idd_lite(roots, tmp_path, capsys):
     rows = pipeline.run(
         [*given, "model.backbone=resnet18", "train.iterations=2", "train.horizon=4", "train.lr=1e-3"]
         + ["train.val_every=2", "train.batch_source=2", "train.batch_target=2", "model.init=scratch"]
-        + ["data.crop=[64,32]", "pseudo.threshold=0"],  # after two steps it is sure of nothing
-        control=False,
+        + ["data.crop=[64,32]", "pseudo.threshold=0"]  # after two steps it is sure of nothing
     )["stages"]
     assert list(rows["pst"]["iou"]) == ["road", "sidewalk", "living", "vehicle", "static", "sky"]
 

@@ -265,7 +265,7 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
         lambda: None if saved else checkpoint.find_init(cfg),
         lambda: _refuse_stale(labels) if labels else None,
     )
-    if init and init.resolve().is_relative_to(cfg.run_dir.resolve()):
+    if init and init.resolve().parent == files.last.parent.resolve():
         raise UserError(f"{init} is the run's own, which the first save would replace: give the new run a name=")
     data = Data(*datasets)
     images = {name: fingerprint(dataset.samples) for name, dataset in data._asdict().items()}
