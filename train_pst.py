@@ -50,19 +50,23 @@ class PST(Stage):
         out = self.model(self.views.strong(batch["image"]))
         logits = upsample(out["logits"].float(), labels.shape[1:])
         ce = segmentation_loss(logits, labels, batch.get("normalizer"), batch.get("weight"))
-        feat, prototypes = out["feat"], classifier_prototypes(self.model.classifier, not options.prototype_gradient)
-        if self.projection:
-            feat, prototypes = self.projection(feat, prototypes)
-        contrast = prototype_contrast_loss(feat, labels, prototypes, options.temperature)
-        backward(ce_weight * ce + options.contrast * contrast, **{f"ce_{domain}": ce, f"contrast_{domain}": contrast})
+        total, terms = ce_weight * ce, {f"ce_{domain}": ce}
+        if options.contrast:
+            feat, prototypes = out["feat"], classifier_prototypes(self.model.classifier, not options.prototype_gradient)
+            if self.projection:
+                feat, prototypes = self.projection(feat, prototypes)
+            contrast = prototype_contrast_loss(feat, labels, prototypes, options.temperature)
+            total, terms[f"contrast_{domain}"] = total + options.contrast * contrast, contrast
+        backward(total, **terms)
 
 
 class OnlinePST(PST):
     """PST with labels made at every step by a teacher, the exponential moving average of the model.
 
     As in DACS: the teacher labels the weak view; half the classes of a source image are pasted onto the target image
-    with their labels; the model learns from the strong view of the mix. Pasted pixels weigh 1, target pixels the share
-    of their image where the teacher's confidence is above `pseudo.confidence`.
+    with their labels; the model learns from the strong view of the mix. In the cross-entropy, pasted pixels weigh 1,
+    target pixels the share of their image where the teacher's confidence is above `pseudo.confidence`. The contrast,
+    where it is on, takes all pixels alike.
 
     Beyond DACS, the last steps may learn from target images as they are (`pseudo.mix`): a mix is of neither domain, in
     what it shows and in its BatchNorm statistics.

@@ -104,7 +104,7 @@ def pair_files(cfg: DatasetConfig, with_labels: bool = True) -> Listing:
     """As `list_samples`, with labels that may be missing."""
     if not cfg.root:
         raise UserError("a dataset has no root: data.source, data.target and data.val must say where their images are")
-    os.fsencode(cfg.root)  # a locale that cannot name it is told of
+    os.fsencode(cfg.root)  # fails here if the locale cannot encode it
     root = Path(cfg.root).absolute()  # errors name files by their whole paths
     if not root.is_dir():
         raise UserError(f"no {cfg.format} dataset: the folder {root} does not exist; {HOW_TO_GET[cfg.format]}")
@@ -355,7 +355,9 @@ class SegmentationDataset(Dataset):
                 item = self._sample((index + step) % len(self), draw)
                 return item | {UNREADABLE: problem} if problem else item
             except UserError as error:
-                if not self.skips:
+                if drawn and not self.skips:  # hours may lie behind, and a repaired file would be another
+                    raise UserError(f"{error}; data.on_error=skip goes on without it") from None
+                if not drawn:
                     raise
                 problem = problem or str(error)
         if drawn:
@@ -401,8 +403,12 @@ class SegmentationDataset(Dataset):
 
 
 def sizes_conflict(size: tuple[int, int], label_size: tuple[int, int], common: Sequence[int]) -> bool:
-    """Whether the (width, height) of image and label differ, and a dataset's `size` cannot bring them to one."""
-    return size != label_size and not (common and same_aspect(size, label_size))
+    """Whether the (width, height) of image and label differ, and a dataset's `size` cannot bring them to one.
+
+    Pseudo labels have that size already.
+    """
+    fits = common and (same_aspect(size, label_size) or tuple(label_size) == tuple(common))
+    return size != label_size and not fits
 
 
 def same_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:

@@ -15,8 +15,8 @@ DILATIONS = {"deeplabv2": (6, 12, 18, 24), "deeplab_pbal": (6, 12, 18)}  # as re
 
 
 def default_stride(arch: str, backbone: str) -> int:
-    """As released; of timm's networks that cannot be dilated, their own: the patch of a plain transformer, else 16, or
-    32 for deeplab_pbal, whose decoder has a finer map too.
+    """The released stride. A timm network that cannot be dilated has its own: a plain transformer its patch size,
+    another 16 (deeplab_pbal: 32, as its decoder has a finer map too).
 
     Raises ValueError if timm has no such backbone.
     """

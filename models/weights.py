@@ -443,7 +443,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
 
 # ------------------------------------------------------------------------------------------------- pretrained backbones
 
-WAYS = "start from a file or scratch (model.init=; in distill.py distill.init_round1=, which takes teacher too)"
+WAYS = "start from a file or scratch (model.init=; in distill.py distill.init_round1=)"
 
 
 def find_imagenet_weights(backbone: str, folder: Path) -> Path:
@@ -519,6 +519,6 @@ def find_simclr_weights(backbone: str, folder: Path) -> Path:
     if not path.is_file():
         raise WeightError(
             f"no SimCLR weights of {backbone}: {path} does not exist; put ProDA's file or the SimCLRv2 "
-            f"converter's there (pretrain_model/README.md), or start from imagenet or {WAYS}"
+            f"converter's there (pretrain_model/README.md), start from imagenet, or {WAYS}"
         )
     return path

@@ -461,10 +461,12 @@ def test_equation_of_bpl(configure, runs, gan, directions):
 
 
 @pytest.mark.parametrize(
-    "switches", [(), ("loss.prototype_gradient=true", "loss.projection=mlp")], ids=["default", "switched"]
+    ("switches", "contrast"),
+    [((), 0.4), (("loss.prototype_gradient=true", "loss.projection=mlp"), 0.4), ((), 0)],
+    ids=["default", "switched", "no_contrast"],
 )
-def test_equation_of_pst(configure, runs, switches):
-    weights = ("loss.contrast=0.4", "loss.pseudo_ce=0.6", "loss.temperature=0.2", *switches)
+def test_equation_of_pst(configure, runs, switches, contrast):
+    weights = (f"loss.contrast={contrast}", "loss.pseudo_ce=0.6", "loss.temperature=0.2", *switches)
     stage = train_pst.PST(
         resolve_auto(configure("gta5_to_city", "stage2_PST.yml", runs, *weights)), torch.device("cpu")
     )
@@ -477,9 +479,11 @@ def test_equation_of_pst(configure, runs, switches):
             out = stage.model(1 - batch["image"] / 255)
             terms[f"ce_{domain}"] = cross_entropy(out["logits"], batch["label"])
             feat = g(out["feat"].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            terms[f"contrast_{domain}"] = prototype_contrast_loss(feat, batch["label"], prototypes, 0.2)
-        contrast = terms["contrast_source"] + terms["contrast_target"]
-        total = terms["ce_source"] + 0.6 * terms["ce_target"] + 0.4 * contrast
+            if contrast:
+                terms[f"contrast_{domain}"] = prototype_contrast_loss(feat, batch["label"], prototypes, 0.2)
+        total = terms["ce_source"] + 0.6 * terms["ce_target"]
+        if contrast:
+            total = total + contrast * (terms["contrast_source"] + terms["contrast_target"])
         return dict.fromkeys(stage.networks, total), terms
 
     compare_step(stage, expected_of)

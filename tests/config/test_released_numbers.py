@@ -46,7 +46,7 @@ NUMBERS = [
     (TRAINED, "model.dropout", 0.1, PBAL),
     ((WARMUP, BPL), "loss.adversarial", 0.01, PBAL),
     ((WARMUP, BPL), "loss.gan", "bce", PBAL),
-    ((BPL,), "model.init_discriminator", "new", PBAL),
+    ((WARMUP, BPL), "model.init_discriminator", "new", PBAL),
     ((BPL,), "loss.bidirectional", 0.1, PBAL),
     ((PST,), "model.init", "imagenet", PBAL),
     ((PST,), "loss.projection", "none", PBAL),

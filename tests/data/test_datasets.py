@@ -83,11 +83,22 @@ def test_image_and_label_of_different_sizes_need_a_common_size(trees):
         with pytest.raises(UserError, match=r"is 64x96, but its label .* is 96x64; do they belong together\?"):
             turned.refuse_unlike_sizes(turned.samples[0], (64, 96), (96, 64))
     dataset = build_dataset(dataset_config(**section | {"size": [52, 36]}), NINETEEN)
+    dataset.refuse_unlike_sizes(dataset.samples[0], (64, 96), (52, 36))  # pseudo labels are written at this size
     item = dataset[4]
     assert item["image"].shape == (3, 36, 52) and item["label"].shape == (36, 52)
     full = dataset.lookup_table[trees["gta5"].ids["images/00005"]]
     rows, columns = (np.arange(36) + 0.5) * 64 / 36, (np.arange(52) + 0.5) * 96 / 52  # centres: nearest neighbour
     np.testing.assert_array_equal(item["label"], full[rows.astype(int)][:, columns.astype(int)])
+
+
+def test_a_bad_file_in_training_names_the_way_on(copied):
+    tree = copied("gta5")
+    dataset = build_dataset(dataset_config(**tree.section), NINETEEN)
+    dataset.samples[0].image.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"00001\.png: .*; data\.on_error=skip goes on without it$"):
+        dataset[0, 7]
+    with pytest.raises(UserError, match=r"00001\.png: [^;]*$"):  # in validation, none is left out
+        dataset[0]
 
 
 def test_gta5_split_file_is_needed_for_a_split_alone(copied):

@@ -68,6 +68,9 @@ def test_weights_are_found_by_run_then_published_file_then_path(cfg, tmp_path, m
     assert find() == published
     published.unlink()
     assert find() == second
+    cfg.model.init = "warmup_2"  # a run of the user's own: no published file takes its place
+    with pytest.raises(UserError, match=r"warmup_2/checkpoints/best\.pth; train that run, or name a file$"):
+        find()
     cfg.model.init = str(own["last"])
     assert find() == own["last"]
     monkeypatch.chdir(tmp_path)

@@ -215,10 +215,10 @@ class ModelConfig:
         path=os.path.isfile,
     )
     published: list[str] = opt(
-        [], "files of pretrain_model/ to try where the run named by init or checkpoint is absent"
+        [], "files of pretrain_model/ to try where the stage named by init or checkpoint was not trained"
     )
     init_discriminator: Literal["checkpoint", "new"] = opt(
-        "checkpoint", "discriminator: that of the file that init names, where it fits, or a new one", stages=ADVERSARIAL
+        "new", "discriminator: a new one, or that of the file that init names, where it fits", stages=ADVERSARIAL
     )
 
     def validate(self) -> None:

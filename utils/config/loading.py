@@ -284,8 +284,8 @@ def _override(assignment: str) -> tuple[str, Any]:
     key, equals, text = assignment.partition("=")
     if not equals:
         weights = assignment.endswith(WEIGHT_ENDINGS) or os.path.isfile(assignment)
-        ways = f"model.init={assignment} (training starts from it), checkpoint={assignment} (elsewhere)"
-        hint = f"; a weight file is named by {ways}" if weights else ""
+        ways = f"model.init={assignment} (to train from it) or checkpoint={assignment} (other scripts)"
+        hint = f"; give a weight file as {ways}" if weights else ""
         raise ConfigError(f"{assignment!r} is not of the form key=value{hint}")
     keys = all_keys()
     if key not in keys:

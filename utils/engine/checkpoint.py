@@ -226,8 +226,8 @@ _MADE_BY = {
 
 
 def find_checkpoint(cfg: Config, name: str, published: Sequence[str] = ()) -> Path:
-    """The weights that `name` stands for: a file, a run of this benchmark, a run's folder, or the first published file
-    that exists.
+    """The weights that `name` stands for: a file, a run of this benchmark, a run's folder, or, for a stage's own name,
+    the first published file that exists.
 
     Raises:
         UserError: says where was looked and how to get the weights.
@@ -239,16 +239,18 @@ def find_checkpoint(cfg: Config, name: str, published: Sequence[str] = ()) -> Pa
         return file
     if name.endswith(WEIGHT_ENDINGS):
         raise UserError(f"no weights at {file}")
+    command = _MADE_BY.get(name.split("/")[0])
     runs = [cfg.sibling_run(name), *([file] if file.is_dir() else [])]
-    paths = [*(RunFiles(run).of(cfg.which) for run in runs), *(PRETRAINED / file for file in published)]
+    # A run of the user's own, or a mistyped one, is never replaced by a published file.
+    ready = [PRETRAINED / file for file in published if command]
+    paths = [*(RunFiles(run).of(cfg.which) for run in runs), *ready]
     for path in paths:
         if path.is_file():
             return path
-    looked = [str(path) for path in paths]
-    command = _MADE_BY.get(name.split("/")[0])
     ways = f"train it (`{command} {cfg.words}`)" if command else "train that run"
-    if published:
-        ways += f" or put a published file at {' or '.join(looked[len(runs) :])}"
+    if ready:
+        ways += f" or put a published file at {' or '.join(map(str, ready))}"
+    looked = [str(path) for path in paths]
     raise UserError(f"no weights of '{name}': looked for {', '.join(looked)}; {ways}, or name a file")
 
 

@@ -67,7 +67,7 @@ HARMLESS = {
 
 @contextlib.contextmanager
 def _without_search() -> Iterator[None]:
-    """cuDNN takes the algorithms that it thinks best, although training has it try them: sizes may differ here."""
+    """Inside, cuDNN does not time its algorithms: it would do so anew for every size of image."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
         yield
@@ -266,7 +266,7 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
         lambda: _refuse_stale(labels) if labels else None,
     )
     if init and init.resolve().parent == files.last.parent.resolve():
-        raise UserError(f"{init} is the run's own, which the first save would replace: give the new run a name=")
+        raise UserError(f"{init} belongs to this run, whose first save would replace it: give the new run a name=")
     data = Data(*datasets)
     images = {name: fingerprint(dataset.samples) for name, dataset in data._asdict().items()}
     for name, dataset in data._asdict().items():  # labels that it learns from, or is scored by

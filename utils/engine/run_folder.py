@@ -107,7 +107,7 @@ class Interruption:
         self.signal = number
         with contextlib.suppress(OSError):  # the terminal is gone
             # Not print: the handler may have interrupted one.
-            os.write(2, b"\nending after this step and a save; once more ends at once\n")
+            os.write(2, b"\nfinishing this step and saving; Ctrl-C again stops at once\n")
 
     def came(self) -> bool:
         """Whether a signal has come by now, to any process of the run: all of them leave after the same step."""
