@@ -202,6 +202,8 @@ def read_upper_rows(path: Path, share: Callable[[tuple[int, int]], float]) -> tu
             if rows < height:
                 return _whole(png.decode("RGB", rows), png), png.size
         picture = _open(content, png)
+        if picture.format in ("TIFF", "WEBP") and _pages_of_one_size(picture):
+            raise ValueError("it has several pages: save each as an image of its own")
         layout, declared = _layout(picture)
         if declared == 65535 and picture.mode == "RGB" and 0 < _largest(picture, content, declared) < 256:
             raise ValueError("colours of 16 bits that hold no value above 255: save 8 bits")
@@ -332,7 +334,7 @@ def read_label_ids(path: Path) -> np.ndarray:
 
 
 def _pages_of_one_size(picture: Image.Image) -> bool:
-    """Whether a TIFF has a second page as large as the first; a smaller one is a preview."""
+    """Whether a TIFF or WebP has a second page as large as the first; a smaller one is a preview."""
     size, several = picture.size, picture.n_frames > 1
     if several:
         picture.seek(1)

@@ -311,6 +311,8 @@ CASES = [
         nothing,
         "holds another experiment (train.lr: 0.001 -> 0.5)",
     ),
+    case("another stage", "bpl", "name=warmup", nothing, "warmup holds another experiment (stage: warmup -> bpl, "),
+    case("longer than asked", "warmup", "name= train.iterations=1", nothing, "steps, more than train.iterations=1"),
     case("runs is a file", "warmup", "runs=file", write("file", b""), "file"),
     case(
         "checkpoints is a file",

@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from data import images
-from data.images import read_image, read_label_ids, show_name
+from data.images import read_image, read_label_ids, read_picture, show_name
 from data.toy import png16
 from utils.config import UserError
 
@@ -350,6 +350,16 @@ def test_a_label_that_metadata_turns_is_refused(tmp_path, ending):
     Image.fromarray(some(19)).save(path, exif=exif)
     with pytest.raises(UserError, match=r"cannot read label .*x\.\w+: its EXIF entry turns it"):
         read_label_ids(path)
+
+
+@pytest.mark.parametrize("ending", ["tif", "webp"])
+def test_an_image_of_several_pages_is_refused_and_one_with_a_preview_is_read(tmp_path, ending):
+    page = Image.fromarray(some(19)).convert("RGB")
+    page.save(tmp_path / f"two.{ending}", save_all=True, append_images=[page.transpose(Image.Transpose.ROTATE_180)])
+    with pytest.raises(UserError, match=rf"two\.{ending}: it has several pages"):
+        read_picture(tmp_path / f"two.{ending}")
+    page.save(tmp_path / "preview.tif", save_all=True, append_images=[page.resize((5, 4))])
+    np.testing.assert_array_equal(read_picture(tmp_path / "preview.tif"), page)
 
 
 def test_a_label_of_several_pages_is_refused_and_one_with_a_preview_is_read(tmp_path):

@@ -251,6 +251,11 @@ def _set_up(cfg: Config, stage_type: type[Stage]) -> Run:
         upstream = saved["upstream"]
         refuse_other_experiment(saved["config"], cfg, upstream.values())
         checkpoint.refuse_changed_upstream(upstream, cfg.run_dir)
+        if (taken := saved["iteration"]) > cfg.train.iterations:
+            raise UserError(
+                f"{cfg.run_dir} has taken {taken} steps, more than train.iterations={cfg.train.iterations}: give the "
+                "shorter run a name= (a pipeline: runs=), or begin anew with train.restart=true"
+            )
         if cfg.train.precision == "auto":  # a resumed run keeps its precision, on another device too
             cfg = copy.deepcopy(cfg)
             cfg.train.precision = saved["config"]["train"]["precision"]
@@ -349,7 +354,7 @@ def refuse_other_experiment(saved: dict, cfg: Config, started_from: Collection[s
     """
     defaults = flatten(to_dict(Config()))  # of keys that are newer than the run
     old, new = defaults | flatten(saved), flatten(to_dict(cfg))
-    unread = {k for k, key in all_keys().items() if key.stages is not None and cfg.stage not in key.stages}
+    unread = {k for k, key in all_keys().items() if key.stages is not None and cfg.stage not in key.stages} - {"stage"}
     changed = [k for k in new if k not in HARMLESS | unread and new[k] not in (old.get(k), "auto")]  # auto: as it was
     files = {k for k in ("model.init", "distill.init_round1") if os.path.isfile(new[k])}
     changed = [k for k in changed if k not in files or checkpoint.file_hash(Path(new[k])) not in started_from]
