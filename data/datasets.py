@@ -355,9 +355,9 @@ class SegmentationDataset(Dataset):
                 item = self._sample((index + step) % len(self), draw)
                 return item | {UNREADABLE: problem} if problem else item
             except UserError as error:
-                if drawn and not self.skips:  # hours may lie behind, and a repaired file would be another
+                if not self.skips and drawn:  # hours may lie behind, and a repaired file would be another
                     raise UserError(f"{error}; data.on_error=skip goes on without it") from None
-                if not drawn:
+                if not self.skips:
                     raise
                 problem = problem or str(error)
         if drawn:

@@ -528,7 +528,7 @@ def test_equation_of_distillation(configure, runs, arch, form, resolution):
 @one_layout
 def test_a_published_file_may_be_the_teacher(finished, configure, monkeypatch):
     monkeypatch.setattr(checkpoint, "PRETRAINED", finished.folder / "pst/checkpoints")
-    given = ("checkpoint=absent", "model.published=[last.pth]")
+    given = ("checkpoint=source_only", "model.published=[last.pth]")  # which was not trained
     cfg = resolve_auto(configure(finished.layout, "stage3_distill.yml", finished.runs, *given))
     teacher, own = distill.Distillation(cfg, torch.device("cpu")).teacher, read(checkpoint.PRETRAINED / "last.pth")
     assert same(teacher.state_dict(), own["model"])
@@ -681,7 +681,7 @@ def test_restart_begins_anew(configure, runs):
     assert [entry["step"] for entry in metrics_of(folder)] == [1, 2, 2]
     last = folder / "checkpoints" / "last.pth"
     assert read(last)["config"]["seed"] == 1
-    with pytest.raises(UserError, match=r"last\.pth is the run's own, .*: give the new run a name="):
+    with pytest.raises(UserError, match=r"last\.pth belongs to this run, .*: give the new run a name="):
         train(configure, runs, "model.init=bpl", "train.restart=true")
     assert last.is_file()
 

@@ -191,7 +191,7 @@ def test_signal_ends_the_run_after_the_step_and_a_save(configure, upstream, fold
     digests = folders("batches.txt")
     left = in_process(lambda: (watch_batches(digests, 6, (number,)), main()), errors)
     assert left == status, errors.read_text()
-    assert "once more ends at once" in errors.read_text() and "Traceback" not in errors.read_text()
+    assert "Ctrl-C again stops at once" in errors.read_text() and "Traceback" not in errors.read_text()
     assert read(other / "checkpoints" / "last.pth")["iteration"] == 6
     assert f"{signal.Signals(number).name} after step 6: saved" in (other / "log.txt").read_text()
     assert in_process(main) == 0

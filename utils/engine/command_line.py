@@ -163,7 +163,8 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError):  # no space left, a read-only folder, …
         return f"{error.filename or 'the system says'}: {error.strerror or error}"
     if isinstance(error, UnicodeEncodeError):  # of a file's name
-        return f"{error.object[:200]!r} cannot be written in this locale's {error.encoding}: set PYTHONUTF8=1, or rename it"
+        name = f"{error.object[:200]!r}"
+        return f"{name} cannot be written in this locale's {error.encoding}: set PYTHONUTF8=1, or rename it"
     return str(error)
 
 
