@@ -198,15 +198,12 @@ _NUMBERINGS = (
 )
 
 
-def check_samples(
-    dataset: SegmentationDataset, name: str, cfg: Config, pseudo_labels: bool = False
-) -> SegmentationDataset:
+def check_samples(dataset: SegmentationDataset, name: str, cfg: Config) -> SegmentationDataset:
     """Look at `CHECKED` samples, spread evenly, and give the dataset back, with notes of what looks odd.
 
     Args:
         dataset: where it has a transform, it is trained on.
         name: source, target or val.
-        pseudo_labels: the labels are a network's train ids; an unsure network may have labelled nothing in some.
 
     Raises:
         UserError: the batch is larger than the dataset, a file is empty, a sample cannot be used, labels are of another
@@ -235,7 +232,7 @@ def check_samples(
         except UserError:
             if not dataset.skips:
                 raise
-    if not pseudo_labels:
+    if not dataset.has_pseudo_labels:  # an unsure network may have labelled nothing in some
         if faults := labels.faults():
             first = next(s.label for s in looked_at if s.label)
             kind, text = faults[0]

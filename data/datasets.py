@@ -338,6 +338,7 @@ class SegmentationDataset(Dataset):
     transform: Callable | None = None  # called with (width, height) and a random generator, gives the `Crop` to take
     seed: int = 0  # decides every random choice, together with the draw's number; which worker draws plays no part
     skips: bool = False
+    has_pseudo_labels: bool = False  # made of these very images, at the size that the dataset had then
     notes: list[str] = field(init=False)  # for the log: files that were not taken, what looks odd in the labels
 
     def __post_init__(self):
@@ -355,10 +356,8 @@ class SegmentationDataset(Dataset):
                 item = self._sample((index + step) % len(self), draw)
                 return item | {UNREADABLE: problem} if problem else item
             except UserError as error:
-                if not self.skips and drawn:  # hours may lie behind, and a repaired file would be another
-                    raise UserError(f"{error}; data.on_error=skip goes on without it") from None
-                if not self.skips:
-                    raise
+                if not self.skips:  # in training, hours may lie behind, and a repaired file would be another
+                    raise UserError(f"{error}{'; data.on_error=skip goes on without it' * drawn}") from None
                 problem = problem or str(error)
         if drawn:
             raise UserError(f"{ATTEMPTS} samples in a row cannot be used; {problem}")
@@ -385,8 +384,11 @@ class SegmentationDataset(Dataset):
         return item | {"label": label}
 
     def refuse_unlike_sizes(self, sample: Sample, size: tuple[int, int], label_size: tuple[int, int]) -> None:
-        """UserError for an image and a label whose (width, height) are `sizes_conflict`."""
-        if not sizes_conflict(size, label_size, self.size):
+        """UserError for an image and a label whose (width, height) are `sizes_conflict`.
+
+        Pseudo labels belong to their images, even where `size` has squeezed these.
+        """
+        if not sizes_conflict(size, label_size, self.size) or (self.size and self.has_pseudo_labels):
             return
         remedy = "do they belong together?"
         if same_aspect(size, label_size):
@@ -403,12 +405,8 @@ class SegmentationDataset(Dataset):
 
 
 def sizes_conflict(size: tuple[int, int], label_size: tuple[int, int], common: Sequence[int]) -> bool:
-    """Whether the (width, height) of image and label differ, and a dataset's `size` cannot bring them to one.
-
-    Pseudo labels have that size already.
-    """
-    fits = common and (same_aspect(size, label_size) or tuple(label_size) == tuple(common))
-    return size != label_size and not fits
+    """Whether the (width, height) of image and label differ, and a dataset's `size` cannot bring them to one."""
+    return size != label_size and not (common and same_aspect(size, label_size))
 
 
 def same_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:

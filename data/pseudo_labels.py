@@ -200,6 +200,6 @@ def attach(target: SegmentationDataset, folder: Path, classes: ClassSet) -> None
         raise UserError(
             f"{len(missing)} of {len(samples)} pseudo labels are missing in {folder}, first {missing[0]}; {again}"
         )
-    target.samples = samples
+    target.samples, target.has_pseudo_labels = samples, True
     train_ids = dict(enumerate(classes.names))
     target.lookup_table = classes.lookup_table(train_ids, {*train_ids, IGNORE})

@@ -83,7 +83,10 @@ def test_image_and_label_of_different_sizes_need_a_common_size(trees):
         with pytest.raises(UserError, match=r"is 64x96, but its label .* is 96x64; do they belong together\?"):
             turned.refuse_unlike_sizes(turned.samples[0], (64, 96), (96, 64))
     dataset = build_dataset(dataset_config(**section | {"size": [52, 36]}), NINETEEN)
-    dataset.refuse_unlike_sizes(dataset.samples[0], (64, 96), (52, 36))  # pseudo labels are written at this size
+    with pytest.raises(UserError, match=r"do they belong together\?"):
+        dataset.refuse_unlike_sizes(dataset.samples[0], (64, 96), (52, 36))
+    dataset.has_pseudo_labels = True  # these are written at the common size
+    dataset.refuse_unlike_sizes(dataset.samples[0], (64, 96), (52, 36))
     item = dataset[4]
     assert item["image"].shape == (3, 36, 52) and item["label"].shape == (36, 52)
     full = dataset.lookup_table[trees["gta5"].ids["images/00005"]]

@@ -319,7 +319,7 @@ def training_set(
     dataset = build_dataset(getattr(cfg.data, name), classes, labelled, RandomScaleCropFlip(cfg.data), seed, skips)
     if labels:
         pseudo_labels.attach(dataset, labels, classes)
-    return check_samples(dataset, name, cfg, pseudo_labels=labels is not None)
+    return check_samples(dataset, name, cfg)
 
 
 def _refuse_stale(labels: Path) -> None:
@@ -354,7 +354,8 @@ def refuse_other_experiment(saved: dict, cfg: Config, started_from: Collection[s
     """
     defaults = flatten(to_dict(Config()))  # of keys that are newer than the run
     old, new = defaults | flatten(saved), flatten(to_dict(cfg))
-    unread = {k for k, key in all_keys().items() if key.stages is not None and cfg.stage not in key.stages} - {"stage"}
+    unread = {k for k, key in all_keys().items() if key.stages is not None and cfg.stage not in key.stages}
+    unread.discard("stage")  # which no stage reads, but which says what was learnt
     changed = [k for k in new if k not in HARMLESS | unread and new[k] not in (old.get(k), "auto")]  # auto: as it was
     files = {k for k in ("model.init", "distill.init_round1") if os.path.isfile(new[k])}
     changed = [k for k in changed if k not in files or checkpoint.file_hash(Path(new[k])) not in started_from]
